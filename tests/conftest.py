@@ -1,0 +1,12 @@
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
+
+
+@pytest.fixture(scope="session")
+def golden_root():
+    "Reference tensors of the original code: the copy in this repository, or the folder named by VLM_LORA_LAB_GOLDEN."
+    return Path(os.environ.get("VLM_LORA_LAB_GOLDEN", Path(__file__).parent / "golden"))
