@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 COLORS = ("#1b6ca8", "#d1603d", "#3a7d44", "#7b4b94", "#8a8a8a")  # told apart by lightness as well as hue
 
 STYLE = {
-    "figure.dpi": 80, "savefig.dpi": 110, "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10,
+    "figure.dpi": 80, "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
     "axes.prop_cycle": plt.cycler(color=COLORS) + plt.cycler(linestyle=["-", "--", "-.", ":", "-"]),
 }  # fmt: skip

@@ -40,20 +40,22 @@ def _shape(canvas, shape, colour, x, y, r):
 def scene(
     rng: random.Random,
     count: int | None = None,  # shapes; None: one to four
-) -> tuple[Image.Image, dict[str, tuple[str, str]]]:  # the picture, and place -> (colour, shape) in reading order
-    "A picture of shapes."
+) -> tuple[Image.Image, dict[str, tuple[str, str]], list]:  # picture, place -> (colour, shape) in reading order, and boxes
+    "A picture of shapes. A box is (what, left, top, right, bottom) in pixels."
     paper = tuple(rng.randint(225, 255) for _ in range(3))
     places = rng.sample(list(PLACES), count or rng.randint(1, 4))
     content = {p: (rng.choice(list(COLOURS)), rng.choice(SHAPES)) for p in PLACES if p in places}
-    scale = 4  # draw large, then shrink: smooth edges
+    scale, boxes = 4, []  # draw large, then shrink: smooth edges
     image = Image.new("RGB", (SIDE * scale, SIDE * scale), paper)
     canvas = ImageDraw.Draw(image)
     for place, (colour, shape) in content.items():
         col, row = PLACES[place]
-        x, y = ((SIDE * (q + 0.5) / 2 + rng.uniform(-3, 3)) * scale for q in (col, row))
+        x, y = (SIDE * (q + 0.5) / 2 + rng.uniform(-3, 3) for q in (col, row))
+        r = rng.uniform(7, 11)
         fill = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[colour])
-        _shape(canvas, shape, fill, x, y, rng.uniform(7, 11) * scale)
-    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), content
+        _shape(canvas, shape, fill, x * scale, y * scale, r * scale)
+        boxes.append((f"{colour} {shape}", x - r, y - r, x + r, y + r))
+    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), content, boxes
 
 # %% ../../nbs/24_data.drawn.ipynb #43de41b9
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold",
@@ -69,8 +71,8 @@ def _font(name, size):
 def number(
     rng: random.Random,
     value: int | None = None,  # what to print; None: any number of one to three digits
-) -> tuple[Image.Image, int]:
-    "A picture of a printed number."
+) -> tuple[Image.Image, int, list]:  # picture, number, and a box for each digit
+    "A picture of a printed number. A box is (what, left, top, right, bottom) in pixels."
     if value is None:
         digits = rng.randint(1, 3)
         value = rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)
@@ -81,14 +83,15 @@ def number(
     x = rng.uniform(2, max(2, STRIP[0] - (right - left) - 2)) - left
     y = rng.uniform(1, max(1, STRIP[1] - (bottom - top) - 1)) - top
     ImageDraw.Draw(image).text((x, y), text, font=font, fill=(ink,) * 3)
-    return image, value
+    edges = [x + font.getlength(text[:i]) for i in range(len(text) + 1)]
+    return image, value, [(digit, edges[i], y + top, edges[i + 1], y + bottom) for i, digit in enumerate(text)]
 
 # %% ../../nbs/24_data.drawn.ipynb #08d1fd05
-KINDS = {"caption": 0.36, "colour": 0.07, "shape": 0.07, "place": 0.06, "what": 0.06, "count": 0.05, "number": 0.21, "pair": 0.06, "sum": 0.06}
+KINDS = {"caption": 0.26, "colour": 0.12, "shape": 0.08, "place": 0.1, "what": 0.08, "count": 0.04, "number": 0.22, "pair": 0.05, "sum": 0.05}
 
 
 def _describe(content):
-    return ", ".join(f"a {colour} {shape} at the {place}" for place, (colour, shape) in content.items())
+    return ", ".join(f"{place} {colour} {shape}" for place, (colour, shape) in content.items())
 
 
 def draw(
@@ -99,16 +102,16 @@ def draw(
     rng = random.Random(seed)
     kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
     if kind == "number":
-        image, value = number(rng)
+        image, value, _ = number(rng)
         return ask("What number is this?", str(value), image, id=f"number-{seed}")
     if kind == "sum":
         a, b = rng.randint(0, 9), rng.randint(0, 9)
         return ask(f"What is {a} + {b}?", str(a + b), id=f"sum-{seed}")
     if kind == "pair":
-        (first, one), (second, two) = scene(rng, 1), scene(rng, 1)
+        (first, one, _), (second, two, _) = scene(rng, 1), scene(rng, 1)
         which, content = rng.choice([("first", one), ("second", two)])
         return ask(f"What is in the {which} picture?", "a {} {}".format(*next(iter(content.values()))), first, second, id=f"pair-{seed}")
-    image, content = scene(rng)
+    image, content, _ = scene(rng)
     place, (colour, shape) = rng.choice(list(content.items()))
     colours, shapes = [c for c, _ in content.values()], [s for _, s in content.values()]
     question = {

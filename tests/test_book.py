@@ -1,0 +1,101 @@
+"""The book itself: chapters, badges, the README, and the direction of imports."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
+FACTS = ConfigParser(delimiters=["="])
+FACTS.read(ROOT / "settings.ini", encoding="utf-8")
+FACTS = FACTS["DEFAULT"]
+# A module may import modules of a lower floor, and of its own room.
+FLOORS = {"errors": 0, "style": 0, "data": 1, "models": 1, "lora": 2, "plan": 3, "quant": 4, "train": 5, "debug": 6, "checkpoint": 6, "evaluate": 6,
+          "job": 7, "tour": 7, "cli": 8}  # fmt: skip
+
+
+def cells(path, kind):
+    return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def badge(name):
+    return f"https://colab.research.google.com/github/{FACTS['user']}/{FACTS['repo']}/blob/{FACTS['branch']}/nbs/{name}"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_chapter_opens_with_title_promise_and_its_own_module(path):
+    first = cells(path, "markdown")[0]
+    assert re.match(r"# .+\n\n> .+", first), "title and one-line promise"
+    for link in re.findall(r"https://colab\.research[^)]*?\.ipynb", first):
+        assert link == badge(path.name)
+    exports = [m[1] for c in cells(path, "code") if (m := re.search(r"^#\| default_exp (\S+)", c, re.M))]
+    if path.stem != "index":
+        assert exports == [path.stem.split("_", 1)[1]]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_chapter_keeps_its_outputs_and_none_is_an_error(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    outputs = [o for c in notebook["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+    assert outputs and path.stat().st_size < 400_000
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert not re.search(r"(?<!\w)/(root|home|tmp/tmp)", json.dumps(outputs)), "a path of a machine"
+
+
+def test_the_readme_lists_every_chapter_with_its_badge():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in CHAPTERS:
+        if path.stem != "index":
+            assert f"(nbs/{path.name})" in readme, path.name
+    for link in re.findall(r"https://colab\.research[^)]*?\.ipynb", readme):
+        assert link == badge(link.rsplit("/", 1)[1]) and (ROOT / "nbs" / link.rsplit("/", 1)[1]).is_file()
+    for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", readme) + re.findall(r'src="((?!http)[^"]+)"', readme):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_index_lists_every_chapter():
+    text = "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown"))
+    for path in CHAPTERS:
+        assert path.stem == "index" or f"({path.name})" in text, path.name
+
+
+def test_the_readme_s_python_runs(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", readme, re.S)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr
+
+
+def imports(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert "*" not in [a.name for a in node.names], f"{path}: import *"
+            if node.module and node.module.startswith("vlm_lora_lab."):
+                yield node.module.split(".")[1]
+
+
+def test_arrows_run_one_way():
+    package = ROOT / "vlm_lora_lab"
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package).with_suffix("").parts[0]
+        for other in imports(path) if room not in ("__init__", "_modidx") else ():
+            assert other == room or FLOORS[other] < FLOORS[room], f"{path.name} imports {other}"
+
+
+def test_importing_the_package_stays_light():
+    loaded = subprocess.run([sys.executable, "-c", "import vlm_lora_lab, sys; print(*sys.modules)"], capture_output=True, text=True).stdout.split()
+    assert "vlm_lora_lab" in loaded and "torch" not in loaded and "transformers" not in loaded
+
+
+def test_versions_agree():
+    import vlm_lora_lab
+
+    assert vlm_lora_lab.__version__ == FACTS["version"]
+    assert f"## {FACTS['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
