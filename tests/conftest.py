@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests compare bits on a CPU
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ def test_a_chapter_opens_with_title_promise_and_its_own_module(path):
     assert re.match(r"# .+\n\n> .+", first), "title and one-line promise"
     for link in re.findall(r"https://colab\.research[^)]*?\.ipynb", first):
         assert link == badge(path.name)
+        assert f"pip install -q git+{FACTS['git_url']}'" in cells(path, "code")[0], "a reader on Colab must get the package"
     exports = [m[1] for c in cells(path, "code") if (m := re.search(r"^#\| default_exp (\S+)", c, re.M))]
     if path.stem != "index":
         assert exports == [path.stem.split("_", 1)[1]]
@@ -59,6 +60,15 @@ def test_the_readme_lists_every_chapter_with_its_badge():
         assert (ROOT / link).exists(), link
 
 
+def test_the_readme_shows_the_plan_as_it_is():
+    from vlm_lora_lab.models.load import load_model
+    from vlm_lora_lab.plan import PlanTable, apply_plan
+    from vlm_lora_lab.tour import DEMO_PLAN
+
+    table = repr(PlanTable.of(apply_plan(load_model("lab", four_bit=True), DEMO_PLAN), DEMO_PLAN))
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), table
+
+
 def test_the_index_lists_every_chapter():
     text = "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown"))
     for path in CHAPTERS:
@@ -74,19 +84,23 @@ def test_the_readme_s_python_runs(tmp_path):
 
 def imports(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    here = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert "*" not in [a.name for a in node.names], f"{path}: import *"
-            if node.module and node.module.startswith("vlm_lora_lab."):
-                yield node.module.split(".")[1]
+            name = (here[: len(here) - node.level + 1] if node.level else ()) + tuple((node.module or "").split("."))
+            if name[0] == "vlm_lora_lab" and len(name) > 1 and name[1]:
+                yield name[1]
 
 
 def test_arrows_run_one_way():
-    package = ROOT / "vlm_lora_lab"
+    package, seen = ROOT / "vlm_lora_lab", 0
     for path in package.rglob("*.py"):
         room = path.relative_to(package).with_suffix("").parts[0]
         for other in imports(path) if room not in ("__init__", "_modidx") else ():
             assert other == room or FLOORS[other] < FLOORS[room], f"{path.name} imports {other}"
+            seen += 1
+    assert seen > 40
 
 
 def test_importing_the_package_stays_light():

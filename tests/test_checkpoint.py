@@ -86,3 +86,34 @@ def test_nothing_is_overwritten_and_provenance_is_complete(tmp_path):
     assert TuningPlan.of(json.loads((folder / "plan.json").read_text())) == TuningPlan()
     with pytest.raises(InputError, match="no adapter_config.json"):
         read_provenance(tmp_path)
+
+
+def test_a_16_bit_base_reloads_what_was_trained_in_32(tmp_path):
+    torch.manual_seed(0)
+    model = apply_plan(load_model("lab", dtype=torch.bfloat16), TuningPlan())
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.01 * torch.randn_like(p)  # values that 16 bit cannot hold
+    folder = save_adapter(model, tmp_path / "adapter", TuningPlan(), "lab", load_tokenizer("lab"), four_bit=False)
+    again = load_adapter(folder, model=load_model("lab", dtype=torch.bfloat16))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    reloaded = dict(again.named_parameters())
+    assert trained and all(torch.equal(p, reloaded[n]) for n, p in trained.items())
+
+
+def test_a_damaged_model_folder_is_named(tmp_path):
+    import shutil
+
+    for name, spoil in {
+        "cut": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1000]),
+        "shapes": lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"intermediate_size": 384', '"intermediate_size": 320')),
+        "types": lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"query_num": 16', '"query_num": "many"')),
+        "version": lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"version": 2.6', '"version": 4.5')),
+        "config": lambda f: (f / "config.json").write_text("{"),
+        "tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    }.items():
+        shutil.copytree(lab_folder(), tmp_path / name)
+        spoil(tmp_path / name)
+        with pytest.raises(InputError, match=name):
+            load_tokenizer(tmp_path / name)
+            load_model(tmp_path / name)

@@ -73,17 +73,21 @@ def test_bad_data_gets_one_sentence_and_leaves_nothing(how, data, tmp_path, caps
         (["--learning-rate", "-1"], "above 0"),
         (["--mix-data", "drawn", "--mix-share", "1.5"], "share"),
         (["--image-root", "nowhere"], "nowhere"),
+        (["--language", "freeze"], "no part gets LoRA"),
+        (["--full-learning-rate", "-1"], "negative"),
+        (["--max-steps", "0"], "max_steps"),
+        (["--batch-size", "1.5"], "whole number"),
     ],
 )
 def test_bad_flags_get_one_sentence(args, message, data, tmp_path, capsys):
     assert main(["train", "--data", str(data), "--output", str(tmp_path / "out"), *args]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out" / "report.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "text, message",
-    [("learing_rate: 1", "learing_rate"), ("[1, 2]", "key: value"), ("data: [", "line"), ("plan: lora", "plan"), ("schedule: {epochs: many}", "epochs"), ("data: 5", "text")],
+    [("learing_rate: 1", "learing_rate"), ("[1, 2]", "key: value"), ("data: [", "line"), ("plan: lora", "plan"), ("schedule: {epochs: many}", "epochs"), ("data: 5", "text"), ("plan: {targets: q_proj}", "list"), ("1: x", "'1'"), ("schedule: {learning_rate: .nan}", "number")],
 )
 def test_a_bad_configuration_file_is_named(text, message, tmp_path, capsys):
     (tmp_path / "job.yaml").write_text(text)
@@ -128,7 +132,7 @@ def test_train_ask_merge_in_one_go(data, tmp_path, capsys):
     assert main(["train", *common, "--output", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["exact_match"]["after"]["rate"] > report["exact_match"]["before"]["rate"]
-    assert {p.name for p in out.iterdir()} == {"adapter", "checkpoints", "job.json", "loss.png", "report.json"}
+    assert {p.name for p in out.iterdir()} == {"adapter", "before.json", "checkpoints", "job.json", "loss.png", "report.json"}
     capsys.readouterr()
     picture, truth = data.parent / "0000.png", json.loads(data.read_text())[0]["conversations"][1]["content"]
     answers = []
@@ -157,6 +161,8 @@ def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(data, tmp_path)
     assert not (tmp_path / "cut" / "report.json").exists()
     refused = run(*flags, "--output", tmp_path / "cut")
     assert refused.returncode == 2 and "--resume" in refused.stderr
+    changed = run("train", "--resume", "--output", tmp_path / "cut", "--rank", "4")
+    assert changed.returncode == 2 and "'rank': 16" in changed.stderr, changed.stderr
     again = run("train", "--resume", "--output", tmp_path / "cut")
     assert again.returncode == 0 and "Resuming" in again.stdout, again.stderr
     a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from vlm_lora_lab.data.batch import Processor
+from vlm_lora_lab.data.drawn import draw
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.models.load import load_model
+from vlm_lora_lab.evaluate import generate_answers
+from vlm_lora_lab.models.load import load_model, load_tokenizer
 from vlm_lora_lab.models.parts import PARTS, count, part_of
 from vlm_lora_lab.plan import PlanTable, TuningPlan, apply_plan, audit
 
@@ -25,6 +28,10 @@ PLANS = [
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: "-".join(p.words.values()))
 def test_a_plan_trains_what_it_says_and_nothing_else(plan, four_bit):
     torch.manual_seed(0)
+    if four_bit and "lora" not in plan.words.values():
+        with pytest.raises(InputError, match="no part gets LoRA"):
+            apply_plan(load_model("lab", four_bit=True), plan)
+        return
     model = apply_plan(load_model("lab", four_bit=four_bit), plan)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     ids = torch.randint(20, 400, (2, 30))
@@ -58,6 +65,7 @@ def test_tune_llm_with_lora_cannot_be_written():
 
 def test_lora_never_reaches_the_resampler_by_accident():
     model = apply_plan(load_model("lab"), TuningPlan(connector="freeze", targets=("v_proj",)))
+    assert isinstance(model.base_model.model.resampler.kv_proj, torch.nn.Linear)  # a substring would have hit it
     assert not any("resampler" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
@@ -74,9 +82,12 @@ def test_the_audit_sees_both_directions_and_16_bit():
         audit(model, plan)
 
 
-def test_trainables_are_float32_in_a_16_bit_model():
-    model = apply_plan(load_model("lab", dtype=torch.bfloat16), TuningPlan())
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: "-".join(p.words.values()))
+def test_trainables_are_float32_in_a_16_bit_model_that_still_runs(plan):
+    model = apply_plan(load_model("lab", dtype=torch.bfloat16), plan)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    processor = Processor.of(model.config, load_tokenizer("lab"))
+    assert len(generate_answers(model, processor, [draw(0, "number"), draw(1, "pair")], max_new_tokens=4)) == 2
 
 
 def test_counts_are_of_true_weights_not_of_packed_bytes():

@@ -9,6 +9,8 @@ __all__ = ['TRAIN_HELP', 'main']
 import argparse
 import inspect
 import json
+import math
+import os
 import re
 import sys
 import warnings
@@ -16,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, empty_folder
 
 # %% ../nbs/95_cli.ipynb #8238ab28
 def _options(cls):
@@ -27,7 +29,21 @@ def _options(cls):
 
 def _number(text):
     value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
     return int(value) if value == int(value) and "." not in text and "e" not in text.lower() else value
+
+
+def _positive(text):
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
+def _seed(text):
+    if not 0 <= (value := int(text)) < 2**32:
+        raise ValueError(text)
+    return value
 
 
 def _add(group, cls, names=None):
@@ -55,8 +71,12 @@ def _configuration(path):
     if not path.is_file():
         raise InputError("there is no such configuration file", path, "Give a YAML or JSON file, or flags alone")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # every JSON file is YAML, too
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        text = path.read_text(encoding="utf-8")
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError:
+            values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, PermissionError) as e:
         mark = getattr(e, "problem_mark", None)
         raise InputError(f"this is neither YAML nor JSON: {getattr(e, 'problem', e)}", f"{path}, line {mark.line + 1}" if mark else path) from None
     if not isinstance(values, dict):
@@ -111,7 +131,7 @@ def _job(options):
             raise InputError("the folder of the run to resume is missing", "train --resume", "Add --output FOLDER")
         if not (Path(output) / "job.json").is_file():
             raise InputError("there is no run in this folder to resume", output, "Start the training without --resume")
-        values = json.loads((Path(output) / "job.json").read_text(encoding="utf-8"))
+        values = _configuration(Path(output) / "job.json")
     given = vars(options)
     for section, cls in (("plan", TuningPlan), ("schedule", Schedule)):
         flags = {f.name: given[f.name] for f in fields(cls) if f.name in given}
@@ -152,7 +172,7 @@ def _merge(o):
     from vlm_lora_lab.checkpoint.save import read_provenance
     import torch
 
-    base = o.model or read_provenance(o.adapter)["base"]
+    base, _ = o.model or read_provenance(o.adapter)["base"], empty_folder(o.output)
     folder = save_merged(merge_adapter(o.adapter, base, o.onto), o.output, base, getattr(torch, o.dtype))
     print(f"Written: {folder}. Load it with load_model({str(folder)!r}), or give it as --model.")
 
@@ -188,8 +208,8 @@ def _parser(argv):
                 "Fine-tune the lab model on real handwriting by Q-LoRA; show before and after, what was forgotten,\nand prove that the saved and the merged model are the trained one.")  # fmt: skip
     p.add_argument("--output", default="vlm_lora_lab_demo", metavar="FOLDER", help="for the results; must be new or empty (default: vlm_lora_lab_demo)")
     p.add_argument("--mix", type=float, default=0.0, metavar="SHARE", help="share of old samples mixed in against forgetting, such as 0.3 (default: 0)")
-    p.add_argument("--steps", type=int, metavar="N", help="training steps of 32 samples (default: enough for at least 85%% exact match)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    p.add_argument("--steps", type=_positive, metavar="N", help="training steps of 32 samples (default: enough for at least 85%% exact match)")
+    p.add_argument("--seed", type=_seed, default=0, metavar="N", help="(default: 0)")
 
     p = command("train", _train, "fine-tune a model on your own data", TRAIN_HELP)
     if argv[:1] == ["train"]:  # its options need the training engine, which takes seconds to import
@@ -201,7 +221,7 @@ def _parser(argv):
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
     p.add_argument("--adapter", metavar="FOLDER", help="written by train or demo; its base model is found by itself")
     p.add_argument("--model", metavar="FOLDER", help='"lab" or a model folder (default: the adapter\'s base, or lab)')
-    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    p.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
 
     p = command("merge", _merge, "fold an adapter into a whole model",
                 "Fold an adapter into a whole model.\n\n  vlm-lora-lab merge runs/first/adapter --output runs/first/merged")  # fmt: skip
@@ -214,9 +234,9 @@ def _parser(argv):
 
     p = command("pretrain", _pretrain, "make the lab model again, from nothing (about half an hour on two cores)")
     p.add_argument("--output", required=True, metavar="FOLDER", help="for the model; must be new or empty")
-    p.add_argument("--eyes", type=int, default=3500, metavar="N", help="steps of the vision tower alone (default: 3500)")
-    p.add_argument("--words", type=int, default=5500, metavar="N", help="steps of the whole model (default: 5500)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    p.add_argument("--eyes", type=_positive, default=3000, metavar="N", help="steps of the vision tower alone (default: 3000)")
+    p.add_argument("--words", type=_positive, default=5000, metavar="N", help="steps of the whole model (default: 5000)")
+    p.add_argument("--seed", type=_seed, default=0, metavar="N", help="(default: 0)")
     return parser
 
 
@@ -227,6 +247,7 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser(argv).parse_args(argv)
     try:
+        os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written, never shown
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # addressed to library authors
         return options.run(options) or 0
     except InputError as e:

@@ -7,10 +7,8 @@ __all__ = ['generate_answers', 'ExactMatch', 'gallery', 'loss_curve']
 
 # %% ../nbs/80_evaluate.ipynb #28edc1cc
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -18,6 +16,7 @@ from tqdm.auto import tqdm
 from .data.batch import Collator, Processor
 from .data.records import Conversation
 from .data.slicing import load_image
+from .models.parts import mixed_precision
 from .style import COLORS, figure
 
 # %% ../nbs/80_evaluate.ipynb #feb1e0d9
@@ -37,7 +36,8 @@ def generate_answers(
         for start in tqdm(range(0, len(conversations), batch_size), desc=desc, disable=not desc, leave=False):
             rows = [processor(conversations[i], answer=False) for i in range(start, min(start + batch_size, len(conversations)))]
             batch = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}
-            ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+            with mixed_precision(model):
+                ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
             answers += [a.strip() for a in tok.batch_decode(ids, skip_special_tokens=True)]
     finally:
         model.train(was_training)
@@ -82,11 +82,11 @@ def gallery(
     "Pictures with the answer before and after; changed ones first, then in order."
     order = sorted(range(len(conversations)), key=lambda i: before[i] == after[i])[:n]
     cols = min(5, len(order))
-    fig, axes = figure(math.ceil(len(order) / cols), cols, width=1.5 * cols, height=1.25 * math.ceil(len(order) / cols))
-    for ax in (axes := axes.flat):
+    fig, _ = figure(math.ceil(len(order) / cols), cols, width=1.5 * cols, height=1.25 * math.ceil(len(order) / cols))
+    for ax in fig.axes:
         ax.axis("off")
     mark = lambda a, c: f"{a or '(nothing)'} {'✓' if a == c.answer else '✗'}"  # noqa: E731
-    for ax, i in zip(axes, order):
+    for ax, i in zip(fig.axes, order):
         c = conversations[i]
         ax.imshow(load_image(c.images[0], c.source))
         ax.set_title(f"{mark(before[i], c)} → {mark(after[i], c)}", fontsize=8, color=COLORS[2] if after[i] == c.answer else COLORS[1])

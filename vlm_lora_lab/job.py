@@ -19,7 +19,7 @@ from .checkpoint.save import save_adapter
 from .data.batch import Processor, Samples
 from .data.drawn import Drawn
 from .data.records import read_conversations
-from .errors import InputError, complete_or_nothing, empty_folder, explain_write_errors
+from .errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
 from .evaluate import ExactMatch, generate_answers, loss_curve
 from .models.load import load_model, load_tokenizer
 from .plan import PlanTable, TuningPlan, apply_plan
@@ -45,13 +45,14 @@ class Job:
     def of(cls, values: dict, where: str = "configuration") -> "Job":
         "From nested dictionaries. Raises `InputError` for unknown, missing or ill-typed keys."
         known = {f.name: f for f in fields(cls)}
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := sorted(map(str, set(values) - set(known))):
             raise InputError(f"{', '.join(map(repr, unknown))} is unknown", where, f"Known are {', '.join(known)}")
         values = dict(values)
         for name in ("data", "output"):
             if not isinstance(values.get(name), str):
                 raise InputError(f"{name!r} is missing" if values.get(name) is None else f"{name!r} must be text", where,
                                  f"Write {name}: PATH in the file, or give --{name} PATH")  # fmt: skip
+        values = {k: v for k, v in values.items() if v is not None or k != "model"}
         for name in ("model", "eval_data", "image_root", "mix_data"):
             if not isinstance(values.get(name), (str, type(None))):
                 raise InputError(f"{name} is {values[name]!r}", where, "Write text, such as a path")
@@ -72,7 +73,7 @@ class Job:
 
 
 def _schedule(values):
-    if unknown := sorted(set(values) - {f.name for f in fields(Schedule)}):
+    if unknown := sorted(map(str, set(values) - {f.name for f in fields(Schedule)})):
         raise InputError(f"{', '.join(unknown)} is unknown", "schedule", f"Known are {', '.join(f.name for f in fields(Schedule))}")
     return Schedule(**values)
 
@@ -85,6 +86,27 @@ def _checked(path, job, processor, desc):
     return conversations
 
 
+def _place(job, resume):
+    "Check the output folder: new or empty, or holding a run that can be resumed. Nothing is touched."
+    output, made_by_us = Path(job.output), {"job.json", "before.json", "checkpoints"}
+    checkpoint = last_checkpoint(output / "checkpoints")
+    if (output / "report.json").exists() and resume:
+        raise InputError("this run is finished, so there is nothing to resume", output, "Start a new one in another folder")
+    if checkpoint is None and resume:
+        raise InputError("there is no complete checkpoint to resume from", output, "Start the training again without --resume")
+    if checkpoint and not resume and not (output / "report.json").exists():
+        raise InputError("this folder holds a run that was stopped", output, "Add --resume to go on with it, or choose another folder")
+    if resume:
+        before = json.loads(json.dumps(job.to_dict()))
+        was = json.loads((output / "job.json").read_text(encoding="utf-8"))
+        if changed := [f"{k} was {was.get(k)!r} and is {v!r}" for k, v in before.items() if was.get(k) != v and k != "output"]:
+            raise InputError(f"this is another job than the one that was stopped: {'; '.join(changed)}", output / "job.json",
+                             "Resume without these changes, or start a new run in another folder")  # fmt: skip
+    elif not (output.is_dir() and (output / "job.json").exists() and {p.name for p in output.iterdir()} <= made_by_us):
+        empty_folder(output)  # what lets an earlier run of ours pass is that it ended before its first checkpoint
+    return output
+
+
 def train(
     job: Job,
     resume: bool = False,  # go on with the run in `job.output`
@@ -93,18 +115,7 @@ def train(
     """Run a job from data to a saved adapter.
 
     Raises `InputError` before anything is written when something that was given cannot be used."""
-    output = Path(job.output)
-    if not resume:
-        if last_checkpoint(output / "checkpoints") and not (output / "report.json").exists():
-            raise InputError("this folder holds a run that was stopped", output, "Add --resume to go on with it, or choose another folder")
-        never_saved = output.is_dir() and {p.name for p in output.iterdir()} <= {"job.json", "checkpoints"}
-        if never_saved and (output / "job.json").exists():  # an earlier run ended before its first checkpoint: nothing is lost
-            shutil.rmtree(output)
-        empty_folder(output)
-    if resume and (output / "report.json").exists():
-        raise InputError("this run is finished, so there is nothing to resume", output, "Start a new one in another folder")
-    if resume and last_checkpoint(output / "checkpoints") is None:
-        raise InputError("there is no complete checkpoint to resume from", output, "Start the training again without --resume, into an empty folder")
+    output = _place(job, resume)
     tokenizer = load_tokenizer(job.model)
     torch.manual_seed(job.schedule.seed)
     model = load_model(job.model, four_bit=job.four_bit)
@@ -114,27 +125,32 @@ def train(
     if job.mix_data:
         old = Drawn(0, 1_000_000) if job.mix_data == "drawn" else _checked(job.mix_data, job, processor, "old samples")
         new = mix(new, old, job.mix_share, job.schedule.seed)
-    with explain_write_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            (output / "job.json").write_text(json.dumps(job.to_dict(), indent=1) + "\n")
     model = apply_plan(model, job.plan)
     say(str(PlanTable.of(model, job.plan)))
-    before = generate_answers(model, processor, held_out, desc="asking before") if held_out and not resume else None
     if resume:
         say(f"Resuming from {last_checkpoint(output / 'checkpoints')}.")
+        for leftover in ("adapter", "model"):  # of an attempt that failed after training; written anew below
+            shutil.rmtree(output / leftover, ignore_errors=True)
+    else:
+        with explain_write_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        write_json(output / "job.json", job.to_dict())
+        if held_out:
+            write_json(output / "before.json", generate_answers(model, processor, held_out, desc="asking before"))
     run = fit(model, Samples(new, processor), job.schedule, output / "checkpoints", Samples(held_out, processor) if held_out else None, resume)
     if run.stopped:
         say(f"Stopped after step {run.steps}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
     report = {"job": job.to_dict(), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
     if held_out:
-        after = generate_answers(model, processor, held_out, desc="asking after")
-        results = {"before": before, "after": after}
-        report["exact_match"] = {k: ExactMatch.of(v, held_out).to_dict() for k, v in results.items() if v is not None}
-        for k, v in results.items():
-            if v is not None:
-                say(f"{k:6} {ExactMatch.of(v, held_out)}")
+        results = {"before": json.loads((output / "before.json").read_text(encoding="utf-8")),
+                   "after": generate_answers(model, processor, held_out, desc="asking after")}  # fmt: skip
+        scores = {when: ExactMatch.of(answers, held_out) for when, answers in results.items()}
+        report["exact_match"] = {when: score.to_dict() for when, score in scores.items()}
+        say("\n".join(f"{when:6} {score}" for when, score in scores.items()))
+    with explain_write_errors(output):
+        loss_curve(run.history).savefig(output / "loss.png")
     if isinstance(model, PeftModel):
         report["adapter"] = str(save_adapter(model, output / "adapter", job.plan, job.model, tokenizer, job.four_bit))
     else:
@@ -142,8 +158,6 @@ def train(
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         report["model"] = str(output / "model")
-    with explain_write_errors(output):
-        loss_curve(run.history).savefig(output / "loss.png")
-        (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(output / "report.json", report)
     say(f"Written: {report.get('adapter') or report['model']}, {output / 'loss.png'}, {output / 'report.json'}")
     return report

@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from .errors import InputError
@@ -60,8 +60,8 @@ class TuningPlan:
             raise InputError("the language model is trained in full while another part gets LoRA", "plan, language",
                              "Train both in full, or give the language model 'lora'")  # fmt: skip
         if self.targets is not None:
-            if isinstance(self.targets, str):
-                raise InputError(f"targets is the text {self.targets!r}", "plan, targets", f"Write a list: [{self.targets}]")
+            if not isinstance(self.targets, (list, tuple)) or not self.targets or not all(isinstance(t, str) for t in self.targets):
+                raise InputError(f"targets is {self.targets!r}", "plan, targets", "Write a list of layers, such as [q_proj, v_proj]")
             object.__setattr__(self, "targets", tuple(self.targets))
             if unknown := set(self.targets) - set(TARGETS["language"]):
                 raise InputError(f"{', '.join(sorted(unknown))} is no linear layer of the language model", "plan, targets",
@@ -86,8 +86,8 @@ class TuningPlan:
     def of(cls, values: dict) -> "TuningPlan":
         "From a dictionary; raises `InputError` for a key that is none of ours."
         known = [f.name for f in fields(cls)]
-        if unknown := set(values) - set(known):
-            raise InputError(f"{', '.join(sorted(unknown))} is unknown", "plan", f"Known are {', '.join(known)}")
+        if unknown := sorted(map(str, set(values) - set(known))):
+            raise InputError(f"{', '.join(unknown)} is unknown", "plan", f"Known are {', '.join(known)}")
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -100,15 +100,18 @@ def apply_plan(
 ) -> nn.Module:  # wrapped by PEFT, or the model itself when no part gets LoRA
     """Make a model trainable as the plan says, and prove it.
 
-    Raises `InputError` for a 4-bit language model that should be trained in full, `RuntimeError` if the audit fails."""
+    Raises `InputError` for a 4-bit model with a language model in full or without any LoRA, `RuntimeError` if the audit fails."""
     if plan.language == "full" and getattr(model, "is_loaded_in_4bit", False):
         raise InputError("the language model is in 4 bit and should be trained in full; integers have no gradient", "plan, language",
                          "Write language: lora, or load the model whole (four_bit: false)")  # fmt: skip
+    if "lora" not in plan.words.values() and getattr(model, "is_loaded_in_4bit", False):
+        raise InputError("the model is in 4 bit and no part gets LoRA", "plan", "Give a part 'lora', or load the model whole (four_bit: false)")
     model.requires_grad_(False)
     if "lora" in plan.words.values():
         config = LoraConfig(
             task_type="CAUSAL_LM", r=plan.rank, lora_alpha=plan.alpha, lora_dropout=plan.dropout, bias="none",
             target_modules=plan.target_regex, modules_to_save=plan.modules_to_save or None,
+            exclude_modules=[n for n, m in model.named_modules() if isinstance(m, nn.Identity)] or None,  # a `kv_proj` between equal widths
         )  # fmt: skip
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, p in model.named_parameters():

@@ -6,8 +6,6 @@
 __all__ = ['DEMO_PLAN', 'DEMO_STEPS', 'peak_memory', 'demo']
 
 # %% ../nbs/00_tour.ipynb #b7a0a468
-import json
-import resource
 import sys
 import tempfile
 import time
@@ -21,7 +19,7 @@ from .checkpoint.save import load_adapter, save_adapter
 from .data.batch import Collator, Processor, Samples
 from .data.drawn import HELD_OUT, Drawn
 from .data.records import read_conversations, samples_folder
-from .errors import empty_folder, explain_write_errors
+from .errors import empty_folder, explain_write_errors, write_json
 from .evaluate import ExactMatch, gallery, generate_answers, loss_curve
 from .models.load import load_model, load_tokenizer
 from .plan import PlanTable, TuningPlan, apply_plan
@@ -34,6 +32,12 @@ DEMO_STEPS = 400
 
 def peak_memory() -> float:  # GiB
     "The most memory that this process has held so far."
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -53,7 +57,7 @@ def demo(
     questions = {"handwriting": read_conversations(data / "test.json"), "old": Drawn(HELD_OUT, 200)}
     tokenizer = load_tokenizer("lab")
     torch.manual_seed(seed)
-    model = load_model("lab", four_bit=True)
+    model = load_model("lab", four_bit=True, dtype=torch.float32)  # also on a GPU: the proof compares at 32 bit
     processor = Processor.of(model.config, tokenizer)
     model = apply_plan(model, DEMO_PLAN)
     say("The plan\n\n" + str(PlanTable.of(model, DEMO_PLAN)) + "\n")
@@ -65,15 +69,15 @@ def demo(
         run = fit(model, Samples(new, processor), schedule, scratch, save=False)
     if run.stopped:
         raise KeyboardInterrupt
-    say(f"Trained {run.steps} steps in {run.seconds:.0f} s, loss {run.losses[0]:.2f} → {sum(run.losses[-5:]) / 5:.2f}.\n")
+    say(f"Trained {run.steps} steps in {run.seconds:.0f} s, loss {run.losses[0]:.2f} → {sum(run.losses[-5:]) / len(run.losses[-5:]):.2f}.\n")
     after = {k: ask(model, k, f"asking about {k}") for k in questions}
     score = {k: {"before": ExactMatch.of(before[k], questions[k]), "after": ExactMatch.of(after[k], questions[k])} for k in questions}
     for k, title in (("handwriting", "Handwriting it never saw"), ("old", "Its own old questions")):
         say(f"{title}:\n  before {score[k]['before']}\n  after  {score[k]['after']}")
 
     adapter = save_adapter(model, output / "adapter", DEMO_PLAN, "lab", tokenizer, four_bit=True)
-    reloaded = load_adapter(adapter)
-    merged = load_model(save_merged(merge_adapter(adapter), output / "merged", "lab"))
+    reloaded = load_adapter(adapter, model=load_model("lab", four_bit=True, dtype=torch.float32))
+    merged = load_model(save_merged(merge_adapter(adapter), output / "merged", "lab"), dtype=torch.float32)
     rows = [questions["handwriting"][i] for i in range(32)]
     proof = same_model(model, reloaded, merged, Collator(tokenizer.pad_token_id)([processor(c) for c in rows]))
     same_answers = {k: all(ask(m, k, "comparing") == after[k] for m in (reloaded, merged)) for k in questions}
@@ -92,6 +96,6 @@ def demo(
     with explain_write_errors(output):
         loss_curve(run.history).savefig(output / "loss.png")
         gallery(questions["handwriting"], before["handwriting"], after["handwriting"]).savefig(output / "before_after.png")
-        (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(output / "report.json", report)
     say(f"\n{report['seconds']:.0f} s, {report['peak_memory_gib']:.1f} GiB. Written to {output}/: adapter/, merged/, loss.png, before_after.png, report.json")
     return report

@@ -16,16 +16,17 @@ from .save import load_adapter, read_provenance
 from ..errors import InputError, complete_or_nothing, empty_folder
 from ..models.load import check_nf4, load_model, load_tokenizer, no_bar_if_small
 from ..models.minicpmv import MiniCPMV
+from ..models.parts import mixed_precision
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #d537441e
 @torch.no_grad()
 def dequantized(
     base: str | Path,  # "lab", or a model folder
-) -> MiniCPMV:  # whole, float32: the weights that a 4-bit training saw
+) -> MiniCPMV:  # whole, float32, on the CPU: the weights that a 4-bit training saw
     "The base model with its decoder layers rounded to NF4 and back."
     import bitsandbytes as bnb
 
-    small, whole = load_model(base, four_bit=True, dtype=torch.float32), load_model(base, dtype=torch.float32)
+    small, whole = (load_model(base, four_bit=b, dtype=torch.float32, device="cpu") for b in (True, False))
     for name in check_nf4(small):
         q = small.get_submodule(name).weight
         whole.get_submodule(name).weight.copy_(bnb.functional.dequantize_4bit(q.data, q.quant_state))
@@ -36,7 +37,7 @@ def merge_adapter(
     adapter: str | Path,  # folder written by `save_adapter`
     base: str | Path | None = None,  # another place of the same base; None: the one it was trained on
     onto: str = "nf4",  # "nf4": the weights it was trained beside; "original": the base's own
-) -> MiniCPMV:  # whole, float32, in evaluation mode
+) -> MiniCPMV:  # whole, float32, on the CPU, in evaluation mode
     """Fold LoRA and modules trained in full into a whole model, in float32.
 
     Raises `InputError` for a wrong base or an unknown `onto`, `RuntimeError` when the merge changed nothing or left a wrapper behind."""
@@ -44,7 +45,7 @@ def merge_adapter(
     base = base or provenance["base"]
     if onto not in ("nf4", "original"):
         raise InputError(f"onto is {onto!r}", "merge", "Write 'nf4' or 'original'")
-    start = dequantized(base) if onto == "nf4" and provenance["four_bit"] else load_model(base, dtype=torch.float32)
+    start = dequantized(base) if onto == "nf4" and provenance["four_bit"] else load_model(base, dtype=torch.float32, device="cpu")
     before = {n: p.detach().clone() for n, p in start.named_parameters()}
     merged = load_adapter(adapter, base, model=start).merge_and_unload(safe_merge=True)
     after = dict(merged.named_parameters())
@@ -101,7 +102,8 @@ def same_model(
     logits = []
     for model in (trained, reloaded, merged):
         was_training, device = model.training, next(model.parameters()).device
-        logits.append(model.eval()(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu()[text])
+        with mixed_precision(model):
+            logits.append(model.eval()(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu()[text])
         model.train(was_training)
     spread = logits[0].std()
     return SameModel(*(((other - logits[0]).abs().max() / spread).item() for other in logits[1:]))

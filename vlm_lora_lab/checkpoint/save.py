@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import InputError, complete_or_nothing, empty_folder
+from ..errors import InputError, complete_or_nothing, empty_folder, write_json
 from ..models.load import load_model, model_folder
 from ..plan import TuningPlan, audit
 
@@ -63,10 +63,10 @@ def save_adapter(
     with complete_or_nothing(folder) as partial:
         model.save_pretrained(partial, save_embedding_layers=False)
         tokenizer.save_pretrained(partial)
-        (partial / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
+        write_json(partial / "plan.json", plan.to_dict())
         provenance = {"base": str(base), "base_fingerprint": fingerprint(base), "four_bit": four_bit,
                       "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")}}  # fmt: skip
-        (partial / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+        write_json(partial / "provenance.json", provenance)
         written = load_peft_weights(str(partial), device="cpu")
         if set(written) != set(state) or any(not torch.equal(written[k], state[k].cpu()) for k in state):
             raise RuntimeError(f"What was read back from {partial} is not what was written.")
@@ -81,7 +81,11 @@ def read_provenance(
     for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json"):
         if not (folder / name).is_file():
             raise InputError(f"there is no {name} in this folder", folder, "Give the folder that `vlm-lora-lab train` or `demo` named as the adapter")
-    return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    try:
+        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        return {k: provenance[k] for k in ("base", "base_fingerprint", "four_bit", "versions")}
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise InputError(f"provenance.json is damaged ({e!r})", folder, "Copy the whole folder again from where it was trained") from None
 
 
 def load_adapter(
@@ -98,8 +102,12 @@ def load_adapter(
         raise InputError(f"this adapter was trained on another base than {str(base)!r}", folder,
                          f"It was trained on {provenance['base']!r}; give that model")  # fmt: skip
     model = load_model(base, four_bit=provenance["four_bit"]) if model is None else model
-    adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
-    wanted, found = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)), set(load_peft_weights(str(folder), device="cpu"))
+    adapted, weights = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False), load_peft_weights(str(folder), device="cpu")
+    wanted, found = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)), set(weights)
     if wanted != found:
         raise InputError(f"keys do not match; only in the file: {sorted(found - wanted)[:5]}, only in the model: {sorted(wanted - found)[:5]}", folder)
+    for name, p in adapted.named_parameters():  # PEFT makes them in the base's type; in 16 bit the trained values would be rounded
+        if ".lora_" in name or ".modules_to_save." in name:
+            p.data = p.data.float()
+    set_peft_model_state_dict(adapted, weights)
     return adapted.eval()

@@ -111,8 +111,12 @@ def _pictures(image, messages, root, where):
                          "Write the placeholder where the picture belongs")  # fmt: skip
     paths = tuple(root / files[tag] for tag in mentioned)
     for path in paths:
-        if not path.is_file():
-            raise InputError(f"there is no picture {path}", f"{where}, image", "Paths are relative to the folder of the JSON file")
+        try:
+            there = path.is_file()
+        except OSError:  # a name that no file can have, such as the picture itself in base64
+            there = False
+        if not there:
+            raise InputError(f"there is no picture {str(path)[:200]}", f"{where}, image", "Paths are relative to the folder of the JSON file")
     return tuple(Message(m.role, PLACEHOLDER.sub("<image>", m.content)) for m in messages), paths
 
 
@@ -128,6 +132,8 @@ def read_conversations(
         raise InputError("there is no such data file", path, "Give the path of a JSON file with a list of records")
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError:
+        raise InputError("this file may not be read", path, "Change its permissions") from None
     except UnicodeDecodeError as e:
         raise InputError(f"this is not UTF-8 text (byte {e.start})", path, "Save the file as UTF-8") from None
     except json.JSONDecodeError as e:

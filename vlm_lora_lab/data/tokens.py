@@ -89,4 +89,4 @@ def encode(
     supervised = [any(lo <= start and end <= hi for lo, hi in spans) for start, end in offsets]
     opening, closing = tokenizer.convert_tokens_to_ids(["<image>", "</image>"])
     starts = [i + 1 for i, t in enumerate(ids) if t == opening]
-    return Encoded(ids, [t if s else IGNORE for t, s in zip(ids, supervised)], list(zip(starts, [i for i, t in enumerate(ids) if t == closing])))
+    return Encoded(ids, [t if s else IGNORE for t, s in zip(ids, supervised)], list(zip(starts, [i for i, t in enumerate(ids) if t == closing], strict=True)))

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -134,13 +136,20 @@ def load_model(
         dtype = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     try:
         config = MiniCPMVConfig.from_pretrained(folder)
-    except ValueError as e:
+    except (ValueError, StrictDataclassError) as e:
         raise InputError(str(e).rstrip("."), folder / "config.json") from None
     with no_bar_if_small(sum(f.stat().st_size for f in folder.glob("*.safetensors"))):
-        model, report = MiniCPMV.from_pretrained(
-            folder, config=config, dtype=dtype, device_map={"": device}, quantization_config=nf4_config(dtype) if four_bit else None,
-            output_loading_info=True,
-        )  # fmt: skip
+        try:
+            model, report = MiniCPMV.from_pretrained(
+                folder, config=config, dtype=dtype, device_map={"": device}, quantization_config=nf4_config(dtype) if four_bit else None,
+                output_loading_info=True,
+            )  # fmt: skip
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"a file of the model is missing or damaged ({e})", folder, "Fetch the model again") from None
+        except RuntimeError as e:
+            if "ignore_mismatched_sizes" not in str(e):
+                raise
+            raise InputError("weights and configuration disagree on shapes", folder, "The folder mixes files of different models") from e
     if wrong := {k: sorted(map(str, v)) for k, v in report.items() if v}:
         raise InputError(f"weights and configuration disagree: {wrong}", folder, "The folder mixes files of different models, or is incomplete")
     if four_bit:

@@ -107,6 +107,7 @@ class Resampler(nn.Module):
         tgt_sizes: torch.Tensor,  # (pictures, 2) int: rows and columns of patches
     ) -> torch.Tensor:  # (pictures, query_num, D)
         "Resample each picture to `query_num` vectors."
+        x = x.to(self.query.dtype)  # trained in 32 bit behind a vision tower in 16, or the other way round
         mask = torch.arange(x.shape[1], device=x.device) < tgt_sizes.prod(-1, keepdim=True).to(x.device)
         x = self.ln_kv(self.kv_proj(x))
         x = self.attn(self.ln_q(self.query), x + self.positions(tgt_sizes, x), x, mask)

@@ -61,7 +61,7 @@ def lab_config(
         vocab_size=len(tokenizer), max_position_embeddings=2048, rms_norm_eps=1e-6, initializer_range=0.06, tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         query_num=16, resampler_num_heads=4, use_image_id=False,
-        vision_config={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 112, "patch_size": 8},
+        vision_config={"hidden_size": 112, "intermediate_size": 448, "num_hidden_layers": 5, "num_attention_heads": 4, "image_size": 112, "patch_size": 8},
         slice_config={"max_slice_nums": 1, "patch_size": 8, "scale_resolution": 56},
     )  # fmt: skip
 
@@ -102,6 +102,8 @@ def learn_to_see(
     seed: int = 0,
 ) -> list[float]:  # share of the patches with something on them that were named right, every 50 steps
     "Train the vision tower in place to name what each patch shows."
+    if not steps:
+        return []
     torch.manual_seed(seed)
     head = nn.Linear(model.config.vision_config.hidden_size, len(LABELS))
     parameters = [*model.vpm.parameters(), *head.parameters()]
@@ -126,14 +128,14 @@ def learn_to_see(
 # %% ../../nbs/53_train.pretrain.ipynb #55ad80a5
 def pretrain(
     output: str | Path,  # folder of the new model; must not exist, or be empty
-    eyes: int = 3500,  # steps of stage one
-    words: int = 5500,  # steps of stage two
+    eyes: int = 3000,  # steps of stage one
+    words: int = 5000,  # steps of stage two
     seed: int = 0,
     say=print,  # called with each line of the account
 ) -> Path:  # the folder
     """Make the lab model from nothing. With the default steps it takes about half an hour on two cores.
 
-    Raises `InputError` when the folder is in use or the disk is full."""
+    Raises `InputError` when the folder is in use or the disk is full, `KeyboardInterrupt` when it is stopped; nothing is written then."""
     output = empty_folder(output)
     start, tokenizer = time.perf_counter(), lab_tokenizer()
     torch.manual_seed(seed)
@@ -146,6 +148,8 @@ def pretrain(
     schedule = Schedule(max_steps=words, batch_size=batch_size, learning_rate=1e-3, full_learning_rate=1e-3, seed=seed)
     with tempfile.TemporaryDirectory() as scratch:
         run = fit(model, Samples(Drawn(0, words * batch_size), processor), schedule, scratch, desc="words", checkpoint_activations=False, save=False)
+    if run.stopped:
+        raise KeyboardInterrupt
     say(f"words: {words} steps, {run.seconds:.0f} s; loss {run.losses[-1]:.3f}")
     with complete_or_nothing(output) as partial:
         model.to(torch.bfloat16).save_pretrained(partial)

@@ -6,6 +6,8 @@
 __all__ = ['Schedule', 'PartTrainer', 'Progress', 'StopOnSignal', 'last_checkpoint', 'Fitted', 'fit', 'mix']
 
 # %% ../../nbs/52_train.run.ipynb #600d307d
+import json
+import math
 import random
 import re
 import shutil
@@ -46,15 +48,20 @@ class Schedule:
             value = getattr(self, f.name)
             if f.name == "full_learning_rate" and value is None:
                 continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
                 raise InputError(f"expected a number, found {value!r}", f"schedule, {f.name}",
                                  "YAML reads 2e-4 as text; write 2.0e-4 or 0.0002" if isinstance(value, str) else "")  # fmt: skip
         for name in ("max_steps", "batch_size", "accumulation", "save_every", "max_length", "seed"):
             if int(getattr(self, name)) != getattr(self, name):
                 raise InputError(f"expected a whole number, found {getattr(self, name)!r}", f"schedule, {name}")
+            object.__setattr__(self, name, int(getattr(self, name)))
         for name in ("epochs", "batch_size", "accumulation", "learning_rate", "save_every", "max_length"):
             if getattr(self, name) <= 0:
                 raise InputError(f"expected a number above 0, found {getattr(self, name)!r}", f"schedule, {name}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise InputError(f"max_steps is {self.max_steps}", "schedule, max_steps", "Write a number above 0, or -1 to go by epochs")
+        if not 0 <= self.seed < 2**32 or self.full_rate < 0:
+            raise InputError(f"seed is {self.seed} and full_learning_rate is {self.full_rate}", "schedule", "Neither can be negative")
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup is {self.warmup!r}", "schedule, warmup", "Write a share of the steps, such as 0.05")
 
@@ -88,7 +95,7 @@ class Progress(TrainerCallback):
     "A bar with the loss on it."
 
     def __init__(self, desc: str = "training"):
-        self.desc = desc
+        self.desc, self.bar = desc, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.desc, leave=False, dynamic_ncols=True)
@@ -100,8 +107,10 @@ class Progress(TrainerCallback):
         if logs and "loss" in logs:
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+    def close(self):
+        "Take the bar away."
+        if self.bar is not None:
+            self.bar.close()
 
 
 class StopOnSignal(TrainerCallback):
@@ -126,8 +135,13 @@ class StopOnSignal(TrainerCallback):
         if self.stopped:
             control.should_save, control.should_training_stop = self.save, True
 
-    def on_train_end(self, args, state, control, **kwargs):
-        for s, old in self.old.items():
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:
+            control.should_evaluate = False  # the Trainer would evaluate before it stops
+
+    def restore(self):
+        "Give the signals back."
+        for s, old in getattr(self, "old", {}).items():
             signal.signal(s, old)
 
 # %% ../../nbs/52_train.run.ipynb #db196a99
@@ -136,7 +150,14 @@ def last_checkpoint(
 ) -> Path | None:  # the newest complete one
     "The newest checkpoint whose last file was written."
     found = [(int(m[1]), p) for p in Path(folder).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return next((p for _, p in sorted(found, reverse=True) if (p / "trainer_state.json").is_file()), None)
+    return next((p for _, p in sorted(found, reverse=True) if _complete(p)), None)
+
+
+def _complete(checkpoint):
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -182,15 +203,15 @@ def fit(
         logging_steps=log_every, logging_first_step=True, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
         remove_unused_columns=False, label_names=["labels"], dataloader_num_workers=0, dataloader_pin_memory=on_gpu,
     )  # fmt: skip
-    stop = StopOnSignal(save)
+    stop, progress = StopOnSignal(save), Progress(desc)
     trainer = PartTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=evaluation, data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[Progress(desc), stop], full_rate=schedule.full_rate,
+        callbacks=[progress, stop], full_rate=schedule.full_rate,
     )  # fmt: skip
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
     if checkpoint_activations:
-        model.enable_input_require_grads()  # frozen embeddings would otherwise cut the gradient off
+        model.enable_input_require_grads()  # what re-entrant checkpointing would need; harmless to the other kind
     checkpoint = last_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
         raise InputError("there is no complete checkpoint to resume from", folder, "Start the training again without --resume, into an empty folder")
@@ -199,9 +220,12 @@ def fit(
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except InputError:
         for partial in Path(folder).glob("checkpoint-*"):
-            if not (partial / "trainer_state.json").is_file():
+            if not _complete(partial):
                 shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        stop.restore()
+        progress.close()
     if checkpoint_activations:
         model.disable_input_require_grads()
         model.gradient_checkpointing_disable()
