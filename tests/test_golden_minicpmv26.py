@@ -117,7 +117,7 @@ def test_gradient_of_every_parameter(golden, model, case, checkpointing):
         if full is not None:
             compared += 1
             assert (grad - full).norm() <= 1e-4 * full.norm() + 1e-7, name
-    assert compared > 0
+    assert compared > 0 or case == "no_image_training"  # for that case the references hold statistics only
     if case == "no_image_training":
         assert all(grad is not None and not grad.any() for name, grad in grads.items() if not name.startswith("llm."))
 

@@ -92,7 +92,8 @@ def test_reload_is_exact_and_positions_are_not_loaded(model, tmp_path):
     assert not any(report.values())
     row = picture_row()
     assert torch.equal(again.eval()(**row).logits, model(**row).logits)
-    assert again.config.to_dict()["vision_config"] == model.config.to_dict()["vision_config"]
+    plain = lambda m: {k: v for k, v in m.config.to_dict()["vision_config"].items() if k != "dtype"}  # noqa: E731
+    assert plain(again) == plain(model)
     assert not any("pos_embed" in key for key in again.state_dict())
 
 

@@ -102,7 +102,11 @@ def load_adapter(
         raise InputError(f"this adapter was trained on another base than {str(base)!r}", folder,
                          f"It was trained on {provenance['base']!r}; give that model")  # fmt: skip
     model = load_model(base, four_bit=provenance["four_bit"]) if model is None else model
-    adapted, weights = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False), load_peft_weights(str(folder), device="cpu")
+    weights = load_peft_weights(str(folder), device="cpu")
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    except KeyError as e:
+        raise InputError(f"keys do not match; {e} is missing in the file", folder, "Copy the whole folder again from where it was trained") from None
     wanted, found = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)), set(weights)
     if wanted != found:
         raise InputError(f"keys do not match; only in the file: {sorted(found - wanted)[:5]}, only in the model: {sorted(wanted - found)[:5]}", folder)

@@ -52,6 +52,14 @@ def model_folder(
     return folder
 
 
+def _config(folder):
+    "The configuration of a model folder, with its mistakes as an `InputError`."
+    try:
+        return MiniCPMVConfig.from_pretrained(folder)
+    except (ValueError, StrictDataclassError) as e:
+        raise InputError(" ".join(str(e).split()).rstrip("."), folder / "config.json") from None
+
+
 def load_tokenizer(
     name: str | Path,  # "lab", or a folder
 ) -> PreTrainedTokenizerBase:
@@ -61,6 +69,7 @@ def load_tokenizer(
     folder = model_folder(name)
     if not (folder / "tokenizer.json").is_file():
         raise InputError("there is no tokenizer.json in this folder", folder, "Copy the tokenizer's files next to config.json")
+    _config(folder)  # AutoTokenizer reads it, too, and says less when it is wrong
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template", folder)
@@ -134,10 +143,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    try:
-        config = MiniCPMVConfig.from_pretrained(folder)
-    except (ValueError, StrictDataclassError) as e:
-        raise InputError(str(e).rstrip("."), folder / "config.json") from None
+    config = _config(folder)
     with no_bar_if_small(sum(f.stat().st_size for f in folder.glob("*.safetensors"))):
         try:
             model, report = MiniCPMV.from_pretrained(

@@ -7,6 +7,7 @@ __all__ = ['MiniCPMVConfig', 'position_buckets', 'PatchEmbeddings', 'VisionTower
 
 # %% ../../nbs/12_models.minicpmv.ipynb #8e30dafa
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig
 from transformers import initialization as init
@@ -17,6 +18,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from .resampler import CrossAttention, Resampler
 
 # %% ../../nbs/12_models.minicpmv.ipynb #81349515
+@strict
 class MiniCPMVConfig(Qwen2Config):
     """Configuration of MiniCPM-V 2.6, field for field the published `config.json`.
 
