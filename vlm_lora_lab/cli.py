@@ -184,7 +184,7 @@ def _pretrain(o):
     from vlm_lora_lab.models.load import load_model, load_tokenizer
     from vlm_lora_lab.train.pretrain import pretrain
 
-    folder, held_out = pretrain(o.output, o.eyes, o.words, o.seed), Drawn(HELD_OUT, 1000)
+    folder, held_out = pretrain(o.output, o.eyes, o.words, o.questions, o.seed), Drawn(HELD_OUT, 1000)
     model = load_model(folder)
     answers = generate_answers(model, Processor.of(model.config, load_tokenizer(folder)), held_out, desc="asking")
     print(f"Its own held-out questions: {ExactMatch.of(answers, held_out)}\nWritten: {folder}")
@@ -235,6 +235,7 @@ def _parser(argv):
     p = command("pretrain", _pretrain, "make the lab model again, from nothing (about half an hour on two cores)")
     p.add_argument("--output", required=True, metavar="FOLDER", help="for the model; must be new or empty")
     p.add_argument("--eyes", type=_positive, default=3000, metavar="N", help="steps of the vision tower alone (default: 3000)")
+    p.add_argument("--questions", type=_positive, default=1200, metavar="N", help="steps on hard questions, done twice (default: 1200)")
     p.add_argument("--words", type=_positive, default=5000, metavar="N", help="steps of the whole model (default: 5000)")
     p.add_argument("--seed", type=_seed, default=0, metavar="N", help="(default: 0)")
     return parser

@@ -33,7 +33,7 @@ def generate_answers(
     device, was_training, answers = next(model.parameters()).device, model.training, []
     model.eval()
     try:
-        for start in tqdm(range(0, len(conversations), batch_size), desc=desc, disable=not desc, leave=False):
+        for start in tqdm(range(0, len(conversations), batch_size), desc=desc, leave=False, **({} if desc else {"disable": True})):
             rows = [processor(conversations[i], answer=False) for i in range(start, min(start + batch_size, len(conversations)))]
             batch = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}
             with mixed_precision(model):

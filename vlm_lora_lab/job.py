@@ -81,7 +81,7 @@ def _schedule(values):
 def _checked(path, job, processor, desc):
     "Read a data file, and open every picture once, before anything expensive happens."
     conversations = read_conversations(path, job.image_root)
-    for c in tqdm(conversations, desc=f"checking {desc}", leave=False, disable=len(conversations) < 100):
+    for c in tqdm(conversations, desc=f"checking {desc}", leave=False, **({"disable": True} if len(conversations) < 100 else {})):
         processor(c)
     return conversations
 

@@ -27,7 +27,7 @@ from .train.run import Schedule, fit, mix
 
 # %% ../nbs/00_tour.ipynb #2feb8d0e
 DEMO_PLAN = TuningPlan(vision="lora", connector="full", language="lora", rank=16)
-DEMO_STEPS = 400
+DEMO_STEPS = 300
 
 
 def peak_memory() -> float:  # GiB
@@ -94,8 +94,8 @@ def demo(
         "threads": torch.get_num_threads(), "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
     }  # fmt: skip
     with explain_write_errors(output):
-        loss_curve(run.history).savefig(output / "loss.png")
-        gallery(questions["handwriting"], before["handwriting"], after["handwriting"]).savefig(output / "before_after.png")
+        loss_curve(run.history).savefig(output / "loss.png", dpi=120)
+        gallery(questions["handwriting"], before["handwriting"], after["handwriting"]).savefig(output / "before_after.png", dpi=120)
     write_json(output / "report.json", report)
     say(f"\n{report['seconds']:.0f} s, {report['peak_memory_gib']:.1f} GiB. Written to {output}/: adapter/, merged/, loss.png, before_after.png, report.json")
     return report
