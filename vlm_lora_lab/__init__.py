@@ -1,6 +1,10 @@
 __version__ = "0.1.0"
 
 import logging
+import warnings
 
-# On a CPU, bitsandbytes 0.50 warns on import that optional `kernels` are missing. Its own code serves; nothing is wrong.
+# Two messages of our dependencies that need no action and would only make a reader wonder.
+# On a CPU, bitsandbytes 0.50 says on import that optional `kernels` are missing; its own code serves.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
+# PEFT 0.21 uses names that transformers 5.23 is about to rename.
+warnings.filterwarnings("ignore", message=r".*gradient_checkpointing.* is deprecated", category=FutureWarning)

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import sys
-import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -249,7 +248,6 @@ def main(
     options = _parser(argv).parse_args(argv)
     try:
         os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written, never shown
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # addressed to library authors
         return options.run(options) or 0
     except InputError as e:
         print(f"vlm-lora-lab {options.command}: {e}", file=sys.stderr)

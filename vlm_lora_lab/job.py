@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'train']
 
-# %% ../nbs/94_job.ipynb #d91551f1
+# %% ../nbs/94_job.ipynb #d8f5762b
 import json
 import shutil
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +23,7 @@ from .errors import InputError, complete_or_nothing, empty_folder, explain_write
 from .evaluate import ExactMatch, generate_answers, loss_curve
 from .models.load import load_model, load_tokenizer
 from .plan import PlanTable, TuningPlan, apply_plan
+from .style import save_figure
 from .train.run import Schedule, fit, last_checkpoint, mix
 
 # %% ../nbs/94_job.ipynb #5d1e6638
@@ -150,7 +151,7 @@ def train(
         report["exact_match"] = {when: score.to_dict() for when, score in scores.items()}
         say("\n".join(f"{when:6} {score}" for when, score in scores.items()))
     with explain_write_errors(output):
-        loss_curve(run.history).savefig(output / "loss.png")
+        save_figure(loss_curve(run.history), output / "loss.png")
     if isinstance(model, PeftModel):
         report["adapter"] = str(save_adapter(model, output / "adapter", job.plan, job.model, tokenizer, job.four_bit))
     else:

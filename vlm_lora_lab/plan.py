@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'TARGETS', 'TuningPlan', 'apply_plan', 'audit', 'PlanTable']
 
-# %% ../nbs/32_plan.ipynb #4d7c41a3
+# %% ../nbs/32_plan.ipynb #4bc22416
 import html
 import re
 from dataclasses import asdict, dataclass, fields

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO_PLAN', 'DEMO_STEPS', 'peak_memory', 'demo']
 
-# %% ../nbs/00_tour.ipynb #b7a0a468
+# %% ../nbs/00_tour.ipynb #1740b8c2
 import sys
 import tempfile
 import time
@@ -23,11 +23,12 @@ from .errors import empty_folder, explain_write_errors, write_json
 from .evaluate import ExactMatch, gallery, generate_answers, loss_curve
 from .models.load import load_model, load_tokenizer
 from .plan import PlanTable, TuningPlan, apply_plan
+from .style import save_figure
 from .train.run import Schedule, fit, mix
 
 # %% ../nbs/00_tour.ipynb #2feb8d0e
 DEMO_PLAN = TuningPlan(vision="lora", connector="full", language="lora", rank=16)
-DEMO_STEPS = 300
+DEMO_STEPS = 400
 
 
 def peak_memory() -> float:  # GiB
@@ -94,8 +95,8 @@ def demo(
         "threads": torch.get_num_threads(), "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
     }  # fmt: skip
     with explain_write_errors(output):
-        loss_curve(run.history).savefig(output / "loss.png", dpi=120)
-        gallery(questions["handwriting"], before["handwriting"], after["handwriting"]).savefig(output / "before_after.png", dpi=120)
+        save_figure(loss_curve(run.history), output / "loss.png")
+        save_figure(gallery(questions["handwriting"], before["handwriting"], after["handwriting"]), output / "before_after.png")
     write_json(output / "report.json", report)
     say(f"\n{report['seconds']:.0f} s, {report['peak_memory_gib']:.1f} GiB. Written to {output}/: adapter/, merged/, loss.png, before_after.png, report.json")
     return report

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprint', 'save_adapter', 'read_provenance', 'load_adapter']
 
-# %% ../../nbs/70_checkpoint.save.ipynb #7dc183e1
+# %% ../../nbs/70_checkpoint.save.ipynb #fb68ba3f
 import hashlib
 import json
 from importlib.metadata import version

@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL', 'CHAT_TEMPLATE', 'LABELS', 'QUESTIONS', 'lab_tokenizer', 'lab_config', 'DenseDrawn', 'learn_to_see',
            'learn_to_answer', 'pretrain']
 
-# %% ../../nbs/53_train.pretrain.ipynb #a6489032
+# %% ../../nbs/53_train.pretrain.ipynb #7e8efa87
 import random
 import tempfile
 import time

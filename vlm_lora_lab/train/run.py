@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Schedule', 'PartTrainer', 'Progress', 'StopOnSignal', 'last_checkpoint', 'Fitted', 'fit', 'mix']
 
-# %% ../../nbs/52_train.run.ipynb #600d307d
+# %% ../../nbs/52_train.run.ipynb #3ae16e37
 import json
 import math
 import random
