@@ -188,7 +188,7 @@ def _pretrain(o):
     answers = generate_answers(model, Processor.of(model.config, load_tokenizer(folder)), held_out, desc="asking")
     print(f"Its own held-out questions: {ExactMatch.of(answers, held_out)}\nWritten: {folder}")
 
-
+# %% ../nbs/95_cli.ipynb #6f665fe4
 def _parser(argv):
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(

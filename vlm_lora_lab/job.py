@@ -72,7 +72,7 @@ class Job:
     def to_dict(self) -> dict:
         return asdict(self)
 
-
+# %% ../nbs/94_job.ipynb #beeeddd4
 def _schedule(values):
     if unknown := sorted(map(str, set(values) - {f.name for f in fields(Schedule)})):
         raise InputError(f"{', '.join(unknown)} is unknown", "schedule", f"Known are {', '.join(f.name for f in fields(Schedule))}")
@@ -107,7 +107,7 @@ def _place(job, resume):
         empty_folder(output)  # what lets an earlier run of ours pass is that it ended before its first checkpoint
     return output
 
-
+# %% ../nbs/94_job.ipynb #cb02816a
 def train(
     job: Job,
     resume: bool = False,  # go on with the run in `job.output`

@@ -40,7 +40,7 @@ def fingerprint(
                 digest.update(raw.read(64))
     return digest.hexdigest()
 
-
+# %% ../../nbs/70_checkpoint.save.ipynb #7bb63c6c
 def save_adapter(
     model: PeftModel,  # trained
     folder: str | Path,  # must not exist, or be empty
@@ -72,7 +72,7 @@ def save_adapter(
             raise RuntimeError(f"What was read back from {partial} is not what was written.")
     return folder
 
-
+# %% ../../nbs/70_checkpoint.save.ipynb #30b5bd54
 def read_provenance(
     folder: str | Path,  # of an adapter written by `save_adapter`
 ) -> dict:
