@@ -61,11 +61,11 @@ def test_the_readme_lists_every_chapter_with_its_badge():
 
 
 def test_the_readme_shows_the_plan_as_it_is():
-    from vlm_lora_lab.models.load import load_model
+    from vlm_lora_lab.models.load import load_vlm
     from vlm_lora_lab.plan import PlanTable, apply_plan
     from vlm_lora_lab.tour import DEMO_PLAN
 
-    table = repr(PlanTable.of(apply_plan(load_model("lab", four_bit=True), DEMO_PLAN), DEMO_PLAN))
+    table = repr(PlanTable.of(apply_plan(load_vlm("lab", four_bit=True), DEMO_PLAN), DEMO_PLAN))
     assert table in (ROOT / "README.md").read_text(encoding="utf-8"), table
 
 

@@ -10,7 +10,7 @@ from peft.utils import load_peft_weights
 from vlm_lora_lab.checkpoint.merge import merge_adapter, same_model, save_merged
 from vlm_lora_lab.checkpoint.save import fingerprint, load_adapter, read_provenance, save_adapter
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.models.load import lab_folder, load_model, load_tokenizer
+from vlm_lora_lab.models.load import lab_folder, load_vlm, load_tokenizer
 from vlm_lora_lab.plan import TuningPlan, apply_plan
 
 IDS = torch.arange(20, 50)[None]
@@ -20,7 +20,7 @@ BATCH = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), pixel_values=to
 
 def trained(plan, four_bit):
     torch.manual_seed(0)
-    model = apply_plan(load_model("lab", four_bit=four_bit), plan)
+    model = apply_plan(load_vlm("lab", four_bit=four_bit), plan)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for _ in range(3):
         model(**BATCH, labels=IDS).loss.backward()
@@ -38,10 +38,10 @@ def trained(plan, four_bit):
 def test_trained_reloaded_and_merged_are_one_model(plan, four_bit, tmp_path):
     model = trained(plan, four_bit)
     folder = save_adapter(model, tmp_path / "adapter", plan, "lab", load_tokenizer("lab"), four_bit)
-    merged = load_model(save_merged(merge_adapter(folder), tmp_path / "merged", "lab"))
+    merged = load_vlm(save_merged(merge_adapter(folder), tmp_path / "merged", "lab"))
     proof = same_model(model, load_adapter(folder), merged, BATCH)
     assert proof.reloaded == 0 and proof.ok, proof
-    plain = PeftModel.from_pretrained(load_model("lab", four_bit=four_bit), folder, autocast_adapter_dtype=False).eval()
+    plain = PeftModel.from_pretrained(load_vlm("lab", four_bit=four_bit), folder, autocast_adapter_dtype=False).eval()
     with torch.no_grad():
         assert torch.equal(plain(**BATCH).logits, model(**BATCH).logits)  # PEFT alone can read the folder
     stored = sum(t.numel() for t in load_peft_weights(str(folder), device="cpu").values())
@@ -50,13 +50,13 @@ def test_trained_reloaded_and_merged_are_one_model(plan, four_bit, tmp_path):
 
 def test_same_model_can_fail(tmp_path):
     model = trained(TuningPlan(), True)
-    other = load_model("lab", four_bit=True)
+    other = load_vlm("lab", four_bit=True)
     assert not same_model(model, other, other, BATCH).ok
 
 
 def test_a_wrong_base_is_refused(tmp_path):
     folder = save_adapter(trained(TuningPlan(), True), tmp_path / "adapter", TuningPlan(), "lab", load_tokenizer("lab"), True)
-    other = load_model("lab")
+    other = load_vlm("lab")
     other.vpm.post_layernorm.weight.data += 0.1
     save_merged(other, tmp_path / "other", "lab")
     assert fingerprint(tmp_path / "other") != fingerprint("lab") == fingerprint(lab_folder())
@@ -90,12 +90,12 @@ def test_nothing_is_overwritten_and_provenance_is_complete(tmp_path):
 
 def test_a_16_bit_base_reloads_what_was_trained_in_32(tmp_path):
     torch.manual_seed(0)
-    model = apply_plan(load_model("lab", dtype=torch.bfloat16), TuningPlan())
+    model = apply_plan(load_vlm("lab", dtype=torch.bfloat16), TuningPlan())
     for p in model.parameters():
         if p.requires_grad:
             p.data += 0.01 * torch.randn_like(p)  # values that 16 bit cannot hold
     folder = save_adapter(model, tmp_path / "adapter", TuningPlan(), "lab", load_tokenizer("lab"), four_bit=False)
-    again = load_adapter(folder, model=load_model("lab", dtype=torch.bfloat16))
+    again = load_adapter(folder, model=load_vlm("lab", dtype=torch.bfloat16))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     reloaded = dict(again.named_parameters())
     assert trained and all(torch.equal(p, reloaded[n]) for n, p in trained.items())
@@ -116,4 +116,4 @@ def test_a_damaged_model_folder_is_named(tmp_path):
         spoil(tmp_path / name)
         with pytest.raises(InputError, match=name):
             load_tokenizer(tmp_path / name)
-            load_model(tmp_path / name)
+            load_vlm(tmp_path / name)

@@ -15,7 +15,7 @@ from vlm_lora_lab.data.slicing import load_image, overview_size, to_patches
 from vlm_lora_lab.data.tokens import IGNORE, encode
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer
-from vlm_lora_lab.models.minicpmv import MiniCPMVConfig
+from vlm_lora_lab.models.minicpmv import MiniCPMV26Config
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_too_long_is_an_error_not_a_cut(tokenizer):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_is_its_rows(tokenizer, side):
-    config = MiniCPMVConfig(vocab_size=len(tokenizer), query_num=16, use_image_id=False, slice_config={"scale_resolution": 56},
+    config = MiniCPMV26Config(vocab_size=len(tokenizer), query_num=16, use_image_id=False, slice_config={"scale_resolution": 56},
                             vision_config={"patch_size": 8, "image_size": 112})  # fmt: skip
     process = Processor.of(config, tokenizer)
     rows = [process(draw(i, kind)) for i, kind in enumerate(KINDS)]

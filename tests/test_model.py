@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from vlm_lora_lab.models.load import lab_folder, load_model
-from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMVConfig
+from vlm_lora_lab.models.load import lab_folder, load_vlm
+from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMV26Config, MiniCPMVConfig
 from vlm_lora_lab.models.resampler import Resampler
 
 TINY = dict(
@@ -18,7 +18,7 @@ TINY = dict(
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return MiniCPMV(MiniCPMVConfig(**TINY)).eval()
+    return MiniCPMV(MiniCPMV26Config(**TINY)).eval()
 
 
 def picture_row(start=2, length=12, row=0):
@@ -139,8 +139,13 @@ def test_frozen_vision_and_text_only_training_need_no_picture(model):
 
 
 def test_other_versions_are_refused():
-    with pytest.raises(ValueError, match="2.6"):
-        MiniCPMVConfig(**TINY, version=4.5)
+    for version in (3.7, "next", None):
+        with pytest.raises(ValueError, match="2.0, 2.5, 2.6, 4.0, 4.5"):
+            MiniCPMVConfig.from_dict(TINY | {"version": version})
+    with pytest.raises(ValueError, match="cannot hold version"):
+        MiniCPMV26Config.from_dict(TINY | {"version": 4.5})
+    with pytest.raises(ValueError, match="from_dict"):
+        MiniCPMVConfig(query_num=4)
 
 
 def test_the_lab_model_is_what_the_course_says():
@@ -156,7 +161,7 @@ def test_evaluating_a_4_bit_model_first_changes_no_gradient():
 
     grads = []
     for evaluate in (False, True):
-        model, ids = load_model("lab", four_bit=True), torch.arange(20, 40)[None]
+        model, ids = load_vlm("lab", four_bit=True), torch.arange(20, 40)[None]
         if evaluate:
             with torch.no_grad():
                 model(input_ids=ids)

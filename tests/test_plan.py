@@ -7,8 +7,8 @@ from vlm_lora_lab.data.batch import Processor
 from vlm_lora_lab.data.drawn import draw
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.evaluate import generate_answers
-from vlm_lora_lab.models.load import load_model, load_tokenizer
-from vlm_lora_lab.models.parts import PARTS, count, part_of
+from vlm_lora_lab.models.load import load_vlm, load_tokenizer
+from vlm_lora_lab.models.parts import PARTS, count, layout_of
 from vlm_lora_lab.plan import PlanTable, TuningPlan, apply_plan, audit
 
 PLANS = [
@@ -30,9 +30,9 @@ def test_a_plan_trains_what_it_says_and_nothing_else(plan, four_bit):
     torch.manual_seed(0)
     if four_bit and "lora" not in plan.words.values():
         with pytest.raises(InputError, match="no part gets LoRA"):
-            apply_plan(load_model("lab", four_bit=True), plan)
+            apply_plan(load_vlm("lab", four_bit=True), plan)
         return
-    model = apply_plan(load_model("lab", four_bit=four_bit), plan)
+    model = apply_plan(load_vlm("lab", four_bit=four_bit), plan)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     ids = torch.randint(20, 400, (2, 30))
     batch = dict(input_ids=ids, labels=ids, pixel_values=torch.randn(1, 3, 8, 12 * 8), tgt_sizes=torch.tensor([[3, 4]]),
@@ -42,6 +42,7 @@ def test_a_plan_trains_what_it_says_and_nothing_else(plan, four_bit):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    part_of = layout_of(model).part_of
     moved = {part_of(n) for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {part for part, word in plan.words.items() if word != "freeze"}
     for name, p in model.named_parameters():
@@ -52,10 +53,10 @@ def test_a_plan_trains_what_it_says_and_nothing_else(plan, four_bit):
 
 def test_full_training_needs_no_wrapper_and_refuses_four_bit():
     full = TuningPlan(*["full"] * 5)
-    model = apply_plan(load_model("lab"), full)
+    model = apply_plan(load_vlm("lab"), full)
     assert count(model) == count(model, trainable=True)
     with pytest.raises(InputError, match="4 bit"):
-        apply_plan(load_model("lab", four_bit=True), full)
+        apply_plan(load_vlm("lab", four_bit=True), full)
 
 
 def test_tune_llm_with_lora_cannot_be_written():
@@ -64,13 +65,13 @@ def test_tune_llm_with_lora_cannot_be_written():
 
 
 def test_lora_never_reaches_the_resampler_by_accident():
-    model = apply_plan(load_model("lab"), TuningPlan(connector="freeze", targets=("v_proj",)))
+    model = apply_plan(load_vlm("lab"), TuningPlan(connector="freeze", targets=("v_proj",)))
     assert isinstance(model.base_model.model.resampler.kv_proj, torch.nn.Linear)  # a substring would have hit it
     assert not any("resampler" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
 def test_the_audit_sees_both_directions_and_16_bit():
-    model, plan = apply_plan(load_model("lab"), TuningPlan()), TuningPlan()
+    model, plan = apply_plan(load_vlm("lab"), TuningPlan()), TuningPlan()
     base = model.base_model.model
     base.vpm.post_layernorm.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match="vpm.post_layernorm.weight is trained under the word 'freeze'"):
@@ -84,14 +85,14 @@ def test_the_audit_sees_both_directions_and_16_bit():
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: "-".join(p.words.values()))
 def test_trainables_are_float32_in_a_16_bit_model_that_still_runs(plan):
-    model = apply_plan(load_model("lab", dtype=torch.bfloat16), plan)
+    model = apply_plan(load_vlm("lab", dtype=torch.bfloat16), plan)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     processor = Processor.of(model.config, load_tokenizer("lab"))
     assert len(generate_answers(model, processor, [draw(0, "number"), draw(1, "pair")], max_new_tokens=4)) == 2
 
 
 def test_counts_are_of_true_weights_not_of_packed_bytes():
-    assert count(load_model("lab")) == count(load_model("lab", four_bit=True))
-    model = apply_plan(load_model("lab"), TuningPlan())
+    assert count(load_vlm("lab")) == count(load_vlm("lab", four_bit=True))
+    model = apply_plan(load_vlm("lab"), TuningPlan())
     rows = {r[0]: r for r in PlanTable.of(model, TuningPlan()).rows}
     assert rows["connector"][2] == rows["connector"][3] and rows["vision"][3] == 0 and list(rows) == list(PARTS)

@@ -153,16 +153,38 @@ def _train(o):
     return 130 if "stopped_at_step" in train(_job(o), o.resume) else 0
 
 
+def _parts(o):
+    from vlm_lora_lab.models.parts import PARTS, PartsTable, count, layout_of
+    from vlm_lora_lab.models.published import PUBLISHED, on_meta
+
+    if o.model is None:
+        print(f"{'published checkpoint':42}" + "".join(f"{p:>11}" for p in PARTS) + f"{'all':>11}   (million weights)")
+        for name in PUBLISHED:
+            weights = count(on_meta(name))
+            print(f"{name:42}" + "".join(f"{weights[p] / 1e6:11,.1f}" for p in PARTS) + f"{sum(weights.values()) / 1e6:11,.1f}")
+        print("\nOne of them in full: vlm-lora-lab parts openbmb/MiniCPM-V-2_6")
+        return
+    model = on_meta(o.model)
+    layout = layout_of(model)
+    print(PartsTable.of(model, f"{o.model}: {layout.family}"))
+    if layout.inferred:
+        print("\nNobody registered this architecture. The parts above were inferred from its structure: look whether they are right before you train.")
+    known = {n.lower(): p for n, p in PUBLISHED.items()}.get(o.model.lower())
+    if known:
+        print(f"\nSizes read from: {known.source}")
+        print("".join(f"  not read there: {field}: {where}\n" for field, where in known.unread.items()), end="")
+
+
 def _ask(o):
     from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
     from vlm_lora_lab.data.batch import Processor
     from vlm_lora_lab.data.records import ask
     from vlm_lora_lab.evaluate import generate_answers
-    from vlm_lora_lab.models.load import load_model, load_tokenizer
+    from vlm_lora_lab.models.load import load_vlm, load_tokenizer
 
     base = o.model or (read_provenance(o.adapter)["base"] if o.adapter else "lab")
     question = ask(o.question, "", *map(Path, o.image), id="of the command line")
-    model = load_adapter(o.adapter, base) if o.adapter else load_model(base)
+    model = load_adapter(o.adapter, base) if o.adapter else load_vlm(base)
     print(generate_answers(model, Processor.of(model.config, load_tokenizer(base)), [question], max_new_tokens=o.max_new_tokens)[0])
 
 
@@ -173,18 +195,18 @@ def _merge(o):
 
     base, _ = o.model or read_provenance(o.adapter)["base"], empty_folder(o.output)
     folder = save_merged(merge_adapter(o.adapter, base, o.onto), o.output, base, getattr(torch, o.dtype))
-    print(f"Written: {folder}. Load it with load_model({str(folder)!r}), or give it as --model.")
+    print(f"Written: {folder}. Load it with load_vlm({str(folder)!r}), or give it as --model.")
 
 
 def _pretrain(o):
     from vlm_lora_lab.data.batch import Processor
     from vlm_lora_lab.data.drawn import HELD_OUT, Drawn
     from vlm_lora_lab.evaluate import ExactMatch, generate_answers
-    from vlm_lora_lab.models.load import load_model, load_tokenizer
+    from vlm_lora_lab.models.load import load_vlm, load_tokenizer
     from vlm_lora_lab.train.pretrain import pretrain
 
     folder, held_out = pretrain(o.output, o.eyes, o.words, o.questions, o.seed), Drawn(HELD_OUT, 1000)
-    model = load_model(folder)
+    model = load_vlm(folder)
     answers = generate_answers(model, Processor.of(model.config, load_tokenizer(folder)), held_out, desc="asking")
     print(f"Its own held-out questions: {ExactMatch.of(answers, held_out)}\nWritten: {folder}")
 
@@ -219,8 +241,14 @@ def _parser(argv):
     p.add_argument("question")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
     p.add_argument("--adapter", metavar="FOLDER", help="written by train or demo; its base model is found by itself")
-    p.add_argument("--model", metavar="FOLDER", help='"lab" or a model folder (default: the adapter\'s base, or lab)')
+    p.add_argument("--model", metavar="MODEL", help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)')
     p.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
+
+    p = command("parts", _parts, "what a model is made of: parts, weights, layers that LoRA can adapt; without its weights, without a network",
+                "Show where a model keeps its parts, what they weigh and which layers LoRA can adapt.\nNothing is loaded or fetched: shapes are enough.\n\n"
+                "  vlm-lora-lab parts                            all published checkpoints that are known\n"
+                "  vlm-lora-lab parts openbmb/MiniCPM-V-2_6\n  vlm-lora-lab parts path/to/a/model")  # fmt: skip
+    p.add_argument("model", nargs="?", help='owner/name of a published checkpoint, "lab", or a folder with a config.json (default: list them)')
 
     p = command("merge", _merge, "fold an adapter into a whole model",
                 "Fold an adapter into a whole model.\n\n  vlm-lora-lab merge runs/first/adapter --output runs/first/merged")  # fmt: skip

@@ -21,7 +21,7 @@ from .data.drawn import Drawn
 from .data.records import read_conversations
 from .errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
 from .evaluate import ExactMatch, generate_answers, loss_curve
-from .models.load import load_model, load_tokenizer
+from .models.load import load_vlm, load_tokenizer
 from .plan import PlanTable, TuningPlan, apply_plan
 from .style import save_figure
 from .train.run import Schedule, fit, last_checkpoint, mix
@@ -33,7 +33,7 @@ class Job:
 
     data: str  # JSON file of conversations to learn
     output: str  # folder for checkpoints, adapter and report
-    model: str = "lab"  # "lab", or a folder
+    model: str = "lab"  # "lab", a folder, or owner/name on the Hugging Face hub
     eval_data: str | None = None  # JSON file of conversations to be asked about afterwards
     image_root: str | None = None  # folder that picture paths start from; default: that of the JSON file
     four_bit: bool = True  # NF4 for the language model's decoder layers (Q-LoRA); False: plain LoRA
@@ -119,7 +119,7 @@ def train(
     output = _place(job, resume)
     tokenizer = load_tokenizer(job.model)
     torch.manual_seed(job.schedule.seed)
-    model = load_model(job.model, four_bit=job.four_bit)
+    model = load_vlm(job.model, four_bit=job.four_bit)
     processor = Processor.of(model.config, tokenizer, job.schedule.max_length)
     new = _checked(job.data, job, processor, "training data")
     held_out = _checked(job.eval_data, job, processor, "evaluation data") if job.eval_data else None

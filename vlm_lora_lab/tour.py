@@ -21,7 +21,7 @@ from .data.drawn import HELD_OUT, Drawn
 from .data.records import read_conversations, samples_folder
 from .errors import empty_folder, explain_write_errors, write_json
 from .evaluate import ExactMatch, gallery, generate_answers, loss_curve
-from .models.load import load_model, load_tokenizer
+from .models.load import load_vlm, load_tokenizer
 from .plan import PlanTable, TuningPlan, apply_plan
 from .style import save_figure
 from .train.run import Schedule, fit, mix
@@ -58,7 +58,7 @@ def demo(
     questions = {"handwriting": read_conversations(data / "test.json"), "old": Drawn(HELD_OUT, 200)}
     tokenizer = load_tokenizer("lab")
     torch.manual_seed(seed)
-    model = load_model("lab", four_bit=True, dtype=torch.float32)  # also on a GPU: the proof compares at 32 bit
+    model = load_vlm("lab", four_bit=True, dtype=torch.float32)  # also on a GPU: the proof compares at 32 bit
     processor = Processor.of(model.config, tokenizer)
     model = apply_plan(model, DEMO_PLAN)
     say("The plan\n\n" + str(PlanTable.of(model, DEMO_PLAN)) + "\n")
@@ -77,8 +77,8 @@ def demo(
         say(f"{title}:\n  before {score[k]['before']}\n  after  {score[k]['after']}")
 
     adapter = save_adapter(model, output / "adapter", DEMO_PLAN, "lab", tokenizer, four_bit=True)
-    reloaded = load_adapter(adapter, model=load_model("lab", four_bit=True, dtype=torch.float32))
-    merged = load_model(save_merged(merge_adapter(adapter), output / "merged", "lab"), dtype=torch.float32)
+    reloaded = load_adapter(adapter, model=load_vlm("lab", four_bit=True, dtype=torch.float32))
+    merged = load_vlm(save_merged(merge_adapter(adapter), output / "merged", "lab"), dtype=torch.float32)
     rows = [questions["handwriting"][i] for i in range(32)]
     proof = same_model(model, reloaded, merged, Collator(tokenizer.pad_token_id)([processor(c) for c in rows]))
     same_answers = {k: all(ask(m, k, "comparing") == after[k] for m in (reloaded, merged)) for k in questions}

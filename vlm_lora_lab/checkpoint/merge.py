@@ -14,7 +14,7 @@ from torch import nn
 
 from .save import load_adapter, read_provenance
 from ..errors import InputError, complete_or_nothing, empty_folder
-from ..models.load import check_nf4, load_model, load_tokenizer, no_bar_if_small
+from ..models.load import check_nf4, load_vlm, load_tokenizer, no_bar_if_small
 from ..models.minicpmv import MiniCPMV
 from ..models.parts import mixed_precision
 
@@ -26,7 +26,7 @@ def dequantized(
     "The base model with its decoder layers rounded to NF4 and back."
     import bitsandbytes as bnb
 
-    small, whole = (load_model(base, four_bit=b, dtype=torch.float32, device="cpu") for b in (True, False))
+    small, whole = (load_vlm(base, four_bit=b, dtype=torch.float32, device="cpu") for b in (True, False))
     for name in check_nf4(small):
         q = small.get_submodule(name).weight
         whole.get_submodule(name).weight.copy_(bnb.functional.dequantize_4bit(q.data, q.quant_state))
@@ -45,7 +45,7 @@ def merge_adapter(
     base = base or provenance["base"]
     if onto not in ("nf4", "original"):
         raise InputError(f"onto is {onto!r}", "merge", "Write 'nf4' or 'original'")
-    start = dequantized(base) if onto == "nf4" and provenance["four_bit"] else load_model(base, dtype=torch.float32, device="cpu")
+    start = dequantized(base) if onto == "nf4" and provenance["four_bit"] else load_vlm(base, dtype=torch.float32, device="cpu")
     before = {n: p.detach().clone() for n, p in start.named_parameters()}
     merged = load_adapter(adapter, base, model=start).merge_and_unload(safe_merge=True)
     after = dict(merged.named_parameters())
@@ -62,7 +62,7 @@ def save_merged(
     base: str | Path,  # whose tokenizer goes with it
     dtype: torch.dtype = torch.float32,  # in which the weights are written
 ) -> Path:
-    "Write a merged model in the published layout; `load_model` and `from_pretrained` read it like any other."
+    "Write a merged model in the published layout; `load_vlm` and `from_pretrained` read it like any other."
     folder = empty_folder(folder)
     with complete_or_nothing(folder) as partial, no_bar_if_small(4 * model.num_parameters()):
         model.to(dtype).save_pretrained(partial)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, complete_or_nothing, empty_folder, write_json
-from ..models.load import load_model, model_folder
+from ..models.load import load_vlm, model_folder
 from ..plan import TuningPlan, audit
 
 # %% ../../nbs/70_checkpoint.save.ipynb #96e314e5
@@ -101,7 +101,7 @@ def load_adapter(
     if fingerprint(base) != provenance["base_fingerprint"]:
         raise InputError(f"this adapter was trained on another base than {str(base)!r}", folder,
                          f"It was trained on {provenance['base']!r}; give that model")  # fmt: skip
-    model = load_model(base, four_bit=provenance["four_bit"]) if model is None else model
+    model = load_vlm(base, four_bit=provenance["four_bit"]) if model is None else model
     weights = load_peft_weights(str(folder), device="cpu")
     try:
         adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)

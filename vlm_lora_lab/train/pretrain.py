@@ -24,7 +24,7 @@ from ..data.batch import Processor, Samples
 from ..data.drawn import COLOURS, SHAPES, Drawn, number, scene
 from ..data.slicing import to_patches
 from ..errors import complete_or_nothing, empty_folder
-from ..models.minicpmv import MiniCPMV, MiniCPMVConfig
+from ..models.minicpmv import MiniCPMV, MiniCPMV26Config
 from ..plan import TuningPlan, apply_plan
 from .run import Schedule, fit
 
@@ -56,9 +56,9 @@ def lab_tokenizer(
 
 def lab_config(
     tokenizer: PreTrainedTokenizerFast,
-) -> MiniCPMVConfig:
+) -> MiniCPMV26Config:
     "MiniCPM-V 2.6 with two million parameters."
-    return MiniCPMVConfig(
+    return MiniCPMV26Config(
         hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=len(tokenizer), max_position_embeddings=2048, rms_norm_eps=1e-6, initializer_range=0.06, tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
