@@ -341,9 +341,7 @@ class QwenVLBase(PreTrainedModel):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, (QwenAttention, QwenMLP)):
-            init.normal_(module.c_proj.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers))
-        elif isinstance(module, QwenVisual):
+        if isinstance(module, QwenVisual):
             init.normal_(module.positional_embedding, std=module.positional_embedding.shape[1] ** -0.5)
             init.normal_(module.proj, std=module.proj.shape[0] ** -0.5)
         elif isinstance(module, AttnPool):
