@@ -72,7 +72,7 @@ def without(batch, *names):
 def test_names_and_shapes_are_the_original_s(golden, model):
     want = {k.removeprefix("model."): v for k, v in golden["shapes"].items() if k.startswith("model.")}
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == want
-    assert not dict(model.named_buffers()), "a buffer could come back uninitialised"
+    assert set(dict(model.named_buffers())) <= set(model.state_dict()), "a buffer that is not stored could come back uninitialised"
 
 
 def test_names_and_shapes_are_the_published_ones(golden_root):
@@ -88,7 +88,7 @@ def test_names_and_shapes_are_the_published_ones(golden_root):
 
 def test_what_multiplies_is_linear(model):
     bare = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(".weight")}
-    assert bare == {"positional_embedding", "proj", "pos_embed", "query", "in_proj_weight"}
+    assert bare == {"positional_embedding", "proj", "query", "in_proj_weight"}
     for name, module in model.named_modules():
         if getattr(module, "weight", None) is not None and module.weight.ndim == 2 and name != "transformer.wte":
             assert isinstance(module, nn.Linear), name
@@ -115,7 +115,7 @@ def test_stand_alone_resampler(golden, keys):
     torch.testing.assert_close(y, out[f"resampler.y.{keys}"], **FORWARD)
     y.square().sum().backward()
     grads = {n: p.grad for n, p in pool.named_parameters()}
-    assert grads.pop("pos_embed") is None and all(g.any() for g in grads.values())
+    assert "pos_embed" not in grads and all(g.any() for g in grads.values())
     compared = {k.split(f"grad.{keys}.")[1]: v for k, v in out.items() if k.startswith(f"resampler.grad.{keys}.")}
     compared = {(grads[k], v) for k, v in compared.items()} | ({(x.grad, out["resampler.grad_x.16"])} if keys == 16 else set())
     assert compared
@@ -149,12 +149,9 @@ def test_gradient_of_every_parameter(golden, model, batch, checkpointing):
     model(**batch).loss.backward()
     stats, compared = golden["grad_stats"], 0
     grads = {name: p.grad for name, p in model.named_parameters()}
-    assert set(stats) == set(grads)
+    assert {n for n, want in stats.items() if want} == set(grads) and stats["transformer.visual.attn_pool.pos_embed"] is None  # stored, never trained
     for name, grad in grads.items():
         want = stats[name]
-        assert (grad is None) == (want is None), name
-        if grad is None:
-            continue
         assert abs(grad.double().norm().item() - want["l2"]) <= 1e-4 * want["l2"] + 1e-7, name
         assert abs(grad.abs().max().item() - want["absmax"]) <= 1e-4 * want["absmax"] + 1e-7, name
         assert abs(grad.double().sum().item() - want["sum"]) <= 1e-4 * want["l2"] * grad.numel() ** 0.5 + 1e-7, name
@@ -162,7 +159,7 @@ def test_gradient_of_every_parameter(golden, model, batch, checkpointing):
         if full is not None:
             compared += 1
             assert (grad - full).norm() <= 1e-4 * full.norm() + 1e-7, name
-    assert compared == 5 and grads["transformer.visual.attn_pool.pos_embed"] is None
+    assert compared == 5
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -220,7 +217,7 @@ def test_the_trainer_takes_batches_with_and_without_pictures(model, batch, tmp_p
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert trainer.model_accepts_loss_kwargs and len(losses) == 2 and all(0 < x < 10 for x in losses)
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
-    assert still == {"transformer.visual.attn_pool.pos_embed"}
+    assert not still
 
 
 # --- cache and generation -----------------------------------------------------------------------------------------
@@ -352,7 +349,7 @@ def test_a_published_configuration_needs_no_remote_code(golden, checkpoint, tmp_
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     model.save_pretrained(tmp_path / "again")
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("c", "again"))
-    assert set(first) == set(again) and all(torch.equal(first[k].bfloat16(), again[k]) for k in first)
+    assert set(first) == set(again) and all(torch.equal(first[k].to(again[k].dtype), again[k]) for k in first)
 
 
 def test_bf16_is_close(golden, checkpoint, batch):

@@ -144,7 +144,7 @@ class AttnPool(nn.Module):
         if side**2 != n_queries:
             raise InputError(f"n_queries is {n_queries}, which makes no square grid", "config.json, visual")
         self.query = nn.Parameter(torch.zeros(n_queries, width))
-        self.pos_embed = nn.Parameter(sincos_2d(width, side, side).flatten(0, 1).to(self.query.dtype), requires_grad=False)
+        self.register_buffer("pos_embed", sincos_2d(width, side, side).flatten(0, 1))  # stored upstream as a parameter without a gradient
         self.kv_proj = nn.Identity() if vision_width == width else nn.Linear(vision_width, width, bias=False)
         self.attn = CrossAttention(width, num_heads)
         self.ln_q, self.ln_kv = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
@@ -157,12 +157,12 @@ class AttnPool(nn.Module):
         "Resample each picture to `n_queries` vectors."
         x = self.ln_kv(self.kv_proj(x.to(self.query.dtype)))
         everything = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # square pictures of one size need no padding
-        query = self.ln_q(self.query) + self.pos_embed
-        return self.attn(query, x + resize_positions(self.pos_embed, x.shape[1]), x, everything)
+        query = self.ln_q(self.query) + self.pos_embed.to(x.dtype)
+        return self.attn(query, x + resize_positions(self.pos_embed, x.shape[1]).to(x.dtype), x, everything)
 
 # %% ../../nbs/13_models.qwenvl.ipynb #3326faad
 class QwenVisual(nn.Module):
-    "`transformer.visual`: the vision tower, and at its end the connector (`attn_pool`, `ln_post`, `proj`)."
+    "`transformer.visual`: the vision tower, and at its end the connector, `attn_pool`."
 
     def __init__(self, visual: dict):
         super().__init__()
@@ -388,14 +388,6 @@ class QwenVLEmbedder(QwenVLBase):
         self.transformer = QwenTransformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        "As in transformers, which makes every loaded parameter ask for a gradient: the table of positions is frozen again."
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.transformer.visual.attn_pool.pos_embed.requires_grad_(False)
-        return loaded
 
     def embed(
         self,
