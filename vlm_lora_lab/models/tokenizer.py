@@ -103,7 +103,7 @@ def _byte_names():
     others = [b for b in range(256) if b not in plain]
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
 
-
+# %% ../../nbs/15_models.tokenizer.ipynb #09fdada5
 def _ranks(path):
     "Byte string -> rank from a .tiktoken file."
     ranks = {}
@@ -119,7 +119,7 @@ def _ranks(path):
         raise InputError(f"its {len(ranks):,} ranks are not 0 to {len(ranks) - 1:,}, each once", path, AGAIN)
     return ranks
 
-
+# %% ../../nbs/15_models.tokenizer.ipynb #f5c22653
 def _from_ranks(path):
     "Qwen-VL's tokenizer from its ranks (QwenLM/Qwen-VL, tokenization of Qwen-VL-Chat; tiktoken's documentation)."
     ranks, name = _ranks(path), _byte_names()
@@ -134,7 +134,7 @@ def _from_ranks(path):
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=True) for t in QWEN_SPECIAL])
     return tokenizer
 
-# %% ../../nbs/15_models.tokenizer.ipynb #744a3e83
+# %% ../../nbs/15_models.tokenizer.ipynb #daf4a5aa
 def _varint(data, at):
     "An integer in groups of seven bits, lowest first, and the place after it."
     value, shift = 0, 0
@@ -160,7 +160,7 @@ def _message(data):
         fields.setdefault(key >> 3, []).append(value)
     return fields
 
-# %% ../../nbs/15_models.tokenizer.ipynb #8a9512d7
+# %% ../../nbs/15_models.tokenizer.ipynb #6e5b5263
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of pieces in sentencepiece_model.proto
 
 
@@ -183,8 +183,9 @@ def read_sentencepiece(
     path: Path,  # a tokenizer.model
 ) -> SentencePieces:
     "Read a sentencepiece BPE model. Raises `InputError` for a file that is none, or uses what MiniCPM-V 2.0 does not."
+    data = _read(path)
     try:
-        model = _message(_read(path))
+        model = _message(data)
         trainer, normalizer = _message(model[2][-1]), _message(model[3][-1])
         raw = [_message(p) for p in model[1]]
         pieces = tuple((p[1][-1].decode("utf-8"), struct.unpack("<f", p[2][-1])[0] if 2 in p else 0.0, p.get(3, [NORMAL])[-1]) for p in raw)
@@ -199,17 +200,20 @@ def read_sentencepiece(
     charsmap = normalizer.get(2, [b""])[-1]
     return SentencePieces(pieces, flag(trainer, 35, False), charsmap, flag(normalizer, 3, True), flag(normalizer, 4, True))
 
-# %% ../../nbs/15_models.tokenizer.ipynb #201d3cdb
+# %% ../../nbs/15_models.tokenizer.ipynb #ec8d910b
 def _normalizer(sp):
     "Text as sentencepiece sees it: spaces are ▁, with one in front."
     steps = [normalizers.Precompiled(sp.charsmap)] if sp.charsmap else []
     if sp.squeeze:
-        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A "), "")]
     if sp.dummy_prefix:
         steps.append(normalizers.Prepend("▁"))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    steps.append(normalizers.Replace(" ", "▁"))
+    if sp.squeeze:
+        steps.append(normalizers.Replace(Regex(r"▁+\z"), ""))
+    return normalizers.Sequence(steps)
 
-
+# %% ../../nbs/15_models.tokenizer.ipynb #3e711a75
 def _from_sentencepiece(path, config):
     """MiniCPM-V 2.0's tokenizer: sentencepiece BPE between added tokens, as transformers 4.36's slow Llama tokenizer with `legacy` does it.
 
@@ -218,7 +222,7 @@ def _from_sentencepiece(path, config):
         raise InputError("'legacy' is false, and MiniCPM-V 2.0 was trained with true", path.with_name("tokenizer_config.json"), "Use the published file")
     sp = read_sentencepiece(path)
     if sp.charsmap:
-        warnings.warn(f"{path.name} replaces characters by a table. Letters with combining marks may get other ids than from sentencepiece.", stacklevel=3)
+        warnings.warn(f"{path.name} replaces characters by a table. Characters of several code points may get other ids than from sentencepiece.", stacklevel=3)
     vocab, plain = {}, {}
     for number, (text, score, kind) in enumerate(sp.pieces):
         vocab.setdefault(text, number)
@@ -243,7 +247,7 @@ def _from_sentencepiece(path, config):
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocab[bos])])
     return tokenizer
 
-# %% ../../nbs/15_models.tokenizer.ipynb #7154643e
+# %% ../../nbs/15_models.tokenizer.ipynb #24164967
 def _content(token, path):
     "The text of a token that is written as a string, as an object, or not at all."
     text = token.get("content") if isinstance(token, dict) else token
@@ -279,7 +283,7 @@ def _add(tokenizer, added, path):
         if (found := tokenizer.token_to_id(token.content)) != number:
             raise InputError(f"{token.content} is id {found} here and id {number} in the folder's configuration", path, "The files belong to two models")
 
-# %% ../../nbs/15_models.tokenizer.ipynb #3e574548
+# %% ../../nbs/15_models.tokenizer.ipynb #71eaec04
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -291,7 +295,7 @@ USER_AI = (
     "{% if add_generation_prompt %}{{ '<AI>' }}{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 )  # MiniCPM-V 2.0: only the last answer ends in </s>
 
-
+# %% ../../nbs/15_models.tokenizer.ipynb #c99589be
 def _chat_template(folder, config):
     "The folder's own chat template: text, {name: text}, or None."
     if (path := folder / "chat_template.jinja").exists():
@@ -322,7 +326,7 @@ def _roles(folder, config, tokenizer):
             raise InputError(f"the {role} is {token!r}, which the vocabulary does not have", folder, "The files belong to two models")
     return roles
 
-# %% ../../nbs/15_models.tokenizer.ipynb #5badd3a3
+# %% ../../nbs/15_models.tokenizer.ipynb #5d290c8c
 GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names")  # of tokenizer_config.json, passed on
 
@@ -353,7 +357,7 @@ def _source(folder, config):
                          "Put tokenizer.json, qwen.tiktoken or tokenizer.model of the model into the folder")  # fmt: skip
     raise InputError("there is no tokenizer in this folder", folder, "Put tokenizer.json, qwen.tiktoken or tokenizer.model of the model into it")
 
-# %% ../../nbs/15_models.tokenizer.ipynb #0f922ef0
+# %% ../../nbs/15_models.tokenizer.ipynb #1865f490
 def _load_native(folder):
     "A tokenizer of a family that transformers has itself."
     try:
@@ -364,7 +368,7 @@ def _load_native(folder):
         raise InputError(f"{type(tokenizer).__name__} has no fast form, so it cannot say where a token lies in the text", folder, "Add its tokenizer.json")
     return tokenizer
 
-
+# %% ../../nbs/15_models.tokenizer.ipynb #ca1887c4
 def tokenizer_of(
     folder: str | Path,  # with the files of a checkpoint, as on the hub
 ) -> PreTrainedTokenizerFast:
@@ -402,12 +406,13 @@ def tokenizer_of(
     tokenizer.chat_template, tokenizer.name_or_path = template, str(folder)
     return tokenizer
 
-# %% ../../nbs/15_models.tokenizer.ipynb #f90af77e
+# %% ../../nbs/15_models.tokenizer.ipynb #ed52659d
 VERSIONS = ("2.0", "2.5", "2.6", "4.0", "4.5", "o-2.6", "qwenvl")
 
 
 def version_of(
     config: dict,  # of config.json
+    where: str | Path = "config.json",  # for the message
 ) -> str:  # one of `VERSIONS`
     "Which model a configuration describes. Raises `InputError` for one that is none of ours."
     kind, version = config.get("model_type"), config.get("version")
@@ -415,10 +420,10 @@ def version_of(
         return "qwenvl"
     name = {"minicpmv": str(version or "2.0"), "minicpmo": f"o-{version or '2.6'}"}.get(kind)
     if name not in VERSIONS or (kind == "minicpmv" and not version and "vision_encoder" not in config):
-        raise InputError(f"model_type {kind!r} with version {version!r} is none of {', '.join(VERSIONS)}", "config.json", "Set version as published")
+        raise InputError(f"model_type {kind!r} with version {version!r} is none of {', '.join(VERSIONS)}", where, "Take the published config.json")
     return name
 
-
+# %% ../../nbs/15_models.tokenizer.ipynb #4ae9254b
 @dataclass(frozen=True)
 class SpecialTokens:
     "The ids that a picture and the end of an answer need."
@@ -453,7 +458,7 @@ def special_tokens(
     ids = [(vocab[a], vocab[b]) for a, b in pairs] + [None, None]
     return SpecialTokens(ids[0], ids[1], ids[2], vocab[filler], tokenizer.eos_token_id, vocab[turn_end])
 
-# %% ../../nbs/15_models.tokenizer.ipynb #f715ee99
+# %% ../../nbs/15_models.tokenizer.ipynb #cade62e6
 def _series(first, *names):
     return {name: first + i for i, name in enumerate(names)}
 
@@ -488,7 +493,7 @@ def check_special_ids(
                              "The weights were trained with the published ids; take the published tokenizer files")  # fmt: skip
     return True
 
-# %% ../../nbs/15_models.tokenizer.ipynb #85b9d070
+# %% ../../nbs/15_models.tokenizer.ipynb #f39f7062
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     rows: int,  # of the embedding
@@ -500,7 +505,7 @@ def check_vocabulary(
         raise InputError(f"the embedding has {rows:,} rows, and the tokenizer can produce {named}", tokenizer.name_or_path or "tokenizer",
                          "Use the tokenizer that was published with these weights, or enlarge the embedding")  # fmt: skip
 
-# %% ../../nbs/15_models.tokenizer.ipynb #e54b4c37
+# %% ../../nbs/15_models.tokenizer.ipynb #51430533
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP
 
 
@@ -534,7 +539,7 @@ def _positive(what, value, path):
         raise InputError(f"{what} is {value!r}", path, "It must be a whole number above 0")
     return value
 
-# %% ../../nbs/15_models.tokenizer.ipynb #cade62e6
+# %% ../../nbs/15_models.tokenizer.ipynb #4cefab2e
 def _minicpm_settings(folder, config, version):
     "From preprocessor_config.json and config.json, which must not contradict each other."
     file, pre = "preprocessor_config.json", _json(folder / "preprocessor_config.json")
@@ -559,7 +564,7 @@ def _minicpm_settings(folder, config, version):
         tuple(scale["norm_mean"]), tuple(scale["norm_std"]), bool(_agreed("use_image_id", folder, say("use_image_id"), recipe(version) == "2.6")),
     )  # fmt: skip
 
-
+# %% ../../nbs/15_models.tokenizer.ipynb #013062fa
 def image_settings(
     folder: str | Path,  # with config.json and, where published, preprocessor_config.json
 ) -> ImageSettings:
@@ -568,7 +573,7 @@ def image_settings(
     Raises `InputError` for other models, for numbers that make no sense, and for files that contradict each other."""
     folder = Path(folder)
     config = _json(folder / "config.json", optional=False)
-    version = version_of(config)
+    version = version_of(config, folder / "config.json")
     if version != "qwenvl":
         return _minicpm_settings(folder, config, version)
     if not isinstance(visual := config["visual"], dict):
