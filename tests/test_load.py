@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.files import convert_pickles, save_vlm, stored_in, weight_files
-from vlm_lora_lab.models.load import check_nf4, lab_folder, load_vlm, model_folder
+from vlm_lora_lab.models.load import check_nf4, lab_folder, load_tokenizer, load_vlm, model_folder
 from vlm_lora_lab.models.minicpmv import MiniCPMV
 from vlm_lora_lab.models.parts import linear_layers
 from vlm_lora_lab.models.published import model_config, on_meta
@@ -146,14 +146,20 @@ def test_a_damaged_checkpoint_gets_one_sentence_that_names_file_and_tensor(folde
     assert expected in str(error.value) and str(folder) in str(error.value)
 
 
-def test_damage_is_found_before_any_training_starts(folder, tmp_path, capsys):
-    expected = truncate(folder)
+def test_damage_is_found_before_any_training_starts(tmp_path, capsys):
+    lab = Path(shutil.copytree(lab_folder(), tmp_path / "lab"))
+    (lab / "model.safetensors").write_bytes((lab / "model.safetensors").read_bytes()[:-1000])
+    data = Path(__file__).parent.parent / "data_samples" / "handwriting" / "train.json"
+    assert main(["train", "--model", str(lab), "--data", str(data), "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "model.safetensors: this file is truncated" in message and "Traceback" not in message and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
     for file in (f for f in lab_folder().iterdir() if "token" in f.name or "template" in f.name):
         shutil.copy(file, folder)
-    data = Path(__file__).parent.parent / "data_samples" / "handwriting" / "train.json"
-    assert main(["train", "--model", str(folder), "--data", str(data), "--output", str(tmp_path / "out")]) == 2
-    message = capsys.readouterr().err
-    assert expected in message and "Traceback" not in message and not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="the embedding has 320 rows, and the tokenizer can produce .*id 320"):
+        load_tokenizer(folder)
 
 
 def test_4_bit_takes_the_language_model_and_nothing_else(original):

@@ -15,14 +15,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import AutoTokenizer
 
 from ..errors import InputError
 from .files import FLOATS, account, convert_pickles, has_pickles, no_bar_if_small, stored_in
-from .minicpmv import MiniCPMV
+from .minicpmv import MiniCPMV, MiniCPMVConfig
 from .parts import layout_of, linear_layers
 from .published import lab_folder, model_config, on_meta, read_json
-from .qwenvl import QwenVL
+from .qwenvl import QwenVL, QwenVLConfig
+from .tokenizer import check_special_ids, check_vocabulary, special_tokens, tokenizer_of, version_of
 
 # %% ../../nbs/14_models.load.ipynb #f90f0a42
 _FETCHED = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
@@ -72,20 +72,20 @@ def _fetch(name, patterns):
 def load_tokenizer(
     name: str | Path,  # "lab", a folder, or owner/name on the hub
 ) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, with MiniCPM-V's special tokens checked.
+    """A model's tokenizer, from its files alone, with its special tokens and its vocabulary checked against the model.
 
-    Raises `InputError` when the folder has none, or lacks a token that pictures need."""
+    Raises `InputError` when the folder has none, when it lacks a token that pictures need, or when it can produce ids that the model has no row for."""
     folder = model_folder(name)
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError("there is no tokenizer.json in this folder", folder, "Copy the tokenizer's files next to config.json")
-    model_config(read_json(folder / "config.json"), folder / "config.json")  # AutoTokenizer reads it, too, and says less when it is wrong
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    values = read_json(folder / "config.json")
+    config, tokenizer = model_config(values, folder / "config.json"), tokenizer_of(folder)
+    check_vocabulary(tokenizer, config.get_text_config().vocab_size)
+    if isinstance(config, (MiniCPMVConfig, QwenVLConfig)):
+        version = version_of(values, folder / "config.json")
+        special_tokens(tokenizer, version)
+        check_special_ids(tokenizer, version)
     if not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template", folder)
-    known = tokenizer.get_vocab()
-    if missing := [t for t in ("<image>", "</image>", "<unk>", "<|im_start|>", "<|im_end|>") if t not in known]:
-        raise InputError(f"the tokenizer lacks {', '.join(missing)}", folder, "It is not MiniCPM-V's")
-    if tokenizer.unk_token is None:
+        raise InputError("the tokenizer has no chat template", folder, "Copy chat_template.jinja or tokenizer_config.json next to config.json")
+    if isinstance(config, MiniCPMVConfig) and tokenizer.unk_token is None:
         tokenizer.unk_token = "<unk>"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never looked at: the attention mask hides it

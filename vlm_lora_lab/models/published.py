@@ -9,6 +9,7 @@ __all__ = ['PUBLISHED', 'model_config', 'model_class', 'Published', 'on_meta', '
 import json
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ class Published:
 
 
 def _read_published():
-    data = json.loads((Path(__file__).resolve().parent / "published.json").read_text(encoding="utf-8"))
+    data = json.loads((files("vlm_lora_lab.models") / "published.json").read_text(encoding="utf-8"))
     return {name: Published(name, **entry) for name, entry in data.items()}
 
 
@@ -88,7 +89,7 @@ def on_meta(
 
 def lab_folder() -> Path:
     "The folder of the lab model that ships with the package."
-    return Path(__file__).resolve().parent.parent / "lab"
+    return Path(str(files("vlm_lora_lab") / "lab"))
 
 
 def _values(model):
