@@ -182,3 +182,68 @@ def test_every_published_checkpoint_is_of_a_tested_family():
 def test_published_sizes(name, weights):
     model = on_meta(name)
     assert sum(t.numel() for t in model.state_dict().values()) == weights == sum(count(model).values()) == PUBLISHED[name].weights
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_a_batch_is_its_rows(family):
+    "Pictures of two sizes in one row, one in the next, none in the third: together as alone."
+    config = tiny_config(family)
+    torch.manual_seed(0)
+    model = model_class(config)(config).eval()
+    if family == "minicpmv-2.5":
+        model.vpm.see_padding = False  # as published it does look at its neighbours' padding; the references pin that
+    ids = torch.randint(3, 290, (3, 44))
+    if family == "qwen":
+        pixels, sizes = torch.randn(3, 3, 56, 56), None
+    else:
+        sizes = torch.tensor([[4, 3], [2, 4], [1, 5]])
+        pixels = torch.zeros(3, 3, 14, 12 * 14)
+        for i, (h, w) in enumerate(sizes.tolist()):
+            pixels[i, ..., : h * w * 14] = torch.randn(3, 14, h * w * 14)
+    bounds = torch.tensor([[0, 2, 18], [0, 20, 36], [1, 5, 21]])
+
+    def row(*pictures, rows=(0,), shift=0):
+        batch = {"input_ids": ids[list(rows)]}
+        if pictures:
+            keep = list(pictures)
+            batch |= {"pixel_values": pixels[keep], "image_bound": bounds[keep] - torch.tensor([shift, 0, 0])}
+            if sizes is not None:
+                batch["tgt_sizes"] = sizes[keep]
+                batch["pixel_values"] = batch["pixel_values"][..., : int(sizes[keep].prod(-1).max()) * 14]
+        return batch
+
+    together = logits(model, row(0, 1, 2, rows=(0, 1, 2)))
+    alone = [row(0, 1), row(2, rows=(1,), shift=1), row(rows=(2,))]
+    for i, one in enumerate(alone):
+        torch.testing.assert_close(together[i : i + 1], logits(model, one), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_text_alone_trains_with_zeros_for_the_eyes_and_not_with_nothing(family):
+    model, ids = tiny_model(family).train(), torch.randint(3, 290, (2, 12))
+    model(input_ids=ids, labels=ids).loss.backward()
+    part_of = layout_of(model).part_of
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.any() == (part_of(name) in ("language", "embeddings", "head")), name
+
+
+def test_a_checkpoint_published_in_4_bit_can_be_trained_and_merged(folder, tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    skip = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["out_proj", "kv_proj", "lm_head"])
+    base, config = tmp_path / "int4", tiny_config("minicpmv-2.6")
+    model_class(config).from_pretrained(folder("minicpmv-2.6"), config=config, quantization_config=skip).save_pretrained(base)
+    plan = TuningPlan(rank=4)
+    model = apply_plan(load_vlm(base), plan).train()
+    batch = batch_of("minicpmv-2.6", model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter = save_adapter(model, tmp_path / "adapter", plan, base, load_tokenizer("lab"), True)
+    difference = (logits(merge_adapter(adapter), batch) - logits(model, batch)).abs().max() / logits(model, batch).std()
+    assert difference < 1e-3
+    with pytest.raises(InputError, match="no original to merge onto"):
+        merge_adapter(adapter, onto="original")

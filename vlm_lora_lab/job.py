@@ -19,9 +19,10 @@ from .checkpoint.save import save_adapter
 from .data.batch import Processor, Samples
 from .data.drawn import Drawn
 from .data.records import read_conversations
-from .errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
+from .errors import InputError, empty_folder, explain_write_errors, write_json
 from .evaluate import ExactMatch, generate_answers, loss_curve
-from .models.load import load_vlm, load_tokenizer
+from .models.files import save_vlm
+from .models.load import load_tokenizer, load_vlm, model_folder
 from .plan import PlanTable, TuningPlan, apply_plan
 from .style import save_figure
 from .train.run import Schedule, fit, last_checkpoint, mix
@@ -155,9 +156,7 @@ def train(
     if isinstance(model, PeftModel):
         report["adapter"] = str(save_adapter(model, output / "adapter", job.plan, job.model, tokenizer, job.four_bit))
     else:
-        with complete_or_nothing(output / "model") as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+        save_vlm(model, output / "model", model_folder(job.model))
         report["model"] = str(output / "model")
     write_json(output / "report.json", report)
     say(f"Written: {report.get('adapter') or report['model']}, {output / 'loss.png'}, {output / 'report.json'}")

@@ -13,23 +13,21 @@ import torch
 from torch import nn
 
 from .save import load_adapter, read_provenance
-from ..errors import InputError, complete_or_nothing, empty_folder
-from ..models.load import check_nf4, load_vlm, load_tokenizer, no_bar_if_small
-from ..models.minicpmv import MiniCPMV
+from ..errors import InputError
+from ..models.files import no_bar_if_small, save_vlm
+from ..models.load import load_vlm, model_folder
 from ..models.parts import mixed_precision
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #d537441e
 @torch.no_grad()
 def dequantized(
     base: str | Path,  # "lab", or a model folder
-) -> MiniCPMV:  # whole, float32, on the CPU: the weights that a 4-bit training saw
+) -> nn.Module:  # whole, float32, on the CPU: the weights that a 4-bit training saw
     "The base model with its decoder layers rounded to NF4 and back."
-    import bitsandbytes as bnb
-
-    small, whole = (load_vlm(base, four_bit=b, dtype=torch.float32, device="cpu") for b in (True, False))
-    for name in check_nf4(small):
-        q = small.get_submodule(name).weight
-        whole.get_submodule(name).weight.copy_(bnb.functional.dequantize_4bit(q.data, q.quant_state))
+    small = load_vlm(base, four_bit=True, dtype=torch.float32, device="cpu")
+    with no_bar_if_small(0):
+        whole = small.dequantize(torch.float32)
+    whole.is_loaded_in_4bit = False
     return whole
 
 
@@ -37,7 +35,7 @@ def merge_adapter(
     adapter: str | Path,  # folder written by `save_adapter`
     base: str | Path | None = None,  # another place of the same base; None: the one it was trained on
     onto: str = "nf4",  # "nf4": the weights it was trained beside; "original": the base's own
-) -> MiniCPMV:  # whole, float32, on the CPU, in evaluation mode
+) -> nn.Module:  # whole, float32, on the CPU, in evaluation mode
     """Fold LoRA and modules trained in full into a whole model, in float32.
 
     Raises `InputError` for a wrong base or an unknown `onto`, `RuntimeError` when the merge changed nothing or left a wrapper behind."""
@@ -46,6 +44,10 @@ def merge_adapter(
     if onto not in ("nf4", "original"):
         raise InputError(f"onto is {onto!r}", "merge", "Write 'nf4' or 'original'")
     start = dequantized(base) if onto == "nf4" and provenance["four_bit"] else load_vlm(base, dtype=torch.float32, device="cpu")
+    if getattr(start, "is_loaded_in_4bit", False):  # a checkpoint that is published in 4 bit
+        if onto == "original":
+            raise InputError(f"{str(base)!r} is published in 4 bit, so there is no original to merge onto", "merge, onto", "Write 'nf4'")
+        start = dequantized(base)
     before = {n: p.detach().clone() for n, p in start.named_parameters()}
     merged = load_adapter(adapter, base, model=start).merge_and_unload(safe_merge=True)
     after = dict(merged.named_parameters())
@@ -57,17 +59,13 @@ def merge_adapter(
 
 
 def save_merged(
-    model: MiniCPMV,
+    model: nn.Module,
     folder: str | Path,  # must not exist, or be empty
-    base: str | Path,  # whose tokenizer goes with it
+    base: str | Path,  # whose configuration, tokenizer and processor files go with it
     dtype: torch.dtype = torch.float32,  # in which the weights are written
 ) -> Path:
-    "Write a merged model in the published layout; `load_vlm` and `from_pretrained` read it like any other."
-    folder = empty_folder(folder)
-    with complete_or_nothing(folder) as partial, no_bar_if_small(4 * model.num_parameters()):
-        model.to(dtype).save_pretrained(partial)
-        load_tokenizer(base).save_pretrained(partial)
-    return folder
+    "Write a merged model in the layout of its base (`save_vlm`, chapter 17); `load_vlm` and `from_pretrained` read it like any other."
+    return save_vlm(model, folder, model_folder(base), dtype)
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #17f1c483
 TOLERANCE = 1e-3  # largest difference of a logit, relative to the standard deviation of all logits

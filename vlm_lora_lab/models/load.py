@@ -156,6 +156,8 @@ def load_vlm(
     if aside:
         parts = sorted({n.split(".")[0] for n in aside})
         warnings.warn(f"{len(aside)} tensors of {', '.join(parts)} stay on the disk: this package reads and trains what sees and speaks in text.", stacklevel=2)
+    for p in model.parameters() if packed else ():  # transformers 5.23 leaves some weights of a packed checkpoint as they were stored
+        p.data = p.data.to(dtype) if p.is_floating_point() else p.data
     if as_stored:
         _as_stored(model, stored)
     for layer in check_nf4(model, packed) if four_bit or packed else ():
