@@ -175,6 +175,36 @@ def _parts(o):
         print("".join(f"  not read there: {field}: {where}\n" for field, where in known.unread.items()), end="")
 
 
+def _plan(o):
+    from vlm_lora_lab.flags import from_flags
+    from vlm_lora_lab.models.published import on_meta
+    from vlm_lora_lab.plan import TuningPlan
+    from vlm_lora_lab.preview import Preview
+
+    given = {f.name: getattr(o, f.name) for f in fields(TuningPlan) if hasattr(o, f.name)}
+    if o.flags and given:
+        raise InputError(f"--flags and --{min(given).replace('_', '-')} both say what to train", "plan", "Give one of the two")
+    plan = TuningPlan(**given)
+    if o.flags:
+        script, *pairs = o.flags
+        was = from_flags(script, **dict(_flag(p) for p in pairs))
+        print(f"{was}\n")
+        plan = was.plan
+    print(Preview.of(on_meta(o.model), plan))
+
+
+def _flag(pair):
+    "name=value, as on an old command line."
+    name, equals, value = pair.removeprefix("--").partition("=")
+    if not equals:
+        raise InputError(f"{pair!r} has no value", "plan --flags", "Write name=value, such as tune_vision=true")
+    words = {"true": True, "false": False, "none": None}
+    try:
+        return name, words[value.lower()] if value.lower() in words else _number(value)
+    except ValueError:
+        return name, value
+
+
 def _ask(o):
     from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
     from vlm_lora_lab.data.batch import Processor
@@ -249,6 +279,17 @@ def _parser(argv):
                 "  vlm-lora-lab parts                            all published checkpoints that are known\n"
                 "  vlm-lora-lab parts openbmb/MiniCPM-V-2_6\n  vlm-lora-lab parts path/to/a/model")  # fmt: skip
     p.add_argument("model", nargs="?", help='owner/name of a published checkpoint, "lab", or a folder with a config.json (default: list them)')
+
+    p = command("plan", _plan, "what a plan would train and cost; without weights, without a network",
+                "Show what a plan trains, what it nearly hits, and what it costs in memory and on disk. Nothing is loaded.\n\n"
+                "  vlm-lora-lab plan openbmb/MiniCPM-V-2_6 --vision lora --rank 32\n"
+                "  vlm-lora-lab plan openbmb/MiniCPM-V-2_6 --flags minicpmv use_lora=true tune_llm=false    flags of an older script")  # fmt: skip
+    p.add_argument("model", help='owner/name of a published checkpoint, "lab", or a folder with a config.json')
+    p.add_argument("--flags", nargs="+", metavar="SCRIPT", help="minicpmv, qwenvl, qwen3vl, llamafactory or swift, and its flags as name=value")
+    if argv[:1] == ["plan"]:
+        from vlm_lora_lab.plan import TuningPlan
+
+        _add(p.add_argument_group("plan: one word per part"), TuningPlan)
 
     p = command("merge", _merge, "fold an adapter into a whole model",
                 "Fold an adapter into a whole model.\n\n  vlm-lora-lab merge runs/first/adapter --output runs/first/merged")  # fmt: skip
