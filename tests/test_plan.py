@@ -1,5 +1,7 @@
 """Plans, their audit, and what PEFT makes of them."""
 
+import re
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from vlm_lora_lab.data.drawn import draw
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.evaluate import generate_answers
 from vlm_lora_lab.models.load import load_vlm, load_tokenizer
-from vlm_lora_lab.models.parts import PARTS, count, layout_of
+from vlm_lora_lab.models.parts import PARTS, count, layout_of, plain_name
 from vlm_lora_lab.plan import PlanTable, TuningPlan, apply_plan, audit
 
 PLANS = [
@@ -60,8 +62,12 @@ def test_full_training_needs_no_wrapper_and_refuses_four_bit():
 
 
 def test_tune_llm_with_lora_cannot_be_written():
-    with pytest.raises(InputError, match="full while another part gets LoRA"):
-        TuningPlan(language="full", vision="lora")
+    "A parameter has one word: whatever is said of it, the last rule counts, and the model holds either LoRA or a copy that is trained, never both."
+    model = apply_plan(load_vlm("lab"), TuningPlan(language="lora, full on 3-4", connector="freeze"))
+    lora = {plain_name(n) for n, p in model.named_parameters() if ".lora_" in n}
+    full = {plain_name(n).rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    assert lora and full and not lora & full
+    assert {int(re.search(r"layers.(\d+)", n)[1]) for n in lora} == {0, 1, 2} and {int(re.search(r"layers.(\d+)", n)[1]) for n in full} == {3, 4}
 
 
 def test_lora_never_reaches_the_resampler_by_accident():
