@@ -23,7 +23,8 @@ from .errors import InputError, empty_folder, explain_write_errors, write_json
 from .evaluate import ExactMatch, generate_answers, loss_curve
 from .models.files import save_vlm
 from .models.load import load_tokenizer, load_vlm, model_folder
-from .plan import PlanTable, TuningPlan, apply_plan
+from .models.published import on_meta
+from .plan import PlanTable, TuningPlan, apply_plan, full_modules
 from .style import save_figure
 from .train.run import Schedule, fit, last_checkpoint, mix
 
@@ -120,7 +121,7 @@ def train(
     output = _place(job, resume)
     tokenizer = load_tokenizer(job.model)
     torch.manual_seed(job.schedule.seed)
-    model = load_vlm(job.model, four_bit=job.four_bit)
+    model = load_vlm(job.model, four_bit=job.four_bit, whole=full_modules(on_meta(model_folder(job.model)), job.plan))
     processor = Processor.of(model.config, tokenizer, job.schedule.max_length)
     new = _checked(job.data, job, processor, "training data")
     held_out = _checked(job.eval_data, job, processor, "evaluation data") if job.eval_data else None
@@ -140,7 +141,7 @@ def train(
         write_json(output / "job.json", job.to_dict())
         if held_out:
             write_json(output / "before.json", generate_answers(model, processor, held_out, desc="asking before"))
-    run = fit(model, Samples(new, processor), job.schedule, output / "checkpoints", Samples(held_out, processor) if held_out else None, resume)
+    run = fit(model, Samples(new, processor), job.schedule, output / "checkpoints", Samples(held_out, processor) if held_out else None, resume, plan=job.plan)
     if run.stopped:
         say(f"Stopped after step {run.steps}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}

@@ -146,6 +146,17 @@ class TuningPlan:
         "The rule that counts for a name: the last one that matches, or freeze."
         return next((r for r in reversed(self.rules(part)) if r.matches(name)), Rule("freeze"))
 
+    def rate(
+        self,
+        part: str,
+        name: str,  # of a trained parameter in the wrapped model
+        lora: float,  # the schedule's rate for LoRA
+        full: float,  # and for what is trained in full
+    ) -> float:
+        "The peak learning rate of a parameter: its rule's own or the schedule's; LoRA+ raises that of LoRA's second matrix."
+        own = self.rule(part, plain_name(name)).lr or (lora if ".lora_" in name else full)
+        return own * (self.lora_plus or 1) if ".lora_B." in name or ".lora_embedding_B." in name else own
+
     @classmethod
     def of(cls, values: dict) -> "TuningPlan":
         "From a dictionary; raises `InputError` for a key that is none of ours."
@@ -229,9 +240,9 @@ def full_modules(
         return [n for child, m in module.named_children() if "full" in inside for n in walk(at(child), m)]
 
     for part, rule in ((part, r) for part in PARTS for r in plan.rules(part) if r.word == "full" or r.on):
-        if not any(owner[id(p)] == part and rule.matches(n) for n, p in model.named_parameters() if layout.part_of(n) == part):
-            if rule.on:
-                raise InputError(f"nothing in the part {part!r} of {layout.family} is meant by '{rule}'", f"plan, {part}", _where(linear_layers(model)[part]))
+        if not any(owner[id(p)] == part and plan.rule(part, n) == rule for n, p in model.named_parameters() if layout.part_of(n) == part):
+            if rule.on or len(plan.rules(part)) > 1:
+                raise InputError(f"nothing in the part {part!r} of {layout.family} is left for '{rule}'", f"plan, {part}", _where(linear_layers(model)[part]))
             raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is tied to another", f"plan, {part}", "Write 'freeze' there")
     return walk("", model)
 
@@ -299,15 +310,9 @@ def audit(
         if p.requires_grad:
             trained.add((part, rule))
     said = {(part, r) for part in PARTS for r in plan.rules(part) if r.word != "freeze"}
-    wrong += [f"nothing in the part {part!r} is trained under '{rule}'" for part, rule in said - trained if not _overruled(plan, part, rule)]
+    wrong += [f"nothing in the part {part!r} is trained under '{rule}'" for part, rule in sorted(said - trained, key=str)]
     if wrong:
         raise RuntimeError(f"The model does not do what the plan says, in {len(wrong)} places: " + "; ".join(wrong[:8]))
-
-
-def _overruled(plan, part, rule):
-    "Is a rule followed by one that takes everything from it?"
-    later = plan.rules(part)[plan.rules(part).index(rule) + 1 :]
-    return any(r.on is None or r.on == rule.on for r in later)
 
 # %% ../nbs/32_plan.ipynb #14295e30
 @dataclass(frozen=True)

@@ -50,12 +50,9 @@ class Preview:
         adapted, whole, rows = lora_layers(model, plan), full_modules(model, plan), []
         for part in PARTS:
             names = [n for n in adapted if layout.part_of(n) == part]
-            trained = sum(plan.rank * sum(modules[n].weight.shape) for n in names)
-            if plan.words[part] == "full":
-                trained = sum(p.numel() for n, p in model.named_parameters() if layout.part_of(n) == part)
-                matched = ", ".join(n for n in whole if layout.part_of(n + ".x") == part) or "with the module around it"
-            else:
-                matched = ", ".join(_kinds(names)) if names else ""
+            trained = sum(_lora_size(modules[n], adapted[n].rank, plan.variant) for n in names)
+            trained += sum(p.numel() for n, p in model.named_parameters() if layout.part_of(n) == part and plan.rule(part, n).word == "full")
+            matched = ", ".join([*_kinds(names), *_kinds(n for n in whole if any(layout.part_of(f"{n}.{p}") == part for p, _ in modules[n].named_parameters()))])
             rows.append((part, plan.words[part], total[part], trained, matched))
         return cls(plan, tuple(rows), tuple(_near(model, adapted)))
 
@@ -90,6 +87,12 @@ def _kinds(names):
         key = re.sub(r"(?<=\.)\d+(?=\.)", "*", n)
         kinds[key] = kinds.get(key, 0) + 1
     return [f"{k} ×{n}" if n > 1 else k for k, n in kinds.items()]
+
+
+def _lora_size(layer, rank, variant):
+    "Weights of LoRA beside a layer; DoRA adds a length for each output."
+    rows, cols = layer.weight.shape  # (outputs, inputs) of a linear layer, (tokens, width) of an embedding
+    return rank * (rows + cols) + (variant == "dora") * (cols if isinstance(layer, nn.Embedding) else rows)
 
 
 def _near(model, adapted):

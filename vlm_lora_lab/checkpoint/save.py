@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, complete_or_nothing, empty_folder, write_json
 from ..models.load import load_vlm, model_folder
-from ..plan import TuningPlan, audit
+from ..models.published import on_meta, read_json
+from ..plan import TuningPlan, audit, full_modules
 
 # %% ../../nbs/70_checkpoint.save.ipynb #96e314e5
 def fingerprint(
@@ -78,7 +79,7 @@ def read_provenance(
 ) -> dict:
     "What an adapter belongs to. Raises `InputError` for a folder that holds no adapter of ours."
     folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "plan.json", "provenance.json"):
         if not (folder / name).is_file():
             raise InputError(f"there is no {name} in this folder", folder, "Give the folder that `vlm-lora-lab train` or `demo` named as the adapter")
     try:
@@ -86,6 +87,12 @@ def read_provenance(
         return {k: provenance[k] for k in ("base", "base_fingerprint", "four_bit", "versions")}
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise InputError(f"provenance.json is damaged ({e!r})", folder, "Copy the whole folder again from where it was trained") from None
+
+
+def _kept_whole(folder, base):
+    "What the plan trained in full, and what therefore was not in 4 bit."
+    plan = TuningPlan.of(read_json(Path(folder) / "plan.json"))
+    return full_modules(on_meta(model_folder(base)), plan)
 
 
 def load_adapter(
@@ -101,7 +108,7 @@ def load_adapter(
     if fingerprint(base) != provenance["base_fingerprint"]:
         raise InputError(f"this adapter was trained on another base than {str(base)!r}", folder,
                          f"It was trained on {provenance['base']!r}; give that model")  # fmt: skip
-    model = load_vlm(base, four_bit=provenance["four_bit"]) if model is None else model
+    model = load_vlm(base, four_bit=provenance["four_bit"], whole=_kept_whole(folder, base)) if model is None else model
     weights = load_peft_weights(str(folder), device="cpu")
     try:
         adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)

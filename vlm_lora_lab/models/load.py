@@ -95,10 +95,16 @@ def load_tokenizer(
 def nf4_config(
     model: PreTrainedModel,  # of the same configuration, whole or on the meta device
     compute_dtype: torch.dtype,  # in which the weights are multiplied
+    whole: list[str] | tuple[str, ...] = (),  # modules that stay out of it as well
 ) -> BitsAndBytesConfig:
     "NF4 with double quantisation for the language model's decoder layers alone (QLoRA, arXiv 2305.14314); all other layers are kept out by their full names."
-    keep = [name for part, names in linear_layers(model).items() if part != "language" for name in names]
-    return _four_bit(compute_dtype, keep)
+    take = _packable(model, whole)
+    return _four_bit(compute_dtype, [name for names in linear_layers(model).values() for name in names if name not in take])
+
+
+def _packable(model, whole):
+    "The linear layers of the language model, less those inside modules that stay whole."
+    return [n for n in linear_layers(model)["language"] if not any(n == w or n.startswith(w + ".") for w in whole)]
 
 
 def _four_bit(compute_dtype, keep):
@@ -134,6 +140,7 @@ def load_vlm(
     dtype: torch.dtype | str | None = None,  # of everything else; "stored": as in the files; None: float32 on a CPU, bfloat16 on a GPU that has it, else float16
     device: str | None = None,  # None: the GPU if there is one
     allow_pickle: bool = False,  # convert pickled weights once
+    whole: list[str] | tuple[str, ...] = (),  # modules of the language model that stay out of 4 bit, because a plan trains them in full
 ) -> PreTrainedModel:  # in evaluation mode
     """Load a vision-language model of any known family, and account for every tensor; remote code is never run.
 
@@ -151,7 +158,7 @@ def load_vlm(
     if packed:
         keep = [n for names in linear_layers(empty).values() for n in names if n not in packed]
         config.quantization_config = _four_bit(dtype, keep).to_dict()
-    quantization = nf4_config(empty, dtype) if four_bit and not packed else None
+    quantization = nf4_config(empty, dtype, whole) if four_bit and not packed else None
     model = _from_pretrained(type(empty), folder, config, dtype, device, quantization, aside)
     if aside:
         parts = sorted({n.split(".")[0] for n in aside})
@@ -160,7 +167,7 @@ def load_vlm(
         p.data = p.data.to(dtype) if p.is_floating_point() else p.data
     if as_stored:
         _as_stored(model, stored)
-    for layer in check_nf4(model, packed) if four_bit or packed else ():
+    for layer in check_nf4(model, packed or set(_packable(empty, whole))) if four_bit or packed else ():
         model.get_submodule(layer).support_avx512bf16_for_cpu = False  # see "Evaluated once, trained never" in chapter 14
     return model.eval()
 

@@ -24,6 +24,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..data.batch import Collator, Samples
 from ..errors import InputError, explain_write_errors
+from ..models.parts import layout_of
+from ..plan import TuningPlan
 
 # %% ../../nbs/52_train.run.ipynb #b3664787
 @dataclass(frozen=True)
@@ -71,20 +73,29 @@ class Schedule:
 
 # %% ../../nbs/52_train.run.ipynb #c716e30f
 class PartTrainer(Trainer):
-    "A `Trainer` with one learning rate for LoRA and one for parts that are trained in full."
+    "A `Trainer` with one learning rate for LoRA and one for parts that are trained in full, and others where a plan says so."
 
-    def __init__(self, *args, full_rate: float, **kwargs):
+    def __init__(self, *args, full_rate: float, plan: TuningPlan | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.full_rate = full_rate
+        self.full_rate, self.plan = full_rate, plan
+
+    def rate(
+        self,
+        name: str,  # of a trained parameter
+        part: str,
+    ) -> float:
+        "The peak learning rate of a parameter."
+        lora = self.args.learning_rate
+        return self.plan.rate(part, name, lora, self.full_rate) if self.plan else lora if ".lora_" in name else self.full_rate
 
     def create_optimizer(self, model=None):
         "AdamW over the trainable parameters, in groups by rate and weight decay."
         if self.optimizer is None:
             model = model or self.model
-            decay, groups = set(self.get_decay_parameter_names(model)), {}
+            decay, groups, layout = set(self.get_decay_parameter_names(model)), {}, layout_of(model)
             for name, p in model.named_parameters():
                 if p.requires_grad:
-                    rate = self.args.learning_rate if ".lora_" in name else self.full_rate
+                    rate = self.rate(name, layout.part_of(name))
                     groups.setdefault((rate, self.args.weight_decay if name in decay else 0.0), []).append(p)
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = cls([{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()], **settings)
@@ -185,6 +196,7 @@ def fit(
     log_every: int = 10,  # steps
     checkpoint_activations: bool = True,  # recompute activations in the backward pass, to save memory
     save: bool = True,  # write checkpoints
+    plan: TuningPlan | None = None,  # for learning rates of its own
 ) -> Fitted:
     """Train in place with Hugging Face's `Trainer`.
 
@@ -206,7 +218,7 @@ def fit(
     stop, progress = StopOnSignal(save), Progress(desc)
     trainer = PartTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=evaluation, data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[progress, stop], full_rate=schedule.full_rate,
+        callbacks=[progress, stop], full_rate=schedule.full_rate, plan=plan,
     )  # fmt: skip
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
@@ -231,7 +243,7 @@ def fit(
         model.gradient_checkpointing_disable()
     return Fitted(trainer.state.log_history, trainer.state.global_step, result.metrics["train_runtime"], stop.stopped)
 
-# %% ../../nbs/52_train.run.ipynb #e2427c0c
+# %% ../../nbs/52_train.run.ipynb #8c61a5e0
 def mix(
     new: Sequence,  # conversations to learn
     old: Sequence,  # conversations of the kind that should not be forgotten
