@@ -72,13 +72,13 @@ class RecordError(InputError):
     def __init__(
         self,
         found: str,  # what is wrong, as a clause without a full stop
-        where: str,  # file and record
+        where: str = "",  # file and record
         field: str = "",  # inside the record, such as "conversations[2]"
         remedy: str = "",  # what to write or do instead
         kind: str = "record",  # record, dialect, roles, text, placeholder, picture
     ):
         super().__init__(found, f"{where}, {field}" if field else where, remedy)
-        self.field, self.kind = field, kind
+        self.field, self.kind, self.id = field, kind, ""  # the id is filled in when it is known
 
 # %% ../../nbs/20_data.records.ipynb #24b6815a
 DIALECTS = {"minicpmv": "MiniCPM-V", "qwenvl": "Qwen-VL", "llava": "LLaVA, ShareGPT", "openai": "OpenAI messages", "hf": "Hugging Face messages"}
@@ -147,7 +147,7 @@ def _content(content, dialect, where, field):
         parts = [_part(p, where, f"{field}.content[{i}]") for i, p in enumerate(content)]
         return _join(text for text, _ in parts), [m for _, mentions in parts for m in mentions]
     if not isinstance(content, str):
-        raise RecordError(f"expected text, found {content!r:.60}", where, field, kind="dialect")
+        raise RecordError(f"expected text, found {content!r:.60}", where, f"{field}.{'value' if dialect in ('qwenvl', 'llava') else 'content'}", kind="dialect")
     if dialect == "qwenvl":
         pieces = _QWEN_IMAGE.split(content)
         if any(PLACEHOLDER.search(p) or "<img>" in p or "</img>" in p for p in pieces[::2]):
@@ -273,11 +273,15 @@ def parse_record(
         raise RecordError(f"expected a record {{…}}, found {record!r:.60}", where, kind="dialect")
     name = str(record.get("id", number))[:100]
     where = f"{where[:-1]}, id {name})" if where.endswith(")") else f"{where} (id {name})"
-    messages, mentions = _turns(record, dialect_of(record, where), where, access.limits)
-    messages, references = _match(messages, mentions, record, where)
-    if len(references) > access.limits.pictures:
-        raise RecordError(f"the record has {len(references)} pictures; the limit is {access.limits.pictures}", where, "image", "Split it", "picture")
-    return Conversation(name, tuple(messages), tuple(_picture(r, access, where) for r in references), where)
+    try:
+        messages, mentions = _turns(record, dialect_of(record, where), where, access.limits)
+        messages, references = _match(messages, mentions, record, where)
+        if len(references) > access.limits.pictures:
+            raise RecordError(f"the record has {len(references)} pictures; the limit is {access.limits.pictures}", where, "image", "Split it", "picture")
+        return Conversation(name, tuple(messages), tuple(_picture(r, access, where) for r in references), where)
+    except RecordError as e:
+        e.id = name
+        raise
 
 
 def _picture(reference, access, where):
