@@ -168,7 +168,11 @@ def picture_size(
     limits: Limits = LIMITS,
 ) -> tuple[int, int]:  # width and height in pixels, upright
     "The size of a picture, from its header alone. Raises `InputError`."
-    turned = lambda picture: picture.size[::-1] if picture.getexif().get(0x0112, 1) in (5, 6, 7, 8) else picture.size  # noqa: E731
+    def turned(picture):
+        if picture.format == "PNG" and "exif" not in picture.info:  # Pillow would decode the whole picture to look for a tag at its end
+            return picture.size
+        return picture.size[::-1] if picture.getexif().get(0x0112, 1) in (5, 6, 7, 8) else picture.size
+
     if isinstance(image, Image.Image):
         return turned(image)
     with opened(image, where, limits) as picture:
