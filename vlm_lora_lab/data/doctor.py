@@ -297,7 +297,7 @@ def _text_of(report, show):
 
 
 _STYLE = """<style>.doctor{font:14px/1.45 system-ui,sans-serif;max-width:70em}.doctor table{border-collapse:collapse;margin:.8em 0}
-.doctor th,.doctor td{text-align:left;vertical-align:top;padding:.25em .7em;border-bottom:1px solid #8884}.doctor td:last-child{max-width:38em;overflow-wrap:anywhere}
+.doctor th,.doctor td{text-align:left;vertical-align:top;padding:.25em .7em;border-bottom:1px solid #8884}.doctor td{white-space:nowrap}.doctor td:last-child{white-space:normal;max-width:38em;overflow-wrap:anywhere}
 .doctor .error{border-left:5px solid #d1603d}.doctor .warning{border-left:5px double #b8860b}.doctor .note{border-left:5px dotted #8a8a8a}</style>"""
 
 
