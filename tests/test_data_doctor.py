@@ -273,9 +273,13 @@ def test_the_command(how, status, form, tmp_path, capsys):
 
 
 def test_the_samples_of_the_course_are_healthy(processor):
-    for path in sorted(samples_folder().rglob("*.json")):
+    paths = sorted(samples_folder().rglob("*.json*"))
+    assert len(paths) == 4 + len(DIALECTS) - 1
+    for path in paths:
         assert check_data(path, processor).status == 0, path
         assert len(read_conversations(path)) > 0
+    mixed = [[(c.messages, c.images) for c in read_conversations(p)] for p in paths if p.stem.startswith("mixed")]
+    assert len(mixed) == len(DIALECTS) and all(m == mixed[0] for m in mixed)
 
 
 def test_look_takes_bytes_and_values():

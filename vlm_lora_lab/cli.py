@@ -220,7 +220,8 @@ def _check_data(o):
 
         tokenizer = load_tokenizer(o.model)
         processor = Processor.of(AutoConfig.from_pretrained(model_folder(o.model)), tokenizer, o.max_length, o.drop_turns)
-    workers = o.workers if o.workers is not None else min(os.cpu_count() or 1, 16)
+    light = o.pictures == "none" and not o.model  # then the work is less than sending it elsewhere
+    workers = o.workers or (1 if light else min(os.cpu_count() or 1, 16))
     report = check_data(o.file, processor, o.image_root, o.against, o.pictures, workers, o.allow_outside, o.allow_urls, progress=True)
     if o.format == "json":
         text = json.dumps(report.to_dict(), indent=1)
