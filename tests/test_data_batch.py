@@ -1,6 +1,7 @@
 """Batches: the same with any number of workers, grouped by length, sliced; bad rows are an error or are listed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_model, load_tokenizer
 from vlm_lora_lab.models.minicpmv import MiniCPMVConfig
+from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.train.run import Schedule, fit
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,28 @@ def test_bad_rows_are_an_error_or_are_listed(data, tokenizer, workers):
     assert [len(samples[i]["input_ids"]) for i in range(5)] == list(samples.lengths)
     again = checked.conversations.select([1, 3])
     assert [c.id for c in again] == ["r1", "r4"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_goes_bad_later_is_one_sentence(data, tokenizer, workers):
+    samples = Samples(Conversations.open(data), processor(tokenizer), workers)
+    with pytest.raises(InputError) as e:
+        list(loader(samples, 8))
+    assert "data.jsonl" in str(e.value) and "\n" not in str(e.value) and "Traceback" not in str(e.value)
+
+
+def test_a_resumed_run_finds_its_place_among_grouped_rows(tokenizer, tmp_path):
+    process, rows = processor(tokenizer), list(Drawn(0, 40))
+    lengths, schedule = [len(process.measure(c).input_ids) for c in rows], Schedule(max_steps=8, batch_size=8, save_every=7, learning_rate=1e-3)
+
+    def run(folder, resume=False):
+        torch.manual_seed(0)
+        model = apply_plan(load_model("lab"), TuningPlan(connector="freeze"))
+        return [h["loss"] for h in fit(model, Samples(rows, process, 0, lengths), schedule, folder, resume=resume, log_every=1).history if "loss" in h]
+
+    whole = run(tmp_path / "a")
+    shutil.copytree(tmp_path / "a" / "checkpoint-7", tmp_path / "b" / "checkpoint-7")  # five steps an epoch: in the middle of the second
+    assert len(whole) == 8 and run(tmp_path / "b", resume=True)[-1] == pytest.approx(whole[-1], abs=1e-6)
 
 
 def test_nothing_left_is_an_error(data, tokenizer):

@@ -77,14 +77,14 @@ def _look_at_picture(image, how, where, limits):
     "Size and fingerprint of one picture, and what is odd about it."
     odd, name = [], image.data if isinstance(image, Inline) else image.url if isinstance(image, Remote) else image
     if how == "decode":
-        frames = 1
+        moves = False
         if not isinstance(image, (Image.Image, Remote)):
             with opened(image, where, limits) as picture:
-                frames = getattr(picture, "n_frames", 1)
+                moves = getattr(picture, "is_animated", False)
         rgb = load_image(image, where, limits)
         size, key = rgb.size, _print(rgb.size, rgb.tobytes())
-        if frames > 1:
-            odd.append(("note", f"the picture has {frames} frames; the model sees the first"))
+        if moves:
+            odd.append(("note", "the picture has several frames or pages; the model sees the first"))
     else:
         size = None if how == "none" and not isinstance(image, Image.Image) else picture_size(image, where, limits)
         key = _print(name.tobytes() if isinstance(name, Image.Image) else name)
@@ -92,7 +92,7 @@ def _look_at_picture(image, how, where, limits):
         odd.append(("warning", f"the picture has {size[0]} × {size[1]} pixels; there is little to see"))
     return size, key, odd
 
-
+# %% ../../nbs/28_data.doctor.ipynb #2c99b4b0
 def look(
     record,  # bytes of JSON, or what JSON makes of them
     access: Access,
@@ -130,7 +130,7 @@ def look(
     unread = tuple(sorted(str(k)[:40] for k in value if k not in KNOWN_FIELDS))
     return Look(tuple(findings), dialect_of(value), len(conversation.images), tokens, learned, keys, tuple(seen), name, unread)
 
-
+# %% ../../nbs/28_data.doctor.ipynb #a797f169
 def _look_at_tokens(conversation, processor, sizes, say):
     "Tokens of a conversation, and how many are learned."
     try:
@@ -145,7 +145,7 @@ def _look_at_tokens(conversation, processor, sizes, say):
         say("error", "tokens", "no token of the text is learned", "Write an answer")
     return len(e.input_ids), learned
 
-# %% ../../nbs/28_data.doctor.ipynb #26271a78
+# %% ../../nbs/28_data.doctor.ipynb #3a164a2a
 @dataclass
 class Compare:
     "Remembers fingerprints, and says what was there before."
@@ -183,7 +183,7 @@ class Compare:
             say("warning", "leak", f"a picture of it is in {name}, too", "Split by picture, not by question")
         return found
 
-# %% ../../nbs/28_data.doctor.ipynb #3a164a2a
+# %% ../../nbs/28_data.doctor.ipynb #b7664794
 @dataclass
 class Report:
     "What the doctor found."
@@ -211,12 +211,9 @@ class Report:
             self.tokens.append(seen.tokens)
 
     @property
-    def worst(self) -> dict[int, str]:  # record -> its gravest severity; good records are not in it
-        grave = {}
-        for f in self.findings:
-            if f.row is not None and f.rank > SEVERITIES.index(grave.get(f.row, "note")) or (f.row is not None and f.row not in grave):
-                grave[f.row] = f.severity
-        return grave
+    def worst(self) -> dict[int, str]:  # record -> its gravest severity; records without findings are not in it
+        order = sorted((f for f in self.findings if f.row is not None), key=lambda f: f.rank)
+        return {f.row: f.severity for f in order}
 
     @property
     def bad(self) -> list[int]:
@@ -230,14 +227,7 @@ class Report:
 
     def to_dict(self) -> dict:
         "For JSON."
-        t = sorted(self.tokens)
-        return {
-            "file": self.name, "status": self.status, "records": self.rows, "good": self.rows - len(self.bad), "bad": self.bad,
-            "counts": {s: dict(Counter(f.kind for f in self.findings if f.severity == s).most_common()) for s in reversed(SEVERITIES)},
-            "dialects": dict(self.dialects), "unread_fields": dict(self.unread), "pictures": self.pictures,
-            "tokens": {"least": t[0], "median": t[len(t) // 2], "most": t[-1], "total": sum(t), "learned": self.learned, "limit": self.limit} if t else None,
-            "seconds": round(self.seconds, 2), "findings": [asdict(f) for f in self.findings],
-        }  # fmt: skip
+        return _facts(self)
 
     def text(self, show: int = 20) -> str:
         "For a terminal, with at most `show` findings, the gravest first."
@@ -247,13 +237,24 @@ class Report:
         "A page of its own, with at most `show` findings, the gravest first."
         return _page_of(self, show)
 
+    __str__ = text
+
     def _repr_html_(self):
         return _body_of(self, 20)
 
-    def __str__(self):
-        return self.text()
+# %% ../../nbs/28_data.doctor.ipynb #437d6d5a
+def _facts(report):
+    "What a program wants to know."
+    t = sorted(report.tokens)
+    return {
+        "file": report.name, "status": report.status, "records": report.rows, "good": report.rows - len(report.bad), "bad": report.bad,
+        "counts": {s: dict(Counter(f.kind for f in report.findings if f.severity == s).most_common()) for s in reversed(SEVERITIES)},
+        "dialects": dict(report.dialects), "unread_fields": dict(report.unread), "pictures": report.pictures,
+        "tokens": {"least": t[0], "median": t[len(t) // 2], "most": t[-1], "total": sum(t), "learned": report.learned, "limit": report.limit} if t else None,
+        "seconds": round(report.seconds, 2), "findings": [asdict(f) for f in report.findings],
+    }  # fmt: skip
 
-# %% ../../nbs/28_data.doctor.ipynb #01602050
+# %% ../../nbs/28_data.doctor.ipynb #bc3895e3
 def _headlines(report):
     "What a person wants to know first."
     d = report.to_dict()
@@ -283,7 +284,7 @@ def _safe(text):
     "One line, without control characters, so that a record cannot paint on the terminal."
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
-
+# %% ../../nbs/28_data.doctor.ipynb #59e3322b
 def _text_of(report, show):
     heads = ("severity", "line", "record", "id", "field", "reason")
     rows = [[_safe(cell)[: 24 if i < 5 else 200] for i, cell in enumerate(row)] for row in _table(report, show)]
@@ -313,7 +314,7 @@ def _body_of(report, show):
 def _page_of(report, show):
     return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(_safe(report.name))}</title></head><body>{_body_of(report, show)}</body></html>\n'
 
-# %% ../../nbs/28_data.doctor.ipynb #6eb381c9
+# %% ../../nbs/28_data.doctor.ipynb #3cdac3e0
 _WORK = {}  # what a worker needs, set once
 
 
@@ -349,7 +350,7 @@ def _all_looks(rows, access, processor, pictures, workers, bar):
                 yield from some
                 bar.update(len(some))
 
-
+# %% ../../nbs/28_data.doctor.ipynb #9d1f3923
 def check_data(
     source: str | Path | Sequence,  # a JSON or JSON Lines file, or records
     processor: Processor | None = None,  # of a model; None: tokens are not looked at
@@ -384,7 +385,7 @@ def check_data(
     report.seconds = time.perf_counter() - start
     return report
 
-# %% ../../nbs/28_data.doctor.ipynb #1eb0e011
+# %% ../../nbs/28_data.doctor.ipynb #e8358640
 def mutate(
     value,  # a record, or a part of one
     rng,  # `random.Random`

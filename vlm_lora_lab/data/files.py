@@ -101,7 +101,7 @@ def _depth(value, limit):
             return True
     return False
 
-
+# %% ../../nbs/26_data.files.ipynb #94355a3d
 def parse_json(
     text: bytes,  # one record
     where: str,  # for the error message
@@ -124,7 +124,7 @@ def parse_json(
         raise InputError(f"lists and objects are more than {limits.depth} deep", where, "A record has a handful of levels")
     return value
 
-# %% ../../nbs/26_data.files.ipynb #9720324b
+# %% ../../nbs/26_data.files.ipynb #82499531
 class _Places:
     "Where the records of a file are: bytes, bytes, number of the first line."
 
@@ -147,7 +147,7 @@ def _walk_lines(file, skip, limit, places):
             places.note(offset, size, number)
         offset += size
 
-# %% ../../nbs/26_data.files.ipynb #82499531
+# %% ../../nbs/26_data.files.ipynb #b02bae93
 class _Broken(Exception):
     "A list cannot be read beyond this place."
 
@@ -172,7 +172,7 @@ def _element_end(window, limits):
             if not window.more():
                 raise _Broken(window, f"this is not valid JSON: {getattr(e, 'msg', e)}", getattr(e, "pos", window.at)) from None
 
-
+# %% ../../nbs/26_data.files.ipynb #4695a9dd
 def _walk_list(file, skip, limits, places):
     "Note every element of a JSON list, as far as it can be read."
     window, mark = _Window(file, skip), ","
@@ -196,7 +196,27 @@ def _walk_list(file, skip, limits, places):
     except UnicodeDecodeError as e:
         places.broken = (f"this is not UTF-8 text ({e.reason})", f"after line {window.line}")
 
-# %% ../../nbs/26_data.files.ipynb #b02bae93
+# %% ../../nbs/26_data.files.ipynb #f45f2f65
+def _walk(path, limits):
+    "Note every record of a file; the first character tells which kind of file it is."
+    if not path.is_file():
+        raise InputError("there is no such data file", path, "Give the path of a JSON or JSON Lines file")
+    places = _Places()
+    try:
+        with open(path, "rb") as file:
+            skip = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+            file.seek(skip)
+            first = file.read(_PIECE).lstrip()[:1]
+            file.seek(skip)
+            if first == b"[":
+                _walk_list(file, skip, limits, places)
+            else:
+                _walk_lines(file, skip, limits.record_bytes, places)
+    except PermissionError:
+        raise InputError("this file may not be read", path, "Change its permissions") from None
+    return places, first
+
+# %% ../../nbs/26_data.files.ipynb #52bbdea7
 class Rows(Sequence):
     """The records of a JSON or JSON Lines file; only their places are held, and each is read when asked for.
 
@@ -207,21 +227,8 @@ class Rows(Sequence):
         path: str | Path,  # a list of records, or one record per line
         limits: Limits = LIMITS,
     ):
-        self.path, self.limits, places = Path(path), limits, _Places()
-        if not self.path.is_file():
-            raise InputError("there is no such data file", path, "Give the path of a JSON or JSON Lines file")
-        try:
-            with open(path, "rb") as file:
-                skip = 3 if file.read(3) == codecs.BOM_UTF8 else 0
-                file.seek(skip)
-                first = file.read(_PIECE).lstrip()[:1]
-                file.seek(skip)
-                if first == b"[":
-                    _walk_list(file, skip, limits, places)
-                else:
-                    _walk_lines(file, skip, limits.record_bytes, places)
-        except PermissionError:
-            raise InputError("this file may not be read", path, "Change its permissions") from None
+        self.path, self.limits = Path(path), limits
+        places, first = _walk(self.path, limits)
         self.starts, self.sizes, self.lines = places.starts, places.sizes, places.lines
         self.broken = places.broken and InputError(places.broken[0], f"{path}, {places.broken[1]}", "Mend it there")
         if not len(self) and self.broken is None:
@@ -245,7 +252,7 @@ class Rows(Sequence):
     def __getitem__(self, i):
         return parse_json(self.raw(i), self.where(i), self.limits)
 
-
+# %% ../../nbs/26_data.files.ipynb #53a28bc1
 def _refuse_one_object(rows):
     "A file that starts with a brace is one record per line, unless it is a single object over many lines."
     size = rows.starts[-1] + rows.sizes[-1]
@@ -260,7 +267,7 @@ def _refuse_one_object(rows):
             raise InputError(f"the file is one object with the keys {', '.join(map(str, value))[:80]}, not a list of records", rows.path,
                              "Write [ {…}, {…} ], or one record per line") from None  # fmt: skip
 
-# %% ../../nbs/26_data.files.ipynb #af7015b7
+# %% ../../nbs/26_data.files.ipynb #8c63154a
 @dataclass(frozen=True)
 class Inline:
     "A picture that stands in the record itself."
@@ -284,7 +291,7 @@ class Inline:
         except (binascii.Error, ValueError) as e:
             raise InputError(f"the picture in the record is not base64 ({e})", where, "Write it again, or give a path") from None
 
-
+# %% ../../nbs/26_data.files.ipynb #4656d09d
 @dataclass(frozen=True)
 class Remote:
     "A picture on the network, which the user allowed to fetch. It is fetched each time it is needed: for training, download first."
@@ -306,7 +313,7 @@ class Remote:
             raise InputError(f"{self.url[:200]} is larger than {limits.file_bytes:,} bytes", where, "Download the picture and make it smaller")
         return data
 
-# %% ../../nbs/26_data.files.ipynb #6096f8bc
+# %% ../../nbs/26_data.files.ipynb #03fdf925
 @lru_cache(maxsize=4096)
 def _real(folder):
     return os.path.realpath(folder)
