@@ -32,6 +32,13 @@ def _wants(config):
     return {"query_num": config.query_num, "patch_size": config.vision_config.patch_size, "scale_resolution": slices["scale_resolution"],
             "max_slice_nums": slices["max_slice_nums"], "use_image_id": bool(getattr(config, "use_image_id", False))}  # fmt: skip
 
+
+def _seen(p, image):
+    "What the vision tower sees of one RGB picture: (pixels, rows and columns of patches) of the overview and each slice."
+    if p.family is FAMILIES["qwen"]:
+        return [(to_square(image, p.scale_resolution), None)]
+    return to_patches(image, p.scale_resolution, p.patch_size, p.max_slice_nums)
+
 # %% ../../nbs/23_data.batch.ipynb #6ff7ef8a
 @dataclass(frozen=True)
 class Processor:
@@ -65,12 +72,6 @@ class Processor:
         "What `__call__` would make of the text, with only the headers of the pictures read."
         return self.encode(conversation, [self.grid(picture_size(i, conversation.where)) for i in conversation.images])
 
-    def pictures(self, image) -> list:
-        "What the vision tower sees of one RGB picture: (pixels, rows and columns of patches) of the overview and each slice."
-        if self.family is FAMILIES["qwen"]:
-            return [(to_square(image, self.scale_resolution), None)]
-        return to_patches(image, self.scale_resolution, self.patch_size, self.max_slice_nums)
-
     def __call__(
         self,
         conversation: Conversation,
@@ -80,7 +81,7 @@ class Processor:
         images = [load_image(i, conversation.where) for i in conversation.images]
         e = self.encode(conversation, [self.grid(i.size) for i in images], answer)
         kept = len(drop_turns(conversation, e.dropped).images)
-        patches = [p for image in images[len(images) - kept :] for p in self.pictures(image)]
+        patches = [p for image in images[len(images) - kept :] for p in _seen(self, image)]
         return {"input_ids": e.input_ids, "labels": e.labels, "image_bound": e.image_bound, "patches": patches, "dropped": e.dropped}
 
 # %% ../../nbs/23_data.batch.ipynb #936c7ddd
@@ -182,7 +183,7 @@ def loader(
     collate = Collator(samples.processor.tokenizer.pad_token_id, side)
     return DataLoader(samples, batch_size, sampler=sampler, collate_fn=collate, num_workers=samples.workers, generator=torch.Generator())
 
-# %% ../../nbs/23_data.batch.ipynb #fffb9543
+# %% ../../nbs/23_data.batch.ipynb #c91b34c8
 @dataclass(frozen=True)
 class Reading:
     "How data files are read. Raises `InputError` for a value that cannot work."
@@ -216,7 +217,7 @@ class Skipped:
     id: str
     reason: str  # one sentence
 
-# %% ../../nbs/23_data.batch.ipynb #82dd8c37
+# %% ../../nbs/23_data.batch.ipynb #abb3bf3e
 @dataclass(frozen=True)
 class Checked:
     "Rows that can be used, after each was prepared once."
@@ -250,7 +251,7 @@ class _Probe(Dataset):
         except InputError as e:
             return 0, 0, (getattr(e, "id", "") or name, e.found, e.where, e.remedy)
 
-# %% ../../nbs/23_data.batch.ipynb #c91b34c8
+# %% ../../nbs/23_data.batch.ipynb #33230f9a
 def check_rows(
     conversations: Sequence[Conversation],  # a list, or `Conversations`
     processor: Processor,

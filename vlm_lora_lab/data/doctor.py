@@ -199,17 +199,6 @@ class Report:
     limit: int | None = None  # of tokens
     seconds: float = 0.0
 
-    def add(self, seen: Look, more: Iterable[Finding] = ()) -> None:
-        "Take in one record."
-        self.rows += 1
-        self.findings += [*seen.findings, *more]
-        self.dialects[seen.dialect or "none"] += 1
-        self.unread.update(seen.unread)
-        self.pictures += seen.pictures
-        self.learned += seen.learned or 0
-        if seen.tokens is not None:
-            self.tokens.append(seen.tokens)
-
     @property
     def worst(self) -> dict[int, str]:  # record -> its gravest severity; records without findings are not in it
         order = sorted((f for f in self.findings if f.row is not None), key=lambda f: f.rank)
@@ -243,6 +232,18 @@ class Report:
         return _body_of(self, 20)
 
 # %% ../../nbs/28_data.doctor.ipynb #437d6d5a
+def _take_in(report, seen, more):
+    "Add what was seen in one record, and what it has in common with others."
+    report.rows += 1
+    report.findings += [*seen.findings, *more]
+    report.dialects[seen.dialect or "none"] += 1
+    report.unread.update(seen.unread)
+    report.pictures += seen.pictures
+    report.learned += seen.learned or 0
+    if seen.tokens is not None:
+        report.tokens.append(seen.tokens)
+
+
 def _facts(report):
     "What a program wants to know."
     t = sorted(report.tokens)
@@ -378,14 +379,14 @@ def check_data(
     rows, seen = looks(source, "checking")
     report = Report(str(source) if isinstance(source, (str, Path)) else "records", limit=processor.max_length if processor else None)
     for i, one in enumerate(seen):
-        report.add(one, compare.findings(one, i, rows.lines[i] if isinstance(rows, Rows) else None))
+        _take_in(report, one, compare.findings(one, i, rows.lines[i] if isinstance(rows, Rows) else None))
     if broken := getattr(rows, "broken", None):
         report.findings.append(Finding("error", "json", f"the list is broken after record {len(rows) - 1}, at {broken.where.rpartition('.json')[2].lstrip(', ')}: {broken.found}",
                                        broken.remedy))  # fmt: skip
     report.seconds = time.perf_counter() - start
     return report
 
-# %% ../../nbs/28_data.doctor.ipynb #e8358640
+# %% ../../nbs/28_data.doctor.ipynb #53743ba3
 def mutate(
     value,  # a record, or a part of one
     rng,  # `random.Random`
