@@ -147,8 +147,13 @@ def test_a_root_that_is_a_link_or_relative(root, tmp_path, monkeypatch):
     assert find_picture("a.png", tmp_path / "alias").is_file()
     monkeypatch.chdir(root)
     assert find_picture("deep/b.png", ".").is_file()
+    for outside in ("../secret.png", "deep/../../secret.png", "door/data/../secret.png"):
+        with pytest.raises(InputError, match="leads out"):
+            find_picture(outside, ".")
+    monkeypatch.chdir(root / "deep")  # what "." means is not remembered
+    assert find_picture("b.png", ".").is_file() and find_picture("../a.png", "..").is_file()
     with pytest.raises(InputError, match="leads out"):
-        find_picture("../secret.png", ".")
+        find_picture("../a.png", ".")
 
 
 @pytest.fixture

@@ -30,6 +30,13 @@ def _name(image, root):
     raise InputError(f"a picture in memory ({image!r:.60}) has no name that a file could hold", "conversation", "Save it and give its path")
 
 
+def _held(image, root):
+    "How a picture is held in a table: as it is, as bytes, or by its name."
+    if isinstance(image, Image.Image):
+        return image
+    return {"bytes": image.data, "path": None} if isinstance(image, Inline) and isinstance(image.data, bytes) else _name(image, root)
+
+
 def _parts(content, names, wrap):
     "A text with placeholders as a list of parts."
     parts, pieces = [], content.split("<image>")
@@ -60,7 +67,7 @@ def to_record(
     memory = dialect == "hf" and any(isinstance(i, (Image.Image, Inline)) for i in conversation.images)
     names = list(conversation.images) if memory else [_name(i, root) for i in conversation.images]
     if memory:
-        names = [{"bytes": i.data, "path": None} if isinstance(i, Inline) and isinstance(i.data, bytes) else i if isinstance(i, Image.Image) else _name(i, root) for i in names]
+        names = [_held(i, root) for i in names]
     return {"id": conversation.id} | _WRITERS[dialect](conversation, names)
 
 

@@ -7,7 +7,6 @@ __all__ = ['SEVERITIES', 'Finding', 'Look', 'look', 'Compare', 'Report', 'check_
 
 # %% ../../nbs/28_data.doctor.ipynb #c2dee9e0
 import html
-import json
 import signal
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .batch import Processor
 from .files import Inline, Remote, Rows, parse_json
-from .records import DIALECTS, KNOWN_FIELDS, Access, RecordError, dialect_of, parse_record
+from .records import DIALECTS, KNOWN_FIELDS, Access, dialect_of, parse_record
 from .slicing import load_image, opened, picture_size
 from .tokens import IGNORE
 from ..errors import InputError
@@ -299,7 +298,8 @@ def _text_of(report, show):
 
 
 _STYLE = """<style>.doctor{font:14px/1.45 system-ui,sans-serif;max-width:70em}.doctor table{border-collapse:collapse;margin:.8em 0}
-.doctor th,.doctor td{text-align:left;vertical-align:top;padding:.25em .7em;border-bottom:1px solid #8884}.doctor td{white-space:nowrap}.doctor td:last-child{white-space:normal;max-width:38em;overflow-wrap:anywhere}
+.doctor th,.doctor td{text-align:left;vertical-align:top;padding:.25em .7em;border-bottom:1px solid #8884}
+.doctor td{white-space:nowrap}.doctor td:last-child{white-space:normal;max-width:38em;overflow-wrap:anywhere}
 .doctor .error{border-left:5px solid #d1603d}.doctor .warning{border-left:5px double #b8860b}.doctor .note{border-left:5px dotted #8a8a8a}</style>"""
 
 
@@ -309,11 +309,13 @@ def _body_of(report, show):
     heads = "".join(f"<th>{h}</th>" for h in ("severity", "line", "record", "id", "field", "reason"))
     more = f"<p>… and {len(report.findings) - show:,} more.</p>" if len(report.findings) > show else ""
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{more}" if rows else "<p>Nothing to say about any record.</p>"
-    return f'{_STYLE}<div class="doctor"><h3>{e(_safe(report.name))}</h3><ul>{"".join(f"<li>{e(_safe(h))}</li>" for h in _headlines(report))}</ul>{table}</div>'
+    facts = "".join(f"<li>{e(_safe(h))}</li>" for h in _headlines(report))
+    return f'{_STYLE}<div class="doctor"><h3>{e(_safe(report.name))}</h3><ul>{facts}</ul>{table}</div>'
 
 
 def _page_of(report, show):
-    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(_safe(report.name))}</title></head><body>{_body_of(report, show)}</body></html>\n'
+    head = f'<head><meta charset="utf-8"><title>{html.escape(_safe(report.name))}</title></head>'
+    return f'<!doctype html><html lang="en">{head}<body>{_body_of(report, show)}</body></html>\n'
 
 # %% ../../nbs/28_data.doctor.ipynb #3cdac3e0
 _WORK = {}  # what a worker needs, set once
@@ -381,8 +383,8 @@ def check_data(
     for i, one in enumerate(seen):
         _take_in(report, one, compare.findings(one, i, rows.lines[i] if isinstance(rows, Rows) else None))
     if broken := getattr(rows, "broken", None):
-        report.findings.append(Finding("error", "json", f"the list is broken after record {len(rows) - 1}, at {broken.where.rpartition('.json')[2].lstrip(', ')}: {broken.found}",
-                                       broken.remedy))  # fmt: skip
+        place = broken.where.removeprefix(f"{source}, ")
+        report.findings.append(Finding("error", "json", f"the list is broken at {place}, after {len(rows)} records: {broken.found}", broken.remedy))
     report.seconds = time.perf_counter() - start
     return report
 

@@ -338,11 +338,12 @@ def find_picture(
         return Remote(reference)
     name = reference[7:] if scheme.startswith("file://") else reference
     path = os.path.join(root, name)
+    here = os.getcwd()  # not abspath: it would drop `..` before links are followed
+    top = _real(os.path.join(here, root)).rstrip(os.sep) + os.sep
     try:
         there = os.path.isfile(path)
-        inside = allow_outside or (os.path.join(_real(os.path.dirname(path)), os.path.basename(path)) + os.sep).startswith(_real(str(root)).rstrip(os.sep) + os.sep)
-        if inside and not allow_outside and os.path.islink(path):
-            inside = (os.path.realpath(path) + os.sep).startswith(_real(str(root)).rstrip(os.sep) + os.sep)
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real(os.path.join(here, os.path.dirname(path))), os.path.basename(path))
+        inside = allow_outside or (real + os.sep).startswith(top)
     except (OSError, ValueError):  # a name that no file can have, such as the picture itself in base64
         there, inside = False, True
     if not inside or (os.path.isabs(name) and not allow_outside and not there):

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from .records import Conversation, Message
+from .records import Conversation
 from ..errors import InputError
 
 # %% ../../nbs/22_data.tokens.ipynb #cd984ecb

@@ -63,7 +63,8 @@ def pieces_of(
     return (*pieces, Piece(f"padding: {padding} tokens", "padding", padding)) if padding else tuple(pieces)
 
 # %% ../../nbs/29_data.view.ipynb #8662ceaf
-_STYLE = """<style>.tv{display:flex;gap:1.2em;flex-wrap:wrap;font:13px/1.9 ui-monospace,Menlo,monospace;color:#222;background:#fff;padding:.5em}
+_STYLE = """<style>.tv{display:flex;gap:1.2em;flex-wrap:wrap;font:13px/1.9 ui-monospace,Menlo,monospace;color:#222;
+background:#fff;padding:.5em}
 .tv .t{flex:1 1 24em;min-width:18em}.tv .p{flex:0 1 auto;font:12px/1.3 system-ui,sans-serif}
 .tv span{border:1px solid #bbb;border-radius:3px;padding:1px 3px;margin:1px;white-space:pre-wrap}
 .tv .learned{background:#1b6ca8;border-color:#1b6ca8;color:#fff;font-weight:600}.tv .prompt{background:#fff}
