@@ -151,7 +151,7 @@ def test_a_root_that_is_a_link_or_relative(root, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="leads out"):
             find_picture(outside, ".")
     monkeypatch.chdir(root / "deep")  # what "." means is not remembered
-    assert find_picture("b.png", ".").is_file() and find_picture("../a.png", "..").is_file()
+    assert find_picture("b.png", ".").is_file() and find_picture("a.png", "..").is_file()
     with pytest.raises(InputError, match="leads out"):
         find_picture("../a.png", ".")
 
