@@ -135,6 +135,13 @@ def test_every_colour_mode_becomes_rgb(mode):
     assert image.mode == "RGB" and min(image.getpixel((1, 1))) >= 250
 
 
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa", "RGBX", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"])
+def test_no_mode_of_pillow_is_forgotten(mode):
+    image = load_image(Image.new(mode, (4, 3)))
+    assert image.mode == "RGB" and image.size == (4, 3)
+    assert image.getpixel((0, 0)) == ((255, 255, 255) if mode in ("LA", "La", "PA", "RGBA", "RGBa") else (0, 0, 0))
+
+
 def png(width, height, body=b""):
     "A PNG whose header claims a size."
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731

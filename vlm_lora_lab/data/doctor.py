@@ -373,7 +373,7 @@ def check_data(
     def looks(source, desc):
         rows = Rows(source) if isinstance(source, (str, Path)) else source
         root = Path(image_root or (Path(source).parent if isinstance(source, (str, Path)) else "."))
-        bar = tqdm(total=len(rows), desc=desc, unit=" records", leave=False, **({} if progress else {"disable": True}))
+        bar = tqdm(total=len(rows), desc=desc, unit=" records", leave=False, disable=None if progress else True)  # None: no bar where nobody looks
         return rows, _all_looks(rows, Access(root, allow_outside, allow_urls), processor, pictures, workers, bar)
 
     for other in against:

@@ -128,7 +128,7 @@ def to_rgb(
     "Settle orientation, transparency and depth; see the table in chapter 21. Raises `InputError` for pixels without a meaning."
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     elif image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
         values = np.asarray(image)
