@@ -39,7 +39,7 @@ def _seen(p, image):
         return [(to_square(image, p.scale_resolution), None)]
     return to_patches(image, p.scale_resolution, p.patch_size, p.max_slice_nums)
 
-# %% ../../nbs/23_data.batch.ipynb #6ff7ef8a
+# %% ../../nbs/23_data.batch.ipynb #936c7ddd
 @dataclass(frozen=True)
 class Processor:
     "What a model wants of its input; made from its configuration by `Processor.of`."
@@ -84,7 +84,7 @@ class Processor:
         patches = [p for image in images[len(images) - kept :] for p in _seen(self, image)]
         return {"input_ids": e.input_ids, "labels": e.labels, "image_bound": e.image_bound, "patches": patches, "dropped": e.dropped}
 
-# %% ../../nbs/23_data.batch.ipynb #936c7ddd
+# %% ../../nbs/23_data.batch.ipynb #dd8136e6
 class WorkerError(InputError):
     "An `InputError` on its way out of a worker process, where PyTorch wraps its text in a traceback."
 
@@ -115,7 +115,7 @@ class Samples(Dataset):
                 raise
             raise WorkerError(str(e)) from None
 
-# %% ../../nbs/23_data.batch.ipynb #dd8136e6
+# %% ../../nbs/23_data.batch.ipynb #0ce5ba96
 @dataclass(frozen=True)
 class Collator:
     "Rows to one batch; see the table in chapter 23."
@@ -145,7 +145,7 @@ class Collator:
             )
         return batch
 
-# %% ../../nbs/23_data.batch.ipynb #193789ba
+# %% ../../nbs/23_data.batch.ipynb #8f4bb397
 class ByLength(LengthGroupedSampler):
     "Rows in random order, but neighbours of similar length; the order follows from seed and epoch."
 
@@ -183,7 +183,7 @@ def loader(
     collate = Collator(samples.processor.tokenizer.pad_token_id, side)
     return DataLoader(samples, batch_size, sampler=sampler, collate_fn=collate, num_workers=samples.workers, generator=torch.Generator())
 
-# %% ../../nbs/23_data.batch.ipynb #c91b34c8
+# %% ../../nbs/23_data.batch.ipynb #33230f9a
 @dataclass(frozen=True)
 class Reading:
     "How data files are read. Raises `InputError` for a value that cannot work."
@@ -217,7 +217,7 @@ class Skipped:
     id: str
     reason: str  # one sentence
 
-# %% ../../nbs/23_data.batch.ipynb #abb3bf3e
+# %% ../../nbs/23_data.batch.ipynb #002c9d75
 @dataclass(frozen=True)
 class Checked:
     "Rows that can be used, after each was prepared once."
@@ -251,7 +251,7 @@ class _Probe(Dataset):
         except InputError as e:
             return 0, 0, (getattr(e, "id", "") or name, e.found, e.where, e.remedy)
 
-# %% ../../nbs/23_data.batch.ipynb #33230f9a
+# %% ../../nbs/23_data.batch.ipynb #ed970709
 def check_rows(
     conversations: Sequence[Conversation],  # a list, or `Conversations`
     processor: Processor,

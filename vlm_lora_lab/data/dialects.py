@@ -93,7 +93,7 @@ def _qwenvl(c, names):
         rows.append({"from": m.role, "value": pieces[0] + "".join(f"<img>{names.pop(0)}</img>{piece}" for piece in pieces[1:])})
     return {"conversations": rows}
 
-# %% ../../nbs/27_data.dialects.ipynb #114d50b1
+# %% ../../nbs/27_data.dialects.ipynb #1bbd49b0
 def _llava(c, names):
     who = {"user": "human", "assistant": "gpt", "system": "system"}
     image = {"image": names[0] if len(names) == 1 else names} if names else {}
@@ -119,7 +119,7 @@ def _hf(c, names):
 
 _WRITERS = {"minicpmv": _minicpmv, "qwenvl": _qwenvl, "llava": _llava, "openai": _openai, "hf": _hf}
 
-# %% ../../nbs/27_data.dialects.ipynb #ac48b29c
+# %% ../../nbs/27_data.dialects.ipynb #1ff336d7
 def convert(
     source: str | Path | Iterable[Conversation],  # a file in any dialect, or conversations
     target: str | Path,  # .json: a list; .jsonl: a record per line

@@ -91,7 +91,7 @@ def _look_at_picture(image, how, where, limits):
         odd.append(("warning", f"the picture has {size[0]} × {size[1]} pixels; there is little to see"))
     return size, key, odd
 
-# %% ../../nbs/28_data.doctor.ipynb #2c99b4b0
+# %% ../../nbs/28_data.doctor.ipynb #a797f169
 def look(
     record,  # bytes of JSON, or what JSON makes of them
     access: Access,
@@ -129,7 +129,7 @@ def look(
     unread = tuple(sorted(str(k)[:40] for k in value if k not in KNOWN_FIELDS))
     return Look(tuple(findings), dialect_of(value), len(conversation.images), tokens, learned, keys, tuple(seen), name, unread)
 
-# %% ../../nbs/28_data.doctor.ipynb #a797f169
+# %% ../../nbs/28_data.doctor.ipynb #6f6364a9
 def _look_at_tokens(conversation, processor, sizes, say):
     "Tokens of a conversation, and how many are learned."
     try:
@@ -144,7 +144,7 @@ def _look_at_tokens(conversation, processor, sizes, say):
         say("error", "tokens", "no token of the text is learned", "Write an answer")
     return len(e.input_ids), learned
 
-# %% ../../nbs/28_data.doctor.ipynb #3a164a2a
+# %% ../../nbs/28_data.doctor.ipynb #b7664794
 @dataclass
 class Compare:
     "Remembers fingerprints, and says what was there before."
@@ -182,7 +182,7 @@ class Compare:
             say("warning", "leak", f"a picture of it is in {name}, too", "Split by picture, not by question")
         return found
 
-# %% ../../nbs/28_data.doctor.ipynb #b7664794
+# %% ../../nbs/28_data.doctor.ipynb #437d6d5a
 @dataclass
 class Report:
     "What the doctor found."
@@ -230,7 +230,7 @@ class Report:
     def _repr_html_(self):
         return _body_of(self, 20)
 
-# %% ../../nbs/28_data.doctor.ipynb #437d6d5a
+# %% ../../nbs/28_data.doctor.ipynb #59e3322b
 def _take_in(report, seen, more):
     "Add what was seen in one record, and what it has in common with others."
     report.rows += 1
@@ -254,7 +254,7 @@ def _facts(report):
         "seconds": round(report.seconds, 2), "findings": [asdict(f) for f in report.findings],
     }  # fmt: skip
 
-# %% ../../nbs/28_data.doctor.ipynb #bc3895e3
+# %% ../../nbs/28_data.doctor.ipynb #3cdac3e0
 def _headlines(report):
     "What a person wants to know first."
     d = report.to_dict()
@@ -284,7 +284,7 @@ def _safe(text):
     "One line, without control characters, so that a record cannot paint on the terminal."
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
-# %% ../../nbs/28_data.doctor.ipynb #59e3322b
+# %% ../../nbs/28_data.doctor.ipynb #8aae2f3d
 def _text_of(report, show):
     heads = ("severity", "line", "record", "id", "field", "reason")
     rows = [[_safe(cell)[: 24 if i < 5 else 200] for i, cell in enumerate(row)] for row in _table(report, show)]
@@ -317,7 +317,7 @@ def _page_of(report, show):
     head = f'<head><meta charset="utf-8"><title>{html.escape(_safe(report.name))}</title></head>'
     return f'<!doctype html><html lang="en">{head}<body>{_body_of(report, show)}</body></html>\n'
 
-# %% ../../nbs/28_data.doctor.ipynb #3cdac3e0
+# %% ../../nbs/28_data.doctor.ipynb #09732451
 _WORK = {}  # what a worker needs, set once
 
 
@@ -353,7 +353,7 @@ def _all_looks(rows, access, processor, pictures, workers, bar):
                 yield from some
                 bar.update(len(some))
 
-# %% ../../nbs/28_data.doctor.ipynb #9d1f3923
+# %% ../../nbs/28_data.doctor.ipynb #a4018745
 def check_data(
     source: str | Path | Sequence,  # a JSON or JSON Lines file, or records
     processor: Processor | None = None,  # of a model; None: tokens are not looked at
@@ -388,7 +388,7 @@ def check_data(
     report.seconds = time.perf_counter() - start
     return report
 
-# %% ../../nbs/28_data.doctor.ipynb #53743ba3
+# %% ../../nbs/28_data.doctor.ipynb #b3e257e2
 def mutate(
     value,  # a record, or a part of one
     rng,  # `random.Random`

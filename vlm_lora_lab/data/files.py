@@ -77,7 +77,7 @@ class _Window:
             if rest <= 64 and not self.more():
                 return ""
 
-# %% ../../nbs/26_data.files.ipynb #26c49e67
+# %% ../../nbs/26_data.files.ipynb #94355a3d
 def _unique(pairs):
     "An object's keys and values; a key that is there twice would silently lose the first."
     found = dict(pairs)
@@ -101,7 +101,7 @@ def _depth(value, limit):
             return True
     return False
 
-# %% ../../nbs/26_data.files.ipynb #94355a3d
+# %% ../../nbs/26_data.files.ipynb #82499531
 def parse_json(
     text: bytes,  # one record
     where: str,  # for the error message
@@ -124,7 +124,7 @@ def parse_json(
         raise InputError(f"lists and objects are more than {limits.depth} deep", where, "A record has a handful of levels")
     return value
 
-# %% ../../nbs/26_data.files.ipynb #82499531
+# %% ../../nbs/26_data.files.ipynb #4695a9dd
 class _Places:
     "Where the records of a file are: bytes, bytes, number of the first line."
 
@@ -147,7 +147,7 @@ def _walk_lines(file, skip, limit, places):
             places.note(offset, size, number)
         offset += size
 
-# %% ../../nbs/26_data.files.ipynb #b02bae93
+# %% ../../nbs/26_data.files.ipynb #1446f6e5
 class _Broken(Exception):
     "A list cannot be read beyond this place."
 
@@ -172,7 +172,7 @@ def _element_end(window, limits):
             if not window.more():
                 raise _Broken(window, f"this is not valid JSON: {getattr(e, 'msg', e)}", getattr(e, "pos", window.at)) from None
 
-# %% ../../nbs/26_data.files.ipynb #4695a9dd
+# %% ../../nbs/26_data.files.ipynb #53a28bc1
 def _walk_list(file, skip, limits, places):
     "Note every element of a JSON list, as far as it can be read."
     window, mark = _Window(file, skip), ","
@@ -196,7 +196,7 @@ def _walk_list(file, skip, limits, places):
     except UnicodeDecodeError as e:
         places.broken = (f"this is not UTF-8 text ({e.reason})", f"after line {window.line}")
 
-# %% ../../nbs/26_data.files.ipynb #f45f2f65
+# %% ../../nbs/26_data.files.ipynb #be0fd6d4
 def _walk(path, limits):
     "Note every record of a file; the first character tells which kind of file it is."
     if not path.is_file():
@@ -216,7 +216,7 @@ def _walk(path, limits):
         raise InputError("this file may not be read", path, "Change its permissions") from None
     return places, first
 
-# %% ../../nbs/26_data.files.ipynb #52bbdea7
+# %% ../../nbs/26_data.files.ipynb #af7015b7
 class Rows(Sequence):
     """The records of a JSON or JSON Lines file; only their places are held, and each is read when asked for.
 
@@ -252,7 +252,7 @@ class Rows(Sequence):
     def __getitem__(self, i):
         return parse_json(self.raw(i), self.where(i), self.limits)
 
-# %% ../../nbs/26_data.files.ipynb #53a28bc1
+# %% ../../nbs/26_data.files.ipynb #0ea1d4e9
 def _refuse_one_object(rows):
     "A file that starts with a brace is one record per line, unless it is a single object over many lines."
     size = rows.starts[-1] + rows.sizes[-1]
@@ -267,7 +267,7 @@ def _refuse_one_object(rows):
             raise InputError(f"the file is one object with the keys {', '.join(map(str, value))[:80]}, not a list of records", rows.path,
                              "Write [ {…}, {…} ], or one record per line") from None  # fmt: skip
 
-# %% ../../nbs/26_data.files.ipynb #8c63154a
+# %% ../../nbs/26_data.files.ipynb #5859d622
 @dataclass(frozen=True)
 class Inline:
     "A picture that stands in the record itself."
@@ -291,7 +291,7 @@ class Inline:
         except (binascii.Error, ValueError) as e:
             raise InputError(f"the picture in the record is not base64 ({e})", where, "Write it again, or give a path") from None
 
-# %% ../../nbs/26_data.files.ipynb #4656d09d
+# %% ../../nbs/26_data.files.ipynb #56ad0700
 @dataclass(frozen=True)
 class Remote:
     "A picture on the network, which the user allowed to fetch. It is fetched each time it is needed: for training, download first."
@@ -313,7 +313,7 @@ class Remote:
             raise InputError(f"{self.url[:200]} is larger than {limits.file_bytes:,} bytes", where, "Download the picture and make it smaller")
         return data
 
-# %% ../../nbs/26_data.files.ipynb #03fdf925
+# %% ../../nbs/26_data.files.ipynb #515008ae
 @lru_cache(maxsize=4096)
 def _real(folder):
     return os.path.realpath(folder)

@@ -51,7 +51,7 @@ class Conversation:
         "File and record, or the conversation's id, for error messages."
         return self.source or f"conversation {self.id}"
 
-# %% ../../nbs/20_data.records.ipynb #fae126eb
+# %% ../../nbs/20_data.records.ipynb #317c3c7a
 def ask(
     question: str,  # text of the user's turn; "<image>" is put in front for pictures that it does not mention
     answer: str,  # text of the assistant's turn
@@ -65,7 +65,7 @@ def ask(
     content = "<image>\n" * missing + question
     return Conversation(id, (Message("user", content), Message("assistant", answer)), images)
 
-# %% ../../nbs/20_data.records.ipynb #bf906b79
+# %% ../../nbs/20_data.records.ipynb #24b6815a
 class RecordError(InputError):
     "A record that cannot be used, with the field to look at and a word for the kind of mistake."
 
@@ -80,7 +80,7 @@ class RecordError(InputError):
         super().__init__(found, f"{where}, {field}" if field else where, remedy)
         self.field, self.kind, self.id = field, kind, ""  # the id is filled in when it is known
 
-# %% ../../nbs/20_data.records.ipynb #00e3fa8e
+# %% ../../nbs/20_data.records.ipynb #6d55a7b6
 DIALECTS = {"minicpmv": "MiniCPM-V", "qwenvl": "Qwen-VL", "llava": "LLaVA, ShareGPT", "openai": "OpenAI messages", "hf": "Hugging Face messages"}
 KNOWN_FIELDS = {"id", "image", "images", "conversations", "messages", "system"}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -106,7 +106,7 @@ def dialect_of(
         return "llava" if any(isinstance(r, dict) and r.get("from") in ("human", "gpt") for r in rows) else "qwenvl"
     return "minicpmv"
 
-# %% ../../nbs/20_data.records.ipynb #0c87d287
+# %% ../../nbs/20_data.records.ipynb #57badbaa
 PLACEHOLDER = re.compile(r"<image(?:_\d+)?>")
 _QWEN_IMAGE = re.compile(r"<img>(.*?)</img>", re.S)
 _TEXT_PARTS, _IMAGE_PARTS = ("text", "input_text"), ("image", "image_url", "input_image")
@@ -140,7 +140,7 @@ def _join(pieces):
         text += piece
     return text
 
-# %% ../../nbs/20_data.records.ipynb #57badbaa
+# %% ../../nbs/20_data.records.ipynb #d018da20
 def _content(content, dialect, where, field):
     "A message's content: text that says `<image>`, and what each mention means."
     if isinstance(content, list) and dialect != "qwenvl":
@@ -156,7 +156,7 @@ def _content(content, dialect, where, field):
     mentions = [NEXT if tag == "<image>" else tag for tag in PLACEHOLDER.findall(content)]
     return PLACEHOLDER.sub("<image>", content), mentions
 
-# %% ../../nbs/20_data.records.ipynb #d018da20
+# %% ../../nbs/20_data.records.ipynb #8e9b0b21
 def _text(text, where, field, limits):
     "Refuse text that is too long, or that is no text."
     if len(text) > limits.text:
@@ -192,7 +192,7 @@ def _turns(record, dialect, where, limits):
         mentions += found
     return _alternating(messages, where, name), mentions
 
-# %% ../../nbs/20_data.records.ipynb #e859c6c2
+# %% ../../nbs/20_data.records.ipynb #08e8d9de
 def _alternating(messages, where, name):
     "Check that a system message comes first if at all, then user and assistant in turns, with an answer at the end."
     turns = messages[1:] if messages[0].role == "system" else messages
@@ -207,7 +207,7 @@ def _alternating(messages, where, name):
         raise RecordError("the dialogue has no answer at its end", where, name, "Add an assistant message or remove the record", "roles")
     return messages
 
-# %% ../../nbs/20_data.records.ipynb #55b0e8b2
+# %% ../../nbs/20_data.records.ipynb #67f47a13
 def _is_file(value):  # how Hugging Face's datasets write an undecoded picture
     return isinstance(value, dict) and bool(value) and set(value) <= {"bytes", "path"}
 
@@ -224,7 +224,7 @@ def _given(record, where):
         return value, True
     return dict(enumerate(value if isinstance(value, list) else [value])), False
 
-# %% ../../nbs/20_data.records.ipynb #08e8d9de
+# %% ../../nbs/20_data.records.ipynb #70f7dd2e
 def _match(messages, mentions, record, where):
     "References in order of mention; a single picture that nobody mentions is put in front of the first question."
     given, named = _given(record, where)
@@ -251,7 +251,7 @@ def _match(messages, mentions, record, where):
         raise RecordError(f"the text never mentions {unused:.200}", where, "conversations", "Write the placeholder where the picture belongs", "placeholder")
     return messages, references
 
-# %% ../../nbs/20_data.records.ipynb #78220690
+# %% ../../nbs/20_data.records.ipynb #471f5c6c
 @dataclass(frozen=True)
 class Access:
     "What the records of a file may reach."
@@ -283,7 +283,7 @@ def parse_record(
         e.id = name
         raise
 
-# %% ../../nbs/20_data.records.ipynb #67f47a13
+# %% ../../nbs/20_data.records.ipynb #4f4e8167
 def _picture(reference, access, where):
     "What a reference means."
     if isinstance(reference, Image.Image):
@@ -299,7 +299,7 @@ def _picture(reference, access, where):
     except InputError as e:
         raise RecordError(e.found, where, "image", e.remedy, "picture") from None
 
-# %% ../../nbs/20_data.records.ipynb #471f5c6c
+# %% ../../nbs/20_data.records.ipynb #53d60fef
 class Conversations(Sequence):
     "The conversations of a file or of a dataset, each read and checked when it is asked for. Asking for a bad one raises `RecordError`."
 
@@ -338,7 +338,7 @@ class Conversations(Sequence):
         where = self.rows.where(number) if isinstance(self.rows, Rows) else f"{self.name}, record {number}"
         return parse_record(self.rows[number], self.access, where, number)
 
-# %% ../../nbs/20_data.records.ipynb #79f5d529
+# %% ../../nbs/20_data.records.ipynb #2ae0993c
 def read_conversations(
     path: str | Path,  # JSON or JSON Lines, in any of the dialects
     image_root: str | Path | None = None,  # folder that relative picture paths start from; default: the file's own

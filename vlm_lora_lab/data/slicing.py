@@ -89,7 +89,7 @@ def check_size(
     if max(width, height) > limits.proportion * min(width, height):
         raise InputError(f"the picture has {width} × {height} pixels, which is more than {limits.proportion} times as long as wide", where, "Cut it to pieces")
 
-# %% ../../nbs/21_data.slicing.ipynb #89cc0da9
+# %% ../../nbs/21_data.slicing.ipynb #94d3387a
 @contextmanager
 def opened(
     image: str | Path | Inline | Remote,  # where the picture is
@@ -120,7 +120,7 @@ def opened(
         reason = f"is none of {', '.join(FORMATS)}" if isinstance(e, UnidentifiedImageError) else f"cannot be read as a picture ({str(e) or type(e).__name__:.120})"
         raise InputError(f"{name} {reason}", where, "Replace the file or remove the record") from None
 
-# %% ../../nbs/21_data.slicing.ipynb #94d3387a
+# %% ../../nbs/21_data.slicing.ipynb #4e3ca673
 def to_rgb(
     image: Image.Image,  # any mode
     where: str = "",  # for the error message
@@ -161,7 +161,7 @@ def load_image(
         picture.load()
         return to_rgb(picture, where)
 
-# %% ../../nbs/21_data.slicing.ipynb #5e62c6c0
+# %% ../../nbs/21_data.slicing.ipynb #978c9cad
 def picture_size(
     image: str | Path | Image.Image | Inline | Remote,
     where: str = "",  # for the error message
@@ -178,7 +178,7 @@ def picture_size(
     with opened(image, where, limits) as picture:
         return turned(picture)
 
-# %% ../../nbs/21_data.slicing.ipynb #0100ebe9
+# %% ../../nbs/21_data.slicing.ipynb #7dad67ae
 def to_strip(
     image: Image.Image,  # RGB; both sides multiples of the patch
     patch_size: int,  # pixels
@@ -212,7 +212,7 @@ def to_patches(
     "Cut a picture and lay out what the vision tower sees of it."
     return [to_strip(t, patch_size) for t in tiles_of(image, cut_of(*image.size, scale_resolution, patch_size, max_slice_nums))]
 
-# %% ../../nbs/21_data.slicing.ipynb #d3a577ca
+# %% ../../nbs/21_data.slicing.ipynb #99cfac6d
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI, of its training pictures
 
 

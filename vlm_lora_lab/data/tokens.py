@@ -53,7 +53,7 @@ class Family:
     first: int = 0  # number of the first picture
     template: str = _CHATML  # used when the tokenizer has no chat template
 
-# %% ../../nbs/22_data.tokens.ipynb #1c1aa101
+# %% ../../nbs/22_data.tokens.ipynb #c1002d97
 FAMILIES = {
     "2.0": Family(nested=True, numbered="", template=_CPM), "2.5": Family(nested=True, numbered="", template=_LLAMA), "2.6": Family(template=_HELPFUL + _CHATML),
     "4.0": Family(), "4.5": Family(template=_QWEN3),
@@ -88,7 +88,7 @@ def picture_text(
         text += f"<slice>{slices}</slice>" if family.nested else slices
     return text
 
-# %% ../../nbs/22_data.tokens.ipynb #726a71e8
+# %% ../../nbs/22_data.tokens.ipynb #033b325b
 IGNORE = -100  # PyTorch's label for "no loss here"
 SLOT = "\ue000"  # a character for private use
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
@@ -115,7 +115,7 @@ def _no_commands(conversation, tokenizer):
         if SLOT in m.content:
             raise InputError("the text contains the private character U+E000", conversation.where, "Remove it")
 
-# %% ../../nbs/22_data.tokens.ipynb #033b325b
+# %% ../../nbs/22_data.tokens.ipynb #8c687251
 def _with_pictures(conversation, family, query_num, numbered, grids):
     "Messages in which each mention of a picture has become its brackets and fillers."
     count, several, messages = 0, len(conversation.images) > 1 and family.filler == "<unk>", []
@@ -136,7 +136,7 @@ def _with_pictures(conversation, family, query_num, numbered, grids):
         messages.append({"role": m.role, "content": content})
     return messages
 
-# %% ../../nbs/22_data.tokens.ipynb #69a615c3
+# %% ../../nbs/22_data.tokens.ipynb #eec56cd9
 def _answers(whole, skeleton, where):
     "Start and end of each answer in the text, and what follows it in the skeleton."
     pieces, spans, at = skeleton.split(SLOT), [], 0
@@ -157,7 +157,7 @@ def _answers(whole, skeleton, where):
             spans.append((at, at, ""))
     return spans
 
-# %% ../../nbs/22_data.tokens.ipynb #8c687251
+# %% ../../nbs/22_data.tokens.ipynb #e87e15ec
 def render(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
@@ -193,7 +193,7 @@ def render(
             unwritten.append(end)
     return whole, spans, unwritten
 
-# %% ../../nbs/22_data.tokens.ipynb #eec56cd9
+# %% ../../nbs/22_data.tokens.ipynb #e3305943
 @dataclass(frozen=True)
 class Encoded:
     "A conversation as numbers."
@@ -225,7 +225,7 @@ def _places(ids, tokenizer, family, expected, query_num, where):
                          f"The tokenizer lacks {' '.join(family.brackets)} or {family.filler} as tokens of their own")  # fmt: skip
     return places
 
-# %% ../../nbs/22_data.tokens.ipynb #1c1c2619
+# %% ../../nbs/22_data.tokens.ipynb #be6700c5
 def encode(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,

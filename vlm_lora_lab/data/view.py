@@ -36,7 +36,7 @@ def _kind(at, labels, places):
         return "picture"
     return "prompt" if labels[at] == IGNORE else "learned"
 
-# %% ../../nbs/29_data.view.ipynb #18617ebd
+# %% ../../nbs/29_data.view.ipynb #aa912e20
 def pieces_of(
     ids: list[int],  # tokens
     labels: list[int],  # IGNORE where nothing is learned
@@ -62,7 +62,7 @@ def pieces_of(
         at = end
     return (*pieces, Piece(f"padding: {padding} tokens", "padding", padding)) if padding else tuple(pieces)
 
-# %% ../../nbs/29_data.view.ipynb #8662ceaf
+# %% ../../nbs/29_data.view.ipynb #0c380257
 _STYLE = """<style>.tv{display:flex;gap:1.2em;flex-wrap:wrap;font:13px/1.9 ui-monospace,Menlo,monospace;color:#222;
 background:#fff;padding:.5em}
 .tv .t{flex:1 1 24em;min-width:18em}.tv .p{flex:0 1 auto;font:12px/1.3 system-ui,sans-serif}
@@ -80,7 +80,7 @@ def _image_html(image, side):
     image.save(file, "JPEG", quality=85)
     return f'<img alt="" width="{image.width}" height="{image.height}" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
-# %% ../../nbs/29_data.view.ipynb #0c380257
+# %% ../../nbs/29_data.view.ipynb #5c20b810
 @dataclass(frozen=True)
 class TokenView:
     "A conversation as a model sees it; a notebook draws it, a terminal prints it."
@@ -118,7 +118,7 @@ class TokenView:
         text = "".join(marks[p.kind].format(p.text) for p in self.pieces).replace("⟧⟦", "")
         return f"{text}\n{', '.join(f'{self.count(k)} {k}' for k in KINDS if self.count(k))}"
 
-# %% ../../nbs/29_data.view.ipynb #50b1a1e7
+# %% ../../nbs/29_data.view.ipynb #4498a950
 def see(
     conversation: Conversation,
     processor: Processor,
