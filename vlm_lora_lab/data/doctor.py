@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .batch import Processor
 from .files import Inline, Remote, Rows, parse_json
-from .records import DIALECTS, KNOWN_FIELDS, Access, dialect_of, parse_record
+from .records import DIALECTS, KNOWN_FIELDS, Access, RecordError, dialect_of, parse_record
 from .slicing import load_image, opened, picture_size
 from .tokens import IGNORE
 from ..errors import InputError
@@ -92,6 +92,14 @@ def _look_at_picture(image, how, where, limits):
     return size, key, odd
 
 # %% ../../nbs/28_data.doctor.ipynb #a797f169
+def _dialect(value):
+    "The dialect of a record that may be no record."
+    try:
+        return dialect_of(value) if isinstance(value, dict) else ""
+    except RecordError:
+        return ""
+
+# %% ../../nbs/28_data.doctor.ipynb #26271a78
 def look(
     record,  # bytes of JSON, or what JSON makes of them
     access: Access,
@@ -101,7 +109,7 @@ def look(
     line: int | None = None,  # of the file
 ) -> Look:
     "Look at one record. Raises nothing, whatever it is."
-    findings, where, name = [], "", ""
+    findings, where, name, value = [], "", "", None
     say = lambda *words, **more: findings.append(Finding(*words, row=number, line=line, id=name, **more))  # noqa: E731
     try:
         value = parse_json(record, where, access.limits) if isinstance(record, bytes) else record
@@ -109,7 +117,7 @@ def look(
         conversation = parse_record(value, access, where, number)
     except InputError as e:
         say("error", getattr(e, "kind", "json"), e.found, e.remedy, field=getattr(e, "field", ""))
-        return Look(tuple(findings), id=name)
+        return Look(tuple(findings), _dialect(value), id=name)
     sizes, seen = [], []
     for i, image in enumerate(conversation.images):
         try:
@@ -129,7 +137,7 @@ def look(
     unread = tuple(sorted(str(k)[:40] for k in value if k not in KNOWN_FIELDS))
     return Look(tuple(findings), dialect_of(value), len(conversation.images), tokens, learned, keys, tuple(seen), name, unread)
 
-# %% ../../nbs/28_data.doctor.ipynb #6f6364a9
+# %% ../../nbs/28_data.doctor.ipynb #3a164a2a
 def _look_at_tokens(conversation, processor, sizes, say):
     "Tokens of a conversation, and how many are learned."
     try:
@@ -144,7 +152,7 @@ def _look_at_tokens(conversation, processor, sizes, say):
         say("error", "tokens", "no token of the text is learned", "Write an answer")
     return len(e.input_ids), learned
 
-# %% ../../nbs/28_data.doctor.ipynb #b7664794
+# %% ../../nbs/28_data.doctor.ipynb #6eb381c9
 @dataclass
 class Compare:
     "Remembers fingerprints, and says what was there before."
@@ -182,7 +190,7 @@ class Compare:
             say("warning", "leak", f"a picture of it is in {name}, too", "Split by picture, not by question")
         return found
 
-# %% ../../nbs/28_data.doctor.ipynb #437d6d5a
+# %% ../../nbs/28_data.doctor.ipynb #bc3895e3
 @dataclass
 class Report:
     "What the doctor found."
@@ -230,7 +238,7 @@ class Report:
     def _repr_html_(self):
         return _body_of(self, 20)
 
-# %% ../../nbs/28_data.doctor.ipynb #59e3322b
+# %% ../../nbs/28_data.doctor.ipynb #a4965164
 def _take_in(report, seen, more):
     "Add what was seen in one record, and what it has in common with others."
     report.rows += 1
@@ -254,7 +262,7 @@ def _facts(report):
         "seconds": round(report.seconds, 2), "findings": [asdict(f) for f in report.findings],
     }  # fmt: skip
 
-# %% ../../nbs/28_data.doctor.ipynb #3cdac3e0
+# %% ../../nbs/28_data.doctor.ipynb #9d1f3923
 def _headlines(report):
     "What a person wants to know first."
     d = report.to_dict()
@@ -284,7 +292,7 @@ def _safe(text):
     "One line, without control characters, so that a record cannot paint on the terminal."
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
-# %% ../../nbs/28_data.doctor.ipynb #8aae2f3d
+# %% ../../nbs/28_data.doctor.ipynb #3b0bd06c
 def _text_of(report, show):
     heads = ("severity", "line", "record", "id", "field", "reason")
     rows = [[_safe(cell)[: 24 if i < 5 else 200] for i, cell in enumerate(row)] for row in _table(report, show)]
@@ -317,7 +325,7 @@ def _page_of(report, show):
     head = f'<head><meta charset="utf-8"><title>{html.escape(_safe(report.name))}</title></head>'
     return f'<!doctype html><html lang="en">{head}<body>{_body_of(report, show)}</body></html>\n'
 
-# %% ../../nbs/28_data.doctor.ipynb #09732451
+# %% ../../nbs/28_data.doctor.ipynb #1eb0e011
 _WORK = {}  # what a worker needs, set once
 
 
@@ -353,7 +361,7 @@ def _all_looks(rows, access, processor, pictures, workers, bar):
                 yield from some
                 bar.update(len(some))
 
-# %% ../../nbs/28_data.doctor.ipynb #a4018745
+# %% ../../nbs/28_data.doctor.ipynb #a75690ca
 def check_data(
     source: str | Path | Sequence,  # a JSON or JSON Lines file, or records
     processor: Processor | None = None,  # of a model; None: tokens are not looked at
@@ -388,7 +396,7 @@ def check_data(
     report.seconds = time.perf_counter() - start
     return report
 
-# %% ../../nbs/28_data.doctor.ipynb #b3e257e2
+# %% ../../nbs/28_data.doctor.ipynb #4bcfab2b
 def mutate(
     value,  # a record, or a part of one
     rng,  # `random.Random`
