@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 
 from .checkpoint.save import save_adapter
-from .data.batch import Processor, Samples
+from .data.batch import Checked, Processor, Reading, check_rows
 from .data.drawn import Drawn
-from .data.records import read_conversations
+from .data.records import Conversations
 from .errors import InputError, empty_folder, explain_write_errors, write_json
 from .evaluate import ExactMatch, generate_answers, loss_curve
 from .models.files import save_vlm
@@ -43,6 +42,7 @@ class Job:
     mix_share: float = 0.3  # of old samples, when `mix_data` is given
     plan: TuningPlan = field(default_factory=TuningPlan)
     schedule: Schedule = field(default_factory=Schedule)
+    reading: Reading = field(default_factory=Reading)
 
     @classmethod
     def of(cls, values: dict, where: str = "configuration") -> "Job":
@@ -63,11 +63,11 @@ class Job:
             raise InputError(f"mix_share is {values['mix_share']!r}", where, "Write a number from 0 up to, not including, 1")
         if not isinstance(values.get("four_bit", True), bool):
             raise InputError(f"four_bit is {values['four_bit']!r}", where, "Write true or false")
-        for name, make in (("plan", TuningPlan.of), ("schedule", _schedule)):
+        for name, make in (("plan", TuningPlan.of), ("schedule", _schedule), ("reading", Reading.of)):
             section = values.get(name) or {}
             if isinstance(section, dict):
                 values[name] = make(section)
-            elif not isinstance(section, (TuningPlan, Schedule)):
+            elif not isinstance(section, (TuningPlan, Schedule, Reading)):
                 raise InputError(f"{name} is {section!r:.60}", where, f"Write {name}: {{key: value, …}}")
         return cls(**values)
 
@@ -81,12 +81,16 @@ def _schedule(values):
     return Schedule(**values)
 
 
-def _checked(path, job, processor, desc):
-    "Read a data file, and open every picture once, before anything expensive happens."
-    conversations = read_conversations(path, job.image_root)
-    for c in tqdm(conversations, desc=f"checking {desc}", leave=False, **({"disable": True} if len(conversations) < 100 else {})):
-        processor(c)
-    return conversations
+def _checked(path, job, processor, desc, say):
+    "Prepare every row of a data file once, before anything expensive happens; say which bad ones are left out, if the user wants that."
+    conversations = Conversations.open(path, job.image_root, job.reading.allow_outside, job.reading.allow_urls)
+    checked = check_rows(conversations, processor, job.reading, f"checking {desc}")
+    if checked.skipped:
+        names = ", ".join(s.id for s in checked.skipped[:10]) + (", …" if len(checked.skipped) > 10 else "")
+        say(f"Left out {len(checked.skipped)} of {len(conversations)} rows of {path}: {names}. The first because: {checked.skipped[0].reason}")
+    if checked.dropped:
+        say(f"{checked.dropped} rows of {path} were too long and lost whole turns at their front.")
+    return checked
 
 
 def _place(job, resume):
@@ -122,12 +126,15 @@ def train(
     tokenizer = load_tokenizer(job.model)
     torch.manual_seed(job.schedule.seed)
     model = load_vlm(job.model, four_bit=job.four_bit, whole=full_modules(on_meta(model_folder(job.model)), job.plan))
-    processor = Processor.of(model.config, tokenizer, job.schedule.max_length)
-    new = _checked(job.data, job, processor, "training data")
-    held_out = _checked(job.eval_data, job, processor, "evaluation data") if job.eval_data else None
+    processor = Processor.of(model.config, tokenizer, job.schedule.max_length, job.reading.drop_turns)
+    new = _checked(job.data, job, processor, "training data", say)
+    held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
+    held_out, left_out = held.conversations if held else None, {p: c.skipped for p, c in ((job.data, new), (job.eval_data, held)) if c and c.skipped}
     if job.mix_data:
-        old = Drawn(0, 1_000_000) if job.mix_data == "drawn" else _checked(job.mix_data, job, processor, "old samples")
-        new = mix(new, old, job.mix_share, job.schedule.seed)
+        old = Drawn(0, 1_000_000) if job.mix_data == "drawn" else _checked(job.mix_data, job, processor, "old samples", say).conversations
+        mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
+        added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
+        new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
     model = apply_plan(model, job.plan)
     say(str(PlanTable.of(model, job.plan)))
     if resume:
@@ -141,11 +148,14 @@ def train(
         write_json(output / "job.json", job.to_dict())
         if held_out:
             write_json(output / "before.json", generate_answers(model, processor, held_out, desc="asking before"))
-    run = fit(model, Samples(new, processor), job.schedule, output / "checkpoints", Samples(held_out, processor) if held_out else None, resume, plan=job.plan)
+    held_samples = held.samples(processor, job.reading) if held else None
+    run = fit(model, new.samples(processor, job.reading), job.schedule, output / "checkpoints", held_samples, resume, plan=job.plan)
     if run.stopped:
         say(f"Stopped after step {run.steps}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
     report = {"job": job.to_dict(), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
+    if left_out:
+        report["skipped_rows"] = {str(path): [asdict(s) for s in rows] for path, rows in left_out.items()}
     if held_out:
         results = {"before": json.loads((output / "before.json").read_text(encoding="utf-8")),
                    "after": generate_answers(model, processor, held_out, desc="asking after")}  # fmt: skip

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from .dialects import convert
 from .drawn import STRIP, draw
+from .records import DIALECTS
 
 # %% ../../nbs/25_data.handwriting.ipynb #e5707960
 SPLITS = {"train": (0.7, 2000), "validation": (0.1, 200), "test": (0.2, 200)}  # share of the scans, number of pictures
@@ -88,3 +90,7 @@ def build(
             {"id": "no-picture", "conversations": turns(total.question, total.answer)},
         ],
     )  # fmt: skip
+    for dialect in DIALECTS:
+        if dialect != "minicpmv":
+            (folder / f"mixed-{dialect}.jsonl").unlink(missing_ok=True)
+            convert(folder / "mixed.json", folder / f"mixed-{dialect}.jsonl", dialect)

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..data.batch import Collator, Samples
+from ..data.batch import ByLength, Collator, Samples
 from ..errors import InputError, explain_write_errors
 from ..models.parts import layout_of
 from ..plan import TuningPlan
@@ -87,6 +87,13 @@ class PartTrainer(Trainer):
         "The peak learning rate of a parameter."
         lora = self.args.learning_rate
         return self.plan.rate(part, name, lora, self.full_rate) if self.plan else lora if ".lora_" in name else self.full_rate
+
+    def _get_train_sampler(self, train_dataset=None):
+        "Rows of similar length together, if their lengths are known; otherwise the Trainer's own order."
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        if getattr(data, "lengths", None) is None:
+            return super()._get_train_sampler(train_dataset)
+        return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, data.lengths, self.args.seed)
 
     def create_optimizer(self, model=None):
         "AdamW over the trainable parameters, in groups by rate and weight decay."
@@ -213,7 +220,7 @@ def fit(
         eval_strategy="epoch" if evaluation is not None else "no", prediction_loss_only=True,
         save_strategy="steps" if save else "no", save_steps=schedule.save_every, save_total_limit=2,
         logging_steps=log_every, logging_first_step=True, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
-        remove_unused_columns=False, label_names=["labels"], dataloader_num_workers=0, dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False, label_names=["labels"], dataloader_num_workers=train.workers, dataloader_pin_memory=on_gpu,
     )  # fmt: skip
     stop, progress = StopOnSignal(save), Progress(desc)
     trainer = PartTrainer(
