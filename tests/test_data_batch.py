@@ -15,8 +15,8 @@ from vlm_lora_lab.data.records import Conversation, Conversations, Message, ask,
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
-from vlm_lora_lab.models.load import load_model, load_tokenizer
-from vlm_lora_lab.models.minicpmv import MiniCPMVConfig
+from vlm_lora_lab.models.load import load_vlm, load_tokenizer
+from vlm_lora_lab.models.minicpmv import MiniCPMV26Config
 from vlm_lora_lab.plan import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import Schedule, fit
 
@@ -27,7 +27,7 @@ def tokenizer():
 
 
 def processor(tokenizer, slices=1, max_length=2048, **kwargs):
-    config = MiniCPMVConfig(vocab_size=len(tokenizer), query_num=16, use_image_id=slices > 1, vision_config={"patch_size": 8, "image_size": 112},
+    config = MiniCPMV26Config(vocab_size=len(tokenizer), query_num=16, use_image_id=slices > 1, vision_config={"patch_size": 8, "image_size": 112},
                             slice_config={"scale_resolution": 56, "max_slice_nums": slices})  # fmt: skip
     return Processor.of(config, tokenizer, max_length, **kwargs)
 
@@ -74,7 +74,7 @@ def test_measuring_agrees_with_preparing(tokenizer, tmp_path):
 
 
 def test_slices_reach_the_model(tokenizer):
-    model, process = load_model("lab"), processor(tokenizer, 4)
+    model, process = load_vlm("lab"), processor(tokenizer, 4)
     rows = [process(c) for c in (wide(150, 60), draw(1, "pair"), draw(0, "sum"))]
     batch = Collator(tokenizer.pad_token_id)(rows)
     assert len(batch["pixel_values"]) == 4 + 2 and batch["image_bound"][:, 0].tolist() == [0] * 4 + [1] * 2
@@ -87,7 +87,7 @@ def test_slices_reach_the_model(tokenizer):
 
 
 def test_the_lab_model_sees_overviews_only(tokenizer):
-    process = Processor.of(load_model("lab").config, tokenizer)
+    process = Processor.of(load_vlm("lab").config, tokenizer)
     assert process.max_slice_nums == 1 and len(process(wide(600, 200))["patches"]) == 1
 
 
@@ -162,7 +162,7 @@ def test_a_resumed_run_finds_its_place_among_grouped_rows(tokenizer, tmp_path):
 
     def run(folder, resume=False):
         torch.manual_seed(0)
-        model = apply_plan(load_model("lab"), TuningPlan(connector="freeze"))
+        model = apply_plan(load_vlm("lab"), TuningPlan(connector="freeze"))
         return [h["loss"] for h in fit(model, Samples(rows, process, 0, lengths), schedule, folder, resume=resume, log_every=1).history if "loss" in h]
 
     whole = run(tmp_path / "a")

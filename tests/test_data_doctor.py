@@ -16,7 +16,7 @@ from vlm_lora_lab.data.doctor import SEVERITIES, check_data, look, mutate
 from vlm_lora_lab.data.records import DIALECTS, Access, Conversation, Message, RecordError, parse_record, read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer
-from vlm_lora_lab.models.minicpmv import MiniCPMVConfig
+from vlm_lora_lab.models.minicpmv import MiniCPMV26Config
 
 st = pytest.importorskip("hypothesis.strategies")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -27,7 +27,7 @@ EXAMPLES, PER_EXAMPLE = 300, 36  # 10,800 mutated records in each run, beside th
 @pytest.fixture(scope="module")
 def processor():
     tokenizer = load_tokenizer("lab")
-    return Processor.of(MiniCPMVConfig(vocab_size=len(tokenizer), query_num=16, use_image_id=False, vision_config={"patch_size": 8, "image_size": 112},
+    return Processor.of(MiniCPMV26Config(vocab_size=len(tokenizer), query_num=16, use_image_id=False, vision_config={"patch_size": 8, "image_size": 112},
                                        slice_config={"scale_resolution": 56, "max_slice_nums": 4}), tokenizer, 400)  # fmt: skip
 
 
