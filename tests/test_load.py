@@ -82,10 +82,28 @@ def unexpected(folder):
 
 
 def twice(folder):
-    first = weight_files(folder)[0]
-    shutil.copy(first, folder / "model-00009-of-00009.safetensors")
+    tensors = {k: v for f in weight_files(folder) for k, v in load_file(f).items()}
+    for file in weight_files(folder):
+        file.unlink()
     (folder / "model.safetensors.index.json").unlink()
-    return f"is in {first.name}, too"
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({"llm.lm_head.weight": tensors["llm.lm_head.weight"]}, folder / "older.safetensors", metadata={"format": "pt"})
+    return "the tensor llm.lm_head.weight is in model.safetensors, too"
+
+
+def no_index(folder):
+    (folder / "model.safetensors.index.json").unlink()
+    return "3 files of weights and no model.safetensors.index.json"
+
+
+def adapter_inside(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    return "there is an adapter in the model's folder"
+
+
+def impossible_size(folder):
+    change_config(folder, num_attention_heads=0)
+    return "configuration"
 
 
 def integers(folder):
@@ -135,7 +153,7 @@ def not_in_4_bit(folder):
 
 
 MISTAKES = [truncate, garbage, lose_file, lose_tensor, unexpected, twice, integers, wrong_shape, other_version, unknown_version, unknown_family,
-            broken_config, broken_index, gptq, not_in_4_bit]  # fmt: skip
+            broken_config, broken_index, gptq, not_in_4_bit, no_index, adapter_inside, impossible_size]  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.__name__)
@@ -256,8 +274,61 @@ def test_damaged_pickles(pickled, content, message):
         convert_pickles(folder)
 
 
+@pytest.mark.parametrize("field, value", [("hidden_size", -1), ("num_attention_heads", 0), ("torch_dtype", "bf16"), ("model_type", ["x"]), ("vision_config", 3), ("query_num", 2.5),
+                                          ("quantization_config", "none"), ("vocab_size", None), ("rope_theta", "big")])  # fmt: skip
+def test_strange_values_in_a_configuration_never_show_a_traceback(folder, field, value, capsys):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    status = main(["parts", str(folder)])
+    shown = capsys.readouterr()
+    assert status in (0, 2) and "Traceback" not in shown.err and (status == 0 or str(folder) in shown.err)
+
+
+def test_types_and_devices(original):
+    for dtype in ("bfloat16", torch.float16, "stored"):
+        model = load_vlm(original, dtype=dtype, four_bit=True)
+        assert torch.isfinite(model(input_ids=torch.arange(3, 20)[None]).logits).all()
+        assert all(p.dtype == torch.uint8 for p in model.parameters() if hasattr(p, "quant_state"))
+    assert load_vlm(original, device="cpu:0").dtype == torch.float32
+    for wrong in (dict(dtype="int8"), dict(dtype="nonsense"), dict(device="gpu7"), dict(device="cuda:99")):
+        with pytest.raises(InputError, match="dtype is|cannot be used"):
+            load_vlm(original, **wrong)
+
+
+def test_a_tied_head_comes_back(tmp_path):
+    from families import tiny_config
+
+    config = tiny_config("minicpmv-2.6")
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    model = MiniCPMV(config)
+    model.save_pretrained(tmp_path / "tied")  # transformers leaves the head out
+    again = load_vlm(tmp_path / "tied")
+    assert again.llm.lm_head.weight is again.llm.model.embed_tokens.weight
+    save_vlm(again, tmp_path / "again", tmp_path / "tied")
+    load_vlm(tmp_path / "again")
+
+
+def test_a_conversion_that_is_killed_can_be_done_again(pickled):
+    folder, _ = pickled
+    code = ("import os, sys, pathlib; from vlm_lora_lab.models import files\n"
+            "save = files.save_file\n"
+            "def once(*a, **k):\n    save(*a, **k); os._exit(9)\n"
+            "files.save_file = once\n"
+            "files.convert_pickles(pathlib.Path(sys.argv[1]))")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code, str(folder)]).returncode == 9
+    assert not list(folder.glob("*.safetensors"))
+    load_vlm(folder, allow_pickle=True)
+
+
+def test_generation_settings_of_the_checkpoint_are_heard(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}))
+    answer = load_vlm(folder).generate(input_ids=torch.arange(3, 20)[None])
+    assert answer.shape[1] <= 3
+
+
 def test_names_that_are_no_model(tmp_path):
-    for name in ("labb", "a/b/c", str(tmp_path / "nowhere")):
+    for name in ("labb", "a/b/c", str(tmp_path / "nowhere"), "x" * 5000, "y" * 300 + "/z"):
         with pytest.raises(InputError, match="there is no model"):
             model_folder(name)
     with pytest.raises(InputError, match="no config.json"):

@@ -215,10 +215,12 @@ def _ask(o):
     from vlm_lora_lab.data.batch import Processor
     from vlm_lora_lab.data.records import ask
     from vlm_lora_lab.evaluate import generate_answers
-    from vlm_lora_lab.models.load import load_vlm, load_tokenizer
+    from vlm_lora_lab.models.load import load_tokenizer, load_vlm, model_folder
 
     base = o.model or (read_provenance(o.adapter)["base"] if o.adapter else "lab")
     question = ask(o.question, "", *map(Path, o.image), id="of the command line")
+    if o.allow_pickle:
+        model_folder(base, allow_pickle=True)
     model = load_adapter(o.adapter, base) if o.adapter else load_vlm(base)
     print(generate_answers(model, Processor.of(model.config, load_tokenizer(base)), [question], max_new_tokens=o.max_new_tokens)[0])
 
@@ -338,6 +340,7 @@ def _parser(argv):
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
     p.add_argument("--adapter", metavar="FOLDER", help="written by train or demo; its base model is found by itself")
     p.add_argument("--model", metavar="MODEL", help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)')
+    p.add_argument("--allow-pickle", action="store_true", help="convert the model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
 
     p = command("parts", _parts, "what a model is made of: parts, weights, layers that LoRA can adapt; without its weights, without a network",

@@ -23,7 +23,7 @@ from .evaluate import ExactMatch, generate_answers, loss_curve
 from .models.files import save_vlm
 from .models.load import load_tokenizer, load_vlm, model_folder
 from .models.published import on_meta
-from .plan import PlanTable, TuningPlan, apply_plan, full_modules
+from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .style import save_figure
 from .train.run import Schedule, fit, last_checkpoint, mix
 
@@ -37,6 +37,7 @@ class Job:
     model: str = "lab"  # "lab", a folder, or owner/name on the Hugging Face hub
     eval_data: str | None = None  # JSON file of conversations to be asked about afterwards
     image_root: str | None = None  # folder that picture paths start from; default: that of the JSON file
+    allow_pickle: bool = False  # convert pickled weights (*.bin) once, through a reader that runs no code
     four_bit: bool = True  # NF4 for the language model's decoder layers (Q-LoRA); False: plain LoRA
     mix_data: str | None = None  # JSON file of old samples to mix in; "drawn": the lab model's own
     mix_share: float = 0.3  # of old samples, when `mix_data` is given
@@ -61,8 +62,9 @@ class Job:
                 raise InputError(f"{name} is {values[name]!r}", where, "Write text, such as a path")
         if not isinstance(values.get("mix_share", 0.3), (int, float)):
             raise InputError(f"mix_share is {values['mix_share']!r}", where, "Write a number from 0 up to, not including, 1")
-        if not isinstance(values.get("four_bit", True), bool):
-            raise InputError(f"four_bit is {values['four_bit']!r}", where, "Write true or false")
+        for name in ("four_bit", "allow_pickle"):
+            if not isinstance(values.get(name, True), bool):
+                raise InputError(f"{name} is {values[name]!r}", where, "Write true or false")
         for name, make in (("plan", TuningPlan.of), ("schedule", _schedule), ("reading", Reading.of)):
             section = values.get(name) or {}
             if isinstance(section, dict):
@@ -124,9 +126,10 @@ def train(
     Raises `InputError` before anything is written when something that was given cannot be used."""
     output = _place(job, resume)
     tokenizer = load_tokenizer(job.model)
-    torch.manual_seed(job.schedule.seed)
-    model = load_vlm(job.model, four_bit=job.four_bit, whole=full_modules(on_meta(model_folder(job.model)), job.plan))
-    processor = Processor.of(model.config, tokenizer, job.schedule.max_length, job.reading.drop_turns)
+    empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
+    whole = full_modules(empty, job.plan)
+    lora_layers(empty, job.plan)
+    processor = Processor.of(empty.config, tokenizer, job.schedule.max_length, job.reading.drop_turns)
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     held_out, left_out = held.conversations if held else None, {p: c.skipped for p, c in ((job.data, new), (job.eval_data, held)) if c and c.skipped}
@@ -135,7 +138,8 @@ def train(
         mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
         added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
         new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
-    model = apply_plan(model, job.plan)
+    torch.manual_seed(job.schedule.seed)
+    model = apply_plan(load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=whole), job.plan)
     say(str(PlanTable.of(model, job.plan)))
     if resume:
         say(f"Resuming from {last_checkpoint(output / 'checkpoints')}.")

@@ -14,10 +14,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from ..errors import InputError
-from .files import FLOATS, account, convert_pickles, has_pickles, no_bar_if_small, stored_in
+from .files import FLOATS, account, convert_pickles, has_pickles, no_bar_if_small, shape_of, stored_in, weight_files
 from .minicpmv import MiniCPMV, MiniCPMVConfig
 from .parts import layout_of, linear_layers
 from .published import lab_folder, model_config, on_meta, read_json
@@ -31,6 +32,7 @@ _FETCHED = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "*.safet
 def model_folder(
     name: str | Path,  # "lab", a folder, or owner/name on the hub
     allow_pickle: bool = False,  # convert pickled weights once, see `convert_pickles`
+    weights: bool = True,  # False: configuration and tokenizer are enough
 ) -> Path:  # with config.json and safetensors
     """The folder of a model, fetched if the name is one of the hub's.
 
@@ -38,20 +40,23 @@ def model_folder(
     if str(name) == "lab":
         return lab_folder()
     folder = Path(name)
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+    if len(str(name)) > 4096 or any(len(p) > 255 for p in folder.parts) or not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", str(name)) or str(name).startswith("."):
             raise InputError(f"there is no model {str(name)!r}", "model",
                              "Write 'lab' for the small model of the course, a folder with config.json and *.safetensors, "
                              "or owner/name on the Hugging Face hub, such as openbmb/MiniCPM-V-2_6")  # fmt: skip
-        folder = _fetch(str(name), _FETCHED)
-        if not list(folder.glob("*.safetensors")) and allow_pickle:
+        folder = _fetch(str(name), _FETCHED if weights else [p for p in _FETCHED if p != "*.safetensors"])
+        if weights and not list(folder.glob("*.safetensors")) and allow_pickle:
             folder = _fetch(str(name), [*_FETCHED, "pytorch_model*.bin"])
     if not (folder / "config.json").is_file():
         raise InputError("there is no config.json in this folder", folder, "Give the folder that holds the model itself")
-    if not list(folder.glob("*.safetensors")) and (has_pickles(folder) or (not Path(name).is_dir() and not allow_pickle)):
+    if (folder / "adapter_config.json").exists():
+        raise InputError("there is an adapter in the model's folder (adapter_config.json), which would be loaded along with it", folder,
+                         "Move it to a folder of its own, and load it with load_adapter or --adapter")  # fmt: skip
+    if weights and not list(folder.glob("*.safetensors")) and (has_pickles(folder) or (not Path(name).is_dir() and not allow_pickle)):
         if not allow_pickle:
             raise InputError("there are no weights in safetensors format; if there are pickles (*.bin), they were not opened", folder,
-                             "If you trust their source, say --allow-pickle (load_vlm(…, allow_pickle=True)): they are converted once, by a reader that runs no code")  # fmt: skip
+                             "If you trust their source, say --allow-pickle, or load_vlm(…, allow_pickle=True): they are converted once, by a reader that runs no code")  # fmt: skip
         convert_pickles(folder)
     return folder
 
@@ -60,7 +65,7 @@ def _fetch(name, patterns):
     "A model of the hub, from its cache or from the network."
     remedy = "Check the name and the network, or fetch it elsewhere (hf download) and give the folder"
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*", "*.fp16.*", "adapter_*"]))
     except GatedRepoError:
         raise InputError(f"{name} asks for an agreement before it is fetched", "model", "Accept it on the model's page and log in with: hf auth login") from None
     except RepositoryNotFoundError:
@@ -75,7 +80,7 @@ def load_tokenizer(
     """A model's tokenizer, from its files alone, with its special tokens and its vocabulary checked against the model.
 
     Raises `InputError` when the folder has none, when it lacks a token that pictures need, or when it can produce ids that the model has no row for."""
-    folder = model_folder(name)
+    folder = model_folder(name, weights=False)
     values = read_json(folder / "config.json")
     config, tokenizer = model_config(values, folder / "config.json"), tokenizer_of(folder)
     check_vocabulary(tokenizer, config.get_text_config().vocab_size)
@@ -116,7 +121,8 @@ def _four_bit(compute_dtype, keep):
 
 def check_nf4(
     model: torch.nn.Module,  # loaded in 4 bit
-    packed: set[str] | None = None,  # the layers that should be; None or empty: every linear layer of the language model's decoder
+    packed: set[str] | None = None,  # the layers that a file holds in 4 bit, where it does
+    meant: list[str] | None = None,  # else the layers that should be; None: every linear layer of the language model's decoder
 ) -> list[str]:  # names of the layers in 4 bit
     """Look at what really is in 4 bit: what should be, and nothing else.
 
@@ -124,12 +130,12 @@ def check_nf4(
     import bitsandbytes as bnb
 
     four_bit = [n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
-    should = packed or linear_layers(model)["language"]
+    should = packed or (linear_layers(model)["language"] if meant is None else meant)
     if set(four_bit) != set(should):
         raise RuntimeError(f"In 4 bit but should not be: {sorted(set(four_bit) - set(should))}; should be but is not: {sorted(set(should) - set(four_bit))}.")
     for name in four_bit:
         state = model.get_submodule(name).weight.quant_state
-        if state is None or state.quant_type != "nf4" or not state.nested:
+        if state is None or state.quant_type != "nf4" or not (state.nested or packed):
             raise RuntimeError(f"{name} is not NF4 with double quantisation: {state}.")
     return four_bit
 
@@ -147,15 +153,23 @@ def load_vlm(
     Raises `InputError` for a name that is no model, or for files that disagree with their configuration, naming file and tensor."""
     folder = model_folder(name, allow_pickle)
     config = model_config(read_json(folder / "config.json"), folder / "config.json")
-    stored, empty = stored_in(folder), on_meta(config)
+    stored, empty = stored_in(folder), on_meta(folder)
+    if odd := sorted(n for n, s in stored.items() if s.dtype not in FLOATS | {"NF4", "FP4"} and not n.endswith("position_ids")):
+        raise InputError(f"{odd[0]} is stored as {stored[odd[0]].dtype}, which is no type of weights read here", stored[odd[0]].file,
+                         "Give a checkpoint in 16 or 32 bit, or in bitsandbytes' 4 bit")  # fmt: skip
     aside = account(stored, empty, folder).aside if isinstance(empty, (MiniCPMV, QwenVL)) else ()
     packed = _packed(config, stored, folder)
-    device, as_stored = device or ("cuda" if torch.cuda.is_available() else "cpu"), False
+    device, as_stored = _device(device), False
     if dtype is None:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     elif as_stored := dtype == "stored":
         dtype = _widest(stored)
+    elif (dtype := getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype) not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise InputError(f"dtype is {dtype!r}", "load_vlm", "Write float32, bfloat16, float16, float64, 'stored' or nothing")
     if packed:
+        if strange := sorted(packed - {n for names in linear_layers(empty).values() for n in names}):
+            raise InputError(f"{strange[0]} is stored in 4 bit under a name that the model does not have", stored[f"{strange[0]}.weight"].file,
+                             "Give the whole model and load it with four_bit=True")  # fmt: skip
         keep = [n for names in linear_layers(empty).values() for n in names if n not in packed]
         config.quantization_config = _four_bit(dtype, keep).to_dict()
     quantization = nf4_config(empty, dtype, whole) if four_bit and not packed else None
@@ -164,33 +178,49 @@ def load_vlm(
         parts = sorted({n.split(".")[0] for n in aside})
         warnings.warn(f"{len(aside)} tensors of {', '.join(parts)} stay on the disk: this package reads and trains what sees and speaks in text.", stacklevel=2)
     for p in model.parameters() if packed else ():  # transformers 5.23 leaves some weights of a packed checkpoint as they were stored
-        p.data = p.data.to(dtype) if p.is_floating_point() else p.data
+        p.data = p.data.to(dtype) if p.is_floating_point() and not hasattr(p, "quant_state") else p.data
     if as_stored:
         _as_stored(model, stored)
-    for layer in check_nf4(model, packed or set(_packable(empty, whole))) if four_bit or packed else ():
+    for layer in check_nf4(model, packed or None, _packable(empty, whole)) if four_bit or packed else ():
         model.get_submodule(layer).support_avx512bf16_for_cpu = False  # see "Evaluated once, trained never" in chapter 14
     return model.eval()
 
 # %% ../../nbs/14_models.load.ipynb #8c663e93
 def _from_pretrained(cls, folder, config, dtype, device, quantization, aside):
     "transformers' loader, with its complaints as `InputError` and its silences as well."
-    with no_bar_if_small(sum(f.stat().st_size for f in folder.glob("*.safetensors"))):
+    loud = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # its report of missing and unexpected tensors is ours to tell, below
+    with no_bar_if_small(sum(f.stat().st_size for f in weight_files(folder))):
         try:
             model, report = cls.from_pretrained(
                 folder, config=config, dtype=dtype, device_map={"": device}, quantization_config=quantization, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # what is mismatched stands in the report, with both shapes, and is an error below
             )  # fmt: skip
         except (OSError, SafetensorError) as e:
             raise InputError(f"a file of the model is missing or damaged ({e})", folder, "Fetch the model again") from None
-        except RuntimeError as e:
-            if "ignore_mismatched_sizes" not in str(e):
-                raise
-            raise InputError("weights and configuration disagree on shapes", folder, "The folder mixes files of different models") from e
+        except TypeError as e:  # a generation_config.json that is none
+            raise InputError(f"a configuration file beside the weights cannot be read ({e})", folder, "Fetch generation_config.json again") from e
+        finally:
+            hf_logging.set_verbosity(loud)
+    if mismatched := sorted(map(tuple, report.get("mismatched_keys", ())), key=str):
+        name, found, wanted = mismatched[0]
+        raise InputError(f"{name} is {shape_of(found)}, but config.json asks for {shape_of(wanted)}", folder, "The folder mixes files of different models")
     report = {k: sorted(map(str, set(v) - set(aside))) for k, v in report.items()}
     if wrong := {k: v for k, v in report.items() if v}:
         kind, names = next(iter(wrong.items()))
         raise InputError(f"weights and configuration disagree: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}", folder,
                          "The folder mixes files of different models, or is incomplete")  # fmt: skip
     return model
+
+
+def _device(name):
+    "The device of a name, or the GPU if there is one. Raises `InputError` for one that this machine has not."
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise InputError(f"the device {name!r} cannot be used ({str(e).splitlines()[0]})", "load_vlm", "Write 'cpu', or 'cuda' where there is a GPU") from None
+    return device
 
 
 def _packed(config, stored, folder):
@@ -209,12 +239,17 @@ def _packed(config, stored, folder):
 def _as_stored(model, stored):
     "Give each tensor the type it has in its file; it was loaded in one that holds them all."
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+    tensors = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if not hasattr(t, "quant_state") and t.is_floating_point()}
+    for name, t in tensors.items():
         if name in stored and stored[name].dtype in kinds:
             t.data = t.data.to(kinds[stored[name].dtype])
+    if len({s.dtype for s in stored.values()} & set(kinds)) > 1 and not set(tensors) & set(stored):
+        warnings.warn("The files hold several types under older names; all weights were loaded in the widest.", stacklevel=3)
 
 
 def _widest(stored):
     "The type that holds all stored weights without loss."
     kinds = {s.dtype for s in stored.values()} & FLOATS
-    return torch.float32 if "F32" in kinds or "F64" in kinds or len(kinds) > 1 else {"F16": torch.float16, "BF16": torch.bfloat16}[kinds.pop()]
+    if "F64" in kinds:
+        return torch.float64
+    return torch.float32 if "F32" in kinds or len(kinds) > 1 else {"F16": torch.float16, "BF16": torch.bfloat16}[kinds.pop()]

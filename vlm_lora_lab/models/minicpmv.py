@@ -142,8 +142,8 @@ def _version_class(config):
     "2.0 says no version; `scale_emb` gives it away."
     version = config.get("version") or ("2.0" if "scale_emb" in config else None)
     try:
-        return VERSIONS[f"{float(version):.1f}"]
-    except (KeyError, TypeError, ValueError):
+        return next(cls for known, cls in VERSIONS.items() if float(known) == float(version))
+    except (StopIteration, TypeError, ValueError):
         raise ValueError(f"version is {version!r}; the MiniCPM-V layouts implemented here are {', '.join(VERSIONS)}.") from None
 
 
@@ -371,6 +371,17 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         else:
             super()._init_weights(module)
 
+    def enable_input_require_grads(self):
+        "What re-entrant checkpointing needs to pass gradients into frozen parts: the tower's first vectors ask for one, too."
+        super().enable_input_require_grads()
+        patches = self.vpm.patch_embed if self.config.timm_tower else self.vpm.embeddings
+        self._patches_hook = patches.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+    def disable_input_require_grads(self):
+        super().disable_input_require_grads()
+        if hook := self.__dict__.pop("_patches_hook", None):
+            hook.remove()
+
     def get_input_embeddings(self):
         return self.llm.get_input_embeddings()
 
@@ -406,7 +417,11 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         if not pictures:
             return x + self._no_picture(x) if self.training else x
         queries = self.config.query_num
-        lengths = image_bound[:, 2] - image_bound[:, 1]
+        if tgt_sizes is None or len(tgt_sizes) != len(pixel_values):
+            raise ValueError(f"The batch holds {len(pixel_values)} pictures; tgt_sizes must say rows and columns of each.")
+        lengths, last = image_bound[:, 2] - image_bound[:, 1], torch.tensor(input_ids.shape, device=image_bound.device)
+        if (image_bound < 0).any() or (image_bound[:, 0] >= last[0]).any() or (image_bound[:, 2] > last[1]).any():
+            raise ValueError(f"image_bound names places outside of a batch of {tuple(input_ids.shape)} tokens: {image_bound.tolist()}.")
         if (lengths != queries).any():
             raise ValueError(f"Each picture becomes {queries} vectors, but image_bound leaves room for {lengths.tolist()}.")
         seen = self.resampler(self.vpm(pixel_values, tgt_sizes), tgt_sizes, temporal_ids)  # (pictures, queries, D)
@@ -462,4 +477,5 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:  # (batch, new tokens) int: the answers without their prompts
         "Answer. Pictures are looked at once, before the first token."
         embeds = self.embed(input_ids, pixel_values, tgt_sizes, image_bound, temporal_ids)
+        kwargs.setdefault("generation_config", self.generation_config)  # the language model's own would not know generation_config.json
         return self.llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)

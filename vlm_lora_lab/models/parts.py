@@ -169,7 +169,7 @@ def stored_tensors(
     for prefix, module in model.named_modules():
         for name, b in module.named_buffers(recurse=False):
             if b.is_floating_point() and name not in module._non_persistent_buffers_set and "original_module" not in prefix.split("."):
-                yield f"{prefix}.{name}", b
+                yield f"{prefix}.{name}".lstrip("."), b
 
 
 def count(
@@ -183,7 +183,7 @@ def count(
             total[layout.part_of(name)] += numel(p)
     return total
 
-# %% ../../nbs/10_models.parts.ipynb #aebbf918
+# %% ../../nbs/10_models.parts.ipynb #58088662
 def linear_layers(
     model: nn.Module,  # not wrapped by PEFT
 ) -> dict[str, list[str]]:  # part -> names of its linear layers
@@ -244,7 +244,7 @@ class PartsTable:
         row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
         return f"<table><caption>{html.escape(self.title)}</caption><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
 
-# %% ../../nbs/10_models.parts.ipynb #44e73c5c
+# %% ../../nbs/10_models.parts.ipynb #fcb8ff04
 def mixed_precision(
     model: nn.Module,
 ):  # a context manager: autocast when 16- and 32-bit weights are mixed, nothing otherwise

@@ -222,6 +222,8 @@ def fit(
         logging_steps=log_every, logging_first_step=True, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
         remove_unused_columns=False, label_names=["labels"], dataloader_num_workers=train.workers, dataloader_pin_memory=on_gpu,
     )  # fmt: skip
+    if arguments.n_gpu > 1:  # the Trainer would use DataParallel, which would split pictures and rows apart; several GPUs need accelerate launch
+        arguments._n_gpu = 1
     stop, progress = StopOnSignal(save), Progress(desc)
     trainer = PartTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=evaluation, data_collator=Collator(tokenizer.pad_token_id),
