@@ -244,7 +244,7 @@ class PartsTable:
         row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
         return f"<table><caption>{html.escape(self.title)}</caption><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
 
-# %% ../../nbs/10_models.parts.ipynb #fcb8ff04
+# %% ../../nbs/10_models.parts.ipynb #9087725f
 def mixed_precision(
     model: nn.Module,
 ):  # a context manager: autocast when 16- and 32-bit weights are mixed, nothing otherwise
