@@ -68,7 +68,7 @@ def test_bad_data_gets_one_sentence_and_leaves_nothing(how, data, tmp_path, caps
         (["--model", "openbmb/MiniCPM-V-2_6"], "hf download"),
         (["--eval-data", "nowhere.json"], "nowhere.json"),
         (["--connector", "maybe"], "freeze, lora, full"),
-        (["--vision", "lora", "--language", "full"], "full while another part"),
+        (["--language", "lora on 7-9"], "There are layers 0-4"),
         (["--language", "full", "--connector", "full"], "four_bit: false"),
         (["--learning-rate", "-1"], "above 0"),
         (["--mix-data", "drawn", "--mix-share", "1.5"], "share"),

@@ -65,9 +65,12 @@ def family_of(
     config,  # of a model: `model_type` and, for MiniCPM-V, `version`
 ) -> Family:
     "Find a model's family. Raises `InputError` for one that is not known."
-    name = "qwen" if config.model_type == "qwen" else str(getattr(config, "version", None))
-    if name not in FAMILIES:
-        raise InputError(f"the version {name} is not known", "model", f"Known are {', '.join(FAMILIES)}")
+    name = "qwen" if config.model_type == "qwen" else str(getattr(config, "version", None) or "2.0")
+    if config.model_type not in ("minicpmv", "minicpmo", "qwen") or name not in FAMILIES:
+        version = f", version {config.version}" if getattr(config, "version", None) else ""
+        raise InputError(f"nothing here prepares data for model_type {config.model_type!r}{version}", "model",
+                         f"Known are MiniCPM-V {', '.join(n for n in FAMILIES if n != 'qwen')}, MiniCPM-o 2.6 and Qwen-VL; "
+                         "for others use load_vlm and apply_plan with a data pipeline of your own")  # fmt: skip
     return FAMILIES[name]
 
 

@@ -419,7 +419,7 @@ def version_of(
     if kind == "qwen" and "visual" in config:
         return "qwenvl"
     name = {"minicpmv": str(version or "2.0"), "minicpmo": f"o-{version or '2.6'}"}.get(kind)
-    if name not in VERSIONS or (kind == "minicpmv" and not version and "vision_encoder" not in config):
+    if name not in VERSIONS or (kind == "minicpmv" and not version and not {"vision_encoder", "scale_emb"} & set(config)):
         raise InputError(f"model_type {kind!r} with version {version!r} is none of {', '.join(VERSIONS)}", where, "Take the published config.json")
     return name
 

@@ -1,0 +1,84 @@
+"""The whole road of a user, for every family implemented here: train from a file, ask, merge, ask again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from families import OURS
+from PIL import Image
+
+from vlm_lora_lab.cli import main
+from vlm_lora_lab.data.records import samples_folder
+from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
+from vlm_lora_lab.models.published import model_class, model_config
+from vlm_lora_lab.models.tokenizer import tokenizer_of
+
+TOKENIZERS = {"minicpmv-2.0": "minicpmv20", "minicpmv-2.5": "minicpmv25", "qwen": "qwenvl"}
+
+
+def checkpoint(family, folder, golden_root):
+    "A tiny random model with a tokenizer of its family, as both lie on the hub."
+    folder.mkdir()
+    files = golden_root / "tokenizer" / TOKENIZERS[family] if family in TOKENIZERS else lab_folder()
+    for file in files.iterdir():
+        if file.is_file() and file.name not in ("config.json", "generation_config.json") and file.suffix not in (".safetensors", ".md"):
+            shutil.copy(file, folder)
+    values = dict(OURS[family])
+    (folder / "config.json").write_text(json.dumps(values))
+    tokenizer = tokenizer_of(folder)
+    values |= {"vocab_size": max(tokenizer.get_vocab().values()) + 1, "max_position_embeddings": 1024, "seq_length": 1024}
+    if family == "qwen":
+        values["visual"] = values["visual"] | {"image_start_id": tokenizer.convert_tokens_to_ids("<img>")}
+    else:
+        values["slice_config"] = {"max_slice_nums": 4, "patch_size": 14, "scale_resolution": 56}
+    torch.manual_seed(0)
+    config = model_config(values)
+    model_class(config)(config).save_pretrained(folder)
+    if family != "qwen":  # as published: the language model's fields and the pictures', flat
+        (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_train_ask_merge_ask(family, golden_root, tmp_path, capsys):
+    base = checkpoint(family, tmp_path / "base", golden_root)
+    records = json.loads((samples_folder() / "handwriting" / "train.json").read_text())[:4]
+    for r in records:
+        Image.open(samples_folder() / "handwriting" / r["image"]).resize((150, 70)).save(tmp_path / r["image"].rpartition("/")[2])
+        r["image"] = r["image"].rpartition("/")[2]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    status = main(["train", "--model", str(base), "--data", str(tmp_path / "data.json"), "--eval-data", str(tmp_path / "data.json"), "--output", str(tmp_path / "run"),
+                   "--max-steps", "3", "--batch-size", "2", "--learning-rate", "0.003", "--rank", "4"])  # fmt: skip
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 3 and report["loss"]["first"] > 0
+    adapter, merged = str(tmp_path / "run" / "adapter"), str(tmp_path / "merged")
+    question = ["ask", records[0]["conversations"][0]["content"].replace("<image>", "").strip(), "--image", str(tmp_path / records[0]["image"]), "--max-new-tokens", "4"]
+    assert main([*question, "--adapter", adapter]) == 0
+    answered = capsys.readouterr().out
+    assert main(["merge", adapter, "--output", merged]) == 0
+    capsys.readouterr()
+    assert main([*question, "--model", merged]) == 0
+    assert capsys.readouterr().out == answered
+    assert {f.name for f in base.iterdir() if f.suffix != ".safetensors"} <= {f.name for f in (tmp_path / "merged").iterdir()}
+    load_tokenizer(merged)
+    assert load_vlm(merged).config.vocab_size == load_vlm(base).config.vocab_size
+
+
+def test_a_family_without_a_data_pipeline_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    from families import tiny_model
+
+    tiny_model("llava").save_pretrained(tmp_path / "llava")
+    for file in lab_folder().iterdir():
+        if "token" in file.name or "template" in file.name:
+            shutil.copy(file, tmp_path / "llava")
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(json.loads((tmp_path / "llava" / "config.json").read_text())))
+    config = json.loads((tmp_path / "llava" / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 419
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
+    data = samples_folder() / "handwriting" / "train.json"
+    assert main(["train", "--model", str(tmp_path / "llava"), "--data", str(data), "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message and "llava" in message and not (tmp_path / "out").exists()
