@@ -81,7 +81,7 @@ def test_six_families_under_lora_and_full(family):
     assert all(r.verdict == "zero" and r.name.endswith("bias") for r in rest), result
     assert result.asleep and all(".lora_A." in n for n in result.asleep)
     for r in result.rows:
-        if ".lora_A." in r.name:
+        if ".lora_A." in r.name and r not in unread:
             assert r.first == 0 and r.second > 0
 
 
