@@ -289,9 +289,11 @@ def diagnose(
     try_remedies: bool = True,
 ) -> Diagnosis | None:  # None: the step is healthy
     "Replay a step, find where NaN or infinity begins, and find out by trying what heals it. The model is left as it was."
-    was = [(m, m.training) for m in model.modules()]
+    was, grads = [(m, m.training) for m in model.modules()], [(p, p.grad) for p in model.parameters()]
     model.train()
     try:
+        for p, _ in grads:
+            p.grad = None
         found = trace(model, batch, loss, optimizer, scale)
         if found.ok:
             return None
@@ -309,6 +311,8 @@ def diagnose(
     finally:
         for module, mode in was:
             module.training = mode
+        for p, g in grads:
+            p.grad = g
 
 
 def _about_weights(event):
@@ -328,7 +332,10 @@ def _guilty(model, batch, loss, scale, ids, trials):
 # %% ../../nbs/61_debug.nan.ipynb #a6253401
 SCRIPT = '''"""Replays a training step that went wrong, from the files beside this script. Run it: python replay.py"""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, "")  # your own modules, from where you are
 
 from vlm_lora_lab.debug.nan import replay
 
@@ -464,7 +471,7 @@ class _Indices:
         return getattr(self.sampler, name)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Micro:
     "One call of the model within a step."
 
