@@ -6,7 +6,7 @@
 __all__ = ['CAUSES', 'SCRIPT', 'POLICIES', 'Diagnosis', 'healthy', 'rows_of', 'flushed_epsilons', 'diagnose', 'save_case',
            'replay', 'NonFiniteStep', 'NanDoctor']
 
-# %% ../../nbs/61_debug.nan.ipynb #08ef3c82
+# %% ../../nbs/61_debug.nan.ipynb #694f4d39
 import html
 import importlib.util
 import inspect
@@ -35,7 +35,7 @@ from ..models.parts import PARTS, layout_of
 from ..models.load import load_vlm
 from ..models.published import model_class, model_config
 
-# %% ../../nbs/61_debug.nan.ipynb #f5c501b4
+# %% ../../nbs/61_debug.nan.ipynb #cede18c9
 CAUSES = {  # cause -> what it means, what to do
     "corrupt input": ("a tensor of the batch holds NaN or infinity before the model sees it", "Repair or remove the samples; look for a division by a picture's own largest value or spread"),
     "corrupt weights": ("a weight holds NaN or infinity before the step", "Load the checkpoint again, in bfloat16 or float32: fp16 ends at 65,504. If an earlier step destroyed it, go back to a checkpoint"),
@@ -94,7 +94,7 @@ class Diagnosis:
     def _repr_html_(self):
         return f"<pre>{html.escape(str(self))}</pre>"
 
-# %% ../../nbs/61_debug.nan.ipynb #e5df7658
+# %% ../../nbs/61_debug.nan.ipynb #95c47403
 _NOT_POSSIBLE = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError)
 
 
@@ -110,7 +110,7 @@ def healthy(
         if not value.isfinite() or not value.requires_grad:
             return bool(value.isfinite())
         (value * scale).backward()
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grads = [p.grad / scale for p in model.parameters() if p.grad is not None]
         return all(bool(g.isfinite().all()) for g in grads) and bool(nn.utils.get_total_norm(grads).isfinite())
 
 
@@ -143,7 +143,7 @@ def rows_of(
         raise ValueError("tensors of different lengths, which do not say which row they belong to")
     return [_map(batch, lambda k, t: t[i : i + 1] if t.ndim else t) for i in range(rows)]
 
-# %% ../../nbs/61_debug.nan.ipynb #1ff6b19f
+# %% ../../nbs/61_debug.nan.ipynb #641a7b7f
 @contextmanager
 def _in_dtype(model, dtype):
     "All floating-point weights in another type, for a moment; the originals are kept aside, bit for bit."
@@ -224,7 +224,7 @@ def _trained_parts(model):
     parts = {k: v for k, v in parts.items() if v}
     return parts if len(parts) > 1 else {}
 
-# %% ../../nbs/61_debug.nan.ipynb #3c19aca2
+# %% ../../nbs/61_debug.nan.ipynb #4f05f8d9
 _ROOTS = {"sqrt", "rsqrt", "pow", "norm", "linalg_vector_norm", "std", "var", "cdist", "_cdist_forward", "_euclidean_dist", "hypot", "acos", "asin"}
 _LOGS = {"log", "log2", "log10", "log1p", "xlogy", "logit", "special_xlogy"}
 
@@ -273,17 +273,17 @@ def _overflow(event, model, trials, start):
 def flushed_epsilons(
     optimizer: torch.optim.Optimizer | None,
 ) -> list[torch.Tensor]:  # trained tensors in whose type the optimizer's epsilon is zero
-    "Adam keeps from dividing by zero by an epsilon, which fp16 rounds to zero if it is 1e-8."
+    "Adam keeps from dividing by zero by an epsilon, which fp16 rounds to zero if it is 1e-8. (Fused kernels compute in 32 bit.)"
     groups = optimizer.param_groups if optimizer is not None else []
-    return [p for g in groups if "eps" in g for p in g["params"] if p.requires_grad and torch.tensor(g["eps"]).to(p.dtype) == 0]
+    return [p for g in groups if "eps" in g and not g.get("fused") for p in g["params"] if p.requires_grad and torch.tensor(g["eps"]).to(p.dtype) == 0]
 
-# %% ../../nbs/61_debug.nan.ipynb #d2a44769
+# %% ../../nbs/61_debug.nan.ipynb #1d1ecb7c
 def diagnose(
     model: nn.Module,  # any PyTorch model
     batch,  # as the model takes it
     loss: Callable = loss_of,  # function of model and batch
     optimizer: torch.optim.Optimizer | None = None,  # look at its step, too
-    scale: float = 1.0,  # of the loss, as a gradient scaler multiplies it
+    scale: float = 1.0,  # of the loss, as a gradient scaler multiplies it and divides gradients afterwards
     start: Mapping[str, float] | None = None,  # `weight_norms` of when training began
     ids: list | None = None,  # names of the rows; None: their numbers
     try_remedies: bool = True,
@@ -329,7 +329,7 @@ def _guilty(model, batch, loss, scale, ids, trials):
     guilty = tuple((ids[i] if ids else i) for i, ok in enumerate(alone) if not ok)
     return guilty if 0 < len(guilty) < len(alone) or (ids and guilty) else None
 
-# %% ../../nbs/61_debug.nan.ipynb #a6253401
+# %% ../../nbs/61_debug.nan.ipynb #363d2b02
 SCRIPT = '''"""Replays a training step that went wrong, from the files beside this script. Run it: python replay.py"""
 
 import sys
@@ -397,7 +397,7 @@ def _set_noise(noise):
     if "cuda" in noise and torch.cuda.is_available():
         torch.cuda.set_rng_state(noise["cuda"])
 
-# %% ../../nbs/61_debug.nan.ipynb #368cfa67
+# %% ../../nbs/61_debug.nan.ipynb #b61eb229
 def replay(
     folder: str | Path,  # from `save_case`
     model: nn.Module | None = None,  # built by you; None: rebuilt from the folder
@@ -440,7 +440,7 @@ def _rebuild(folder, case):
         model = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
     return model
 
-# %% ../../nbs/61_debug.nan.ipynb #ba93a519
+# %% ../../nbs/61_debug.nan.ipynb #4b40ef4a
 POLICIES = ("stop", "skip", "rollback")
 
 
@@ -485,7 +485,7 @@ class _Micro:
         tensors = [ids] if isinstance(ids, torch.Tensor) else [t for t in self.batch.values() if isinstance(t, torch.Tensor) and t.ndim]
         return tensors[0].shape[0] if tensors else 0
 
-# %% ../../nbs/61_debug.nan.ipynb #6beb2de9
+# %% ../../nbs/61_debug.nan.ipynb #bff89d90
 class _Eyes:
     "One hook on the whole model, which remembers arguments and loss by reference; and the order of the samples."
 
@@ -549,7 +549,7 @@ class _Memory:
         for group in optimizer.param_groups:
             group["lr"] /= 2
 
-# %% ../../nbs/61_debug.nan.ipynb #38b658d6
+# %% ../../nbs/61_debug.nan.ipynb #7ce3f76b
 _UNREPEATED = Diagnosis("unknown", Event("backward", "", "accumulation", None, "nan", (), None), math.nan, (), None,
                         {"each call of the step by itself": "is healthy: it is their sum, or it does not repeat itself"})  # fmt: skip
 
@@ -559,7 +559,7 @@ class _Hands:
 
     def _examine(self, state, model, optimizer, lr_scheduler, scaler, zero):
         "Replay each call of the step until one shows what is wrong; then do what the policy says."
-        step, scale = state.global_step + 1, scaler.get_scale() if scaler else 1.0
+        step, scale = state.global_step + 1, scaler.get_scale() if scaler else self.scale
         diagnosis, found, now, self.busy = None, None, _noise(), True
         for micro in self.micros:
             _set_noise(micro.noise)
@@ -591,7 +591,7 @@ class _Hands:
         for p in self.trained if scaler is None else ():
             p.grad = None  # the optimizer passes over a tensor without a gradient; a scaler skips the whole step
 
-# %% ../../nbs/61_debug.nan.ipynb #8940c578
+# %% ../../nbs/61_debug.nan.ipynb #d912269b
 class NanDoctor(_Eyes, _Hands, _Memory, TrainerCallback):
     """Watches a `Trainer`, and acts before the optimizer does.
 
@@ -606,12 +606,13 @@ class NanDoctor(_Eyes, _Hands, _Memory, TrainerCallback):
         copy_every: int = 50,  # steps between copies, for "rollback"
         loss: Callable | None = None,  # of model and batch, when the model itself does not return it
         build: str | None = None,  # see `save_case`
+        scale: float = 1.0,  # of the loss, for a script that multiplies it by hand; a scaler of the Trainer's is found by itself
         say: Callable = print,  # called with each line of the account
     ):
         if policy not in POLICIES:
             raise InputError(f"{policy!r} is no policy", "nan", f"Write one of {', '.join(POLICIES)}")
         self.policy, self.folder, self.patience, self.copy_every, self.loss, self.build, self.say = policy, folder, patience, copy_every, loss, build, say
-        self.bad_steps, self.micros, self.handles, self.indices, self.copy = [], [], [], None, None
+        self.scale, self.bad_steps, self.micros, self.handles, self.indices, self.copy = scale, [], [], [], None, None
         self.in_a_row, self.seen, self.zeros_examined, self.busy = 0, 0, 0, False
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):

@@ -106,7 +106,7 @@ def fp16_norm():
     "fp16 gradients whose norm overflows."
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1)).half()
     nn.init.constant_(model[1].weight, 1.0)
-    return Case(model, torch.ones(4, 64).half(), scale=4000)
+    return Case(model, torch.full((4, 64), 4000.0).half())
 
 # %% ../../nbs/62_debug.specimens.ipynb #7e3857e6
 @specimen("epsilon underflow", "optimizer", "0.weight")

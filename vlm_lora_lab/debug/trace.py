@@ -203,7 +203,7 @@ def trace(
     batch,  # as the model takes it
     loss: Callable = loss_of,
     optimizer: torch.optim.Optimizer | None = None,  # its step is watched, too
-    scale: float = 1.0,  # the loss is multiplied by it, as a gradient scaler does
+    scale: float = 1.0,  # the loss is multiplied by it and gradients are divided afterwards, as a gradient scaler does
     max_norm: float = 1.0,  # for clipping
 ) -> Trace:
     "Replay one training step with every operation watched. Weights, optimizer, gradients and random numbers are left as they were."
@@ -221,6 +221,8 @@ def trace(
             if bad:
                 return Trace(value.item(), tuple(bad), _first(list(bad.values()), "backward"), tracer.operations)
             tracer.phase = "clipping"
+            for p in trained.values() if scale != 1 else ():
+                p.grad = None if p.grad is None else p.grad / scale
             norm = nn.utils.clip_grad_norm_(list(trained.values()), max_norm)
             if not norm.isfinite():
                 return Trace(value.item(), tuple(trained), _first([tracer.story(norm)], "clipping"), tracer.operations)
