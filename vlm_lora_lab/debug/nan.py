@@ -10,6 +10,7 @@ __all__ = ['CAUSES', 'SCRIPT', 'POLICIES', 'Diagnosis', 'healthy', 'rows_of', 'f
 import html
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import re
@@ -87,7 +88,7 @@ class Diagnosis:
         lines += [f"  samples  {', '.join(map(str, self.samples))}"] if self.samples is not None else []
         for verdict in dict.fromkeys(self.trials.values()):
             lines.append(f"  {verdict}: " + ", ".join(k for k, v in self.trials.items() if v == verdict))
-        return "\n".join([*lines, f"  remedy   {self.remedy}."])
+        return "\n".join([*lines, f"  remedy   {self.remedy}" + "." * (self.remedy[-1] not in ".?!")])
 
     __repr__ = __str__
 
@@ -576,7 +577,8 @@ class _Hands:
         diagnosis, folder = diagnosis or _UNREPEATED, None
         if found is not None and self.folder is not None and self.in_a_row == 0:
             facts = {"step": step, "rows": self._ids(found), "policy": self.policy}
-            folder = save_case(Path(self.folder) / f"step-{step}", model, found.batch, diagnosis, scale, found.noise, facts, self.build)
+            names = (Path(self.folder) / (f"step-{step}" + f"-{n}" * (n > 1)) for n in itertools.count(1))
+            folder = save_case(next(p for p in names if not p.exists()), model, found.batch, diagnosis, scale, found.noise, facts, self.build)
         self.in_a_row += 1
         self.bad_steps.append((step, diagnosis))
         spent = len(self.bad_steps) if self.policy == "rollback" else self.in_a_row
