@@ -187,6 +187,14 @@ def test_skip_leaves_out_the_bad_rows_and_counts_them(tmp_path):
     assert {r["step"] for r in logged if r["grad_norm"] != r["grad_norm"]} == spoiled  # the log tells the truth
 
 
+def test_rows_are_named_in_every_epoch(tmp_path):
+    doctor, order = NanDoctor("skip", say=lambda line: None), Unit()
+    trainer(order, Rows(16, {5}), tmp_path / "a", max_steps=12).train()
+    trainer(Unit(), Rows(16, {5}), tmp_path / "b", doctor, max_steps=12).train()
+    assert [s for s, _ in doctor.bad_steps] == [i + 1 for i, numbers in enumerate(order.saw) if 5 in numbers] and len(doctor.bad_steps) == 3
+    assert all(d.samples == (5,) for _, d in doctor.bad_steps)
+
+
 def test_skip_gives_up_when_nothing_helps(tmp_path):
     with pytest.raises(NonFiniteStep):
         trainer(Unit(), Rows(60, set(range(60))), tmp_path, NanDoctor("skip", patience=3, say=lambda line: None), max_steps=15).train()

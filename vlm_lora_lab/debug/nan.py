@@ -61,7 +61,7 @@ CAUSES = {  # cause -> what it means, what to do
     "unknown": ("none of the causes that are known here", "The event above names the operation; its inputs are in the folder"),
 }  # fmt: skip
 
-
+# %% ../../nbs/61_debug.nan.ipynb #95c47403
 @dataclass(frozen=True)
 class Diagnosis:
     "What went wrong in a training step."
@@ -95,7 +95,7 @@ class Diagnosis:
     def _repr_html_(self):
         return f"<pre>{html.escape(str(self))}</pre>"
 
-# %% ../../nbs/61_debug.nan.ipynb #95c47403
+# %% ../../nbs/61_debug.nan.ipynb #635d3b90
 _NOT_POSSIBLE = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError)
 
 
@@ -122,7 +122,7 @@ def _map(batch, f):
         return tuple(f(k, v) if isinstance(v, torch.Tensor) else v for k, v in enumerate(batch))
     return f(0, batch)
 
-
+# %% ../../nbs/61_debug.nan.ipynb #1d1ecb7c
 def rows_of(
     batch,
 ) -> list:  # one batch per sample
@@ -144,7 +144,7 @@ def rows_of(
         raise ValueError("tensors of different lengths, which do not say which row they belong to")
     return [_map(batch, lambda k, t: t[i : i + 1] if t.ndim else t) for i in range(rows)]
 
-# %% ../../nbs/61_debug.nan.ipynb #641a7b7f
+# %% ../../nbs/61_debug.nan.ipynb #59a94bb4
 @contextmanager
 def _in_dtype(model, dtype):
     "All floating-point weights in another type, for a moment; the originals are kept aside, bit for bit."
@@ -162,7 +162,7 @@ def _in_dtype(model, dtype):
         for m, was in compute:
             m.compute_dtype = was
 
-
+# %% ../../nbs/61_debug.nan.ipynb #b7b29069
 @contextmanager
 def _attention(model, kind):
     "Another implementation of attention: transformers' layers look the name up in their configuration at each call."
@@ -188,7 +188,7 @@ def _changed(objects, name, value):
         for o, old in was:
             setattr(o, name, old)
 
-
+# %% ../../nbs/61_debug.nan.ipynb #e057437d
 def _trials(model, batch):
     "Name, context that changes the model, batch: all that can be tried here."
     cast = lambda d: _map(batch, lambda k, t: t.to(d) if t.is_floating_point() else t)  # noqa: E731
@@ -225,7 +225,7 @@ def _trained_parts(model):
     parts = {k: v for k, v in parts.items() if v}
     return parts if len(parts) > 1 else {}
 
-# %% ../../nbs/61_debug.nan.ipynb #4f05f8d9
+# %% ../../nbs/61_debug.nan.ipynb #c19b68a3
 _ROOTS = {"sqrt", "rsqrt", "pow", "norm", "linalg_vector_norm", "std", "var", "cdist", "_cdist_forward", "_euclidean_dist", "hypot", "acos", "asin"}
 _LOGS = {"log", "log2", "log10", "log1p", "xlogy", "logit", "special_xlogy"}
 
@@ -259,7 +259,7 @@ def _cause(event, model, batch, trials, start, optimizer):
         return "spread of one"
     return _overflow(event, model, trials, start) if event.made == "inf" else "unknown"
 
-
+# %% ../../nbs/61_debug.nan.ipynb #700f1ea3
 def _overflow(event, model, trials, start):
     "Finite numbers became infinite: whose fault are they?"
     now = weight_norms(model)
@@ -278,7 +278,7 @@ def flushed_epsilons(
     groups = optimizer.param_groups if optimizer is not None else []
     return [p for g in groups if "eps" in g and not g.get("fused") for p in g["params"] if p.requires_grad and torch.tensor(g["eps"]).to(p.dtype) == 0]
 
-# %% ../../nbs/61_debug.nan.ipynb #1d1ecb7c
+# %% ../../nbs/61_debug.nan.ipynb #363d2b02
 def diagnose(
     model: nn.Module,  # any PyTorch model
     batch,  # as the model takes it
@@ -315,7 +315,7 @@ def diagnose(
         for p, g in grads:
             p.grad = g
 
-
+# %% ../../nbs/61_debug.nan.ipynb #afe5401c
 def _about_weights(event):
     return event.phase in ("clipping", "optimizer") or (event.phase == "given" and not event.module.startswith("batch["))
 
@@ -330,7 +330,7 @@ def _guilty(model, batch, loss, scale, ids, trials):
     guilty = tuple((ids[i] if ids else i) for i, ok in enumerate(alone) if not ok)
     return guilty if 0 < len(guilty) < len(alone) or (ids and guilty) else None
 
-# %% ../../nbs/61_debug.nan.ipynb #363d2b02
+# %% ../../nbs/61_debug.nan.ipynb #dadad9bb
 SCRIPT = '''"""Replays a training step that went wrong, from the files beside this script. Run it: python replay.py"""
 
 import sys
@@ -384,7 +384,7 @@ def save_case(
         (partial / "replay.py").write_text(SCRIPT, encoding="utf-8")
     return folder
 
-
+# %% ../../nbs/61_debug.nan.ipynb #ac822d28
 def _known_class(cls):
     return cls.__module__.startswith("vlm_lora_lab.") or getattr(transformers, cls.__name__, None) is cls
 
@@ -398,7 +398,7 @@ def _set_noise(noise):
     if "cuda" in noise and torch.cuda.is_available():
         torch.cuda.set_rng_state(noise["cuda"])
 
-# %% ../../nbs/61_debug.nan.ipynb #b61eb229
+# %% ../../nbs/61_debug.nan.ipynb #a7bbdb5d
 def replay(
     folder: str | Path,  # from `save_case`
     model: nn.Module | None = None,  # built by you; None: rebuilt from the folder
@@ -421,7 +421,7 @@ def replay(
     _set_noise(load_file(folder / "noise.safetensors"))
     return diagnose(model.to(device), batch, scale=case["scale"])
 
-
+# %% ../../nbs/61_debug.nan.ipynb #607777fc
 def _rebuild(folder, case):
     if case["rebuild"] == "function":
         module, _, name = case["build"].partition(":")
@@ -441,7 +441,7 @@ def _rebuild(folder, case):
         model = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
     return model
 
-# %% ../../nbs/61_debug.nan.ipynb #4b40ef4a
+# %% ../../nbs/61_debug.nan.ipynb #b45101e5
 POLICIES = ("stop", "skip", "rollback")
 
 
@@ -486,7 +486,7 @@ class _Micro:
         tensors = [ids] if isinstance(ids, torch.Tensor) else [t for t in self.batch.values() if isinstance(t, torch.Tensor) and t.ndim]
         return tensors[0].shape[0] if tensors else 0
 
-# %% ../../nbs/61_debug.nan.ipynb #bff89d90
+# %% ../../nbs/61_debug.nan.ipynb #0cc59e48
 class _Eyes:
     "One hook on the whole model, which remembers arguments and loss by reference; and the order of the samples."
 
@@ -527,7 +527,7 @@ class _Eyes:
         said = self.indices.said[begin : begin + micro.rows] if self.indices is not None else []
         return said if len(said) == micro.rows else None
 
-
+# %% ../../nbs/61_debug.nan.ipynb #98faf3e5
 def _copied(state):
     return {p: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in s.items()} for p, s in state.items()}
 
@@ -550,7 +550,7 @@ class _Memory:
         for group in optimizer.param_groups:
             group["lr"] /= 2
 
-# %% ../../nbs/61_debug.nan.ipynb #7ce3f76b
+# %% ../../nbs/61_debug.nan.ipynb #7a562590
 _UNREPEATED = Diagnosis("unknown", Event("backward", "", "accumulation", None, "nan", (), None), math.nan, (), None,
                         {"each call of the step by itself": "is healthy: it is their sum, or it does not repeat itself"})  # fmt: skip
 
@@ -593,37 +593,9 @@ class _Hands:
         for p in self.trained if scaler is None else ():
             p.grad = None  # the optimizer passes over a tensor without a gradient; a scaler skips the whole step
 
-# %% ../../nbs/61_debug.nan.ipynb #d912269b
-class NanDoctor(_Eyes, _Hands, _Memory, TrainerCallback):
-    """Watches a `Trainer`, and acts before the optimizer does.
-
-    Policies: "stop" raises `NonFiniteStep`; "skip" leaves the step out and counts; "rollback" goes back to a healthy copy of what is trained, at half the rate.
-    Raises `InputError` for an unknown policy, an epsilon that is zero, and a model that returns no loss."""
-
-    def __init__(
-        self,
-        policy: str = "stop",
-        folder: str | Path | None = None,  # for the case; None: nothing is written
-        patience: int = 10,  # bad steps that "skip" bears in a row, and "rollback" in all, before they stop
-        copy_every: int = 50,  # steps between copies, for "rollback"
-        loss: Callable | None = None,  # of model and batch, when the model itself does not return it
-        build: str | None = None,  # see `save_case`
-        scale: float = 1.0,  # of the loss, for a script that multiplies it by hand; a scaler of the Trainer's is found by itself
-        say: Callable = print,  # called with each line of the account
-    ):
-        if policy not in POLICIES:
-            raise InputError(f"{policy!r} is no policy", "nan", f"Write one of {', '.join(POLICIES)}")
-        self.policy, self.folder, self.patience, self.copy_every, self.loss, self.build, self.say = policy, folder, patience, copy_every, loss, build, say
-        self.scale, self.bad_steps, self.micros, self.handles, self.indices, self.copy = scale, [], [], [], None, None
-        self.in_a_row, self.seen, self.zeros_examined, self.busy = 0, 0, 0, False
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
-        args.logging_nan_inf_filter = False  # it writes 0.0 where the loss is NaN
-        self.trained, self.start = [p for p in model.parameters() if p.requires_grad], weight_norms(model)
-        if flushed := flushed_epsilons(optimizer):
-            raise InputError(f"Adam's epsilon of {optimizer.param_groups[0]['eps']:g} is zero in {flushed[0].dtype}, the type of {len(flushed)} trained tensors; "
-                             "the first step would divide by zero", "optimizer", CAUSES["epsilon underflow"][1])  # fmt: skip
-        self._open(model, train_dataloader, state, args)
+# %% ../../nbs/61_debug.nan.ipynb #431f5fab
+class _Steps(_Eyes, _Hands, _Memory, TrainerCallback):
+    "What the Trainer tells, step by step."
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.epoch and state.epoch == int(state.epoch):
@@ -660,3 +632,35 @@ class NanDoctor(_Eyes, _Hands, _Memory, TrainerCallback):
             self.in_a_row += 1  # the scaler skips such a step by itself, and lowers its scale
         else:
             self._examine(state, model, optimizer, lr_scheduler, scaler, norm == 0)
+
+# %% ../../nbs/61_debug.nan.ipynb #562985dc
+class NanDoctor(_Steps):
+    """Watches a `Trainer`, and acts before the optimizer does.
+
+    Policies: "stop" raises `NonFiniteStep`; "skip" leaves the step out and counts; "rollback" goes back to a healthy copy of what is trained, at half the rate.
+    Raises `InputError` for an unknown policy, an epsilon that is zero, and a model that returns no loss."""
+
+    def __init__(
+        self,
+        policy: str = "stop",
+        folder: str | Path | None = None,  # for the case; None: nothing is written
+        patience: int = 10,  # bad steps that "skip" bears in a row, and "rollback" in all, before they stop
+        copy_every: int = 50,  # steps between copies, for "rollback"
+        loss: Callable | None = None,  # of model and batch, when the model itself does not return it
+        build: str | None = None,  # see `save_case`
+        scale: float = 1.0,  # of the loss, for a script that multiplies it by hand; a scaler of the Trainer's is found by itself
+        say: Callable = print,  # called with each line of the account
+    ):
+        if policy not in POLICIES:
+            raise InputError(f"{policy!r} is no policy", "nan", f"Write one of {', '.join(POLICIES)}")
+        self.policy, self.folder, self.patience, self.copy_every, self.loss, self.build, self.say = policy, folder, patience, copy_every, loss, build, say
+        self.scale, self.bad_steps, self.micros, self.handles, self.indices, self.copy = scale, [], [], [], None, None
+        self.in_a_row, self.seen, self.zeros_examined, self.busy = 0, 0, 0, False
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        args.logging_nan_inf_filter = False  # it writes 0.0 where the loss is NaN
+        self.trained, self.start = [p for p in model.parameters() if p.requires_grad], weight_norms(model)
+        if flushed := flushed_epsilons(optimizer):
+            raise InputError(f"Adam's epsilon of {optimizer.param_groups[0]['eps']:g} is zero in {flushed[0].dtype}, the type of {len(flushed)} trained tensors; "
+                             "the first step would divide by zero", "optimizer", CAUSES["epsilon underflow"][1])  # fmt: skip
+        self._open(model, train_dataloader, state, args)

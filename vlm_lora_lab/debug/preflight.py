@@ -159,7 +159,7 @@ def check_longest(
         return Check("longest", "error", f"{says}\n{diagnosis}")
     return Check("longest", "ok", says)
 
-
+# %% ../../nbs/64_debug.preflight.ipynb #24c594d8
 def preflight(
     model: nn.Module,  # not wrapped; afterwards it is as the plan says
     plan: TuningPlan,

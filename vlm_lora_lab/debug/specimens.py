@@ -182,7 +182,7 @@ def empty_mask():
     "A mean over an empty mask."
     return Case(Pools(), {"x": torch.randn(4, 5, 8), "mask": torch.tensor([[1.0] * 5, [1, 1, 0, 0, 0], [0] * 5, [1, 0, 0, 0, 0]])})
 
-
+# %% ../../nbs/62_debug.specimens.ipynb #19034230
 class Rounds(nn.Linear):
     "A linear layer that rounds its weights to 8 bit, row by row, by the largest of each."
 
@@ -217,7 +217,7 @@ def spread_of_one():
     "The last batch of an epoch has one row."
     return Case(Standardises(), torch.randn(1, 8))
 
-# %% ../../nbs/62_debug.specimens.ipynb #19034230
+# %% ../../nbs/62_debug.specimens.ipynb #e9a7fc8a
 class UnitLength(nn.Module):
     "Features of length one, with a guard that comes too late."
 
@@ -246,7 +246,7 @@ def constant_row():
 
     return Case(Contrast(), torch.randn(3, 8) * torch.tensor([[0.0], [1.0], [1.0]]))
 
-
+# %% ../../nbs/62_debug.specimens.ipynb #60d0736e
 class Chooses(nn.Module):
     "A ratio where there is one, and zero elsewhere; both are computed."
 
@@ -285,7 +285,7 @@ def log_of_zero():
     "The logarithm of a probability that underflows."
     return Case(Likelihood(), (torch.randn(3, 8) * torch.tensor([[1.0], [30.0], [1.0]]), torch.tensor([1, 3, 0])))
 
-# %% ../../nbs/62_debug.specimens.ipynb #e9a7fc8a
+# %% ../../nbs/62_debug.specimens.ipynb #ef25e9eb
 def _black(which):
     model, batch = lab()
     pixels = batch["pixel_values"].clone()
@@ -309,7 +309,7 @@ def inf_pixels():
     pixels[0] = pixels[0] / (pixels[0] - pixels[0].mean()).square().mean().sqrt()
     return Case(model, batch | {"pixel_values": pixels})
 
-
+# %% ../../nbs/62_debug.specimens.ipynb #db33a601
 class Sees(nn.Module):
     "Two convolutions and a head: no norm that would forgive."
 
@@ -336,7 +336,7 @@ def cast_weights():
     model.resampler.kv_proj.weight.data[3, 5] = 1e5  # an outlier that bfloat16 can hold
     return Case(model.to(torch.bfloat16).half(), batch | {"pixel_values": batch["pixel_values"].half()})
 
-# %% ../../nbs/62_debug.specimens.ipynb #60d0736e
+# %% ../../nbs/62_debug.specimens.ipynb #24a989df
 def weight_norms(
     model: nn.Module,
 ) -> dict[str, float]:  # name -> Euclidean norm

@@ -41,7 +41,7 @@ class Range:
         numbers = f"{self.low:.3g} … {self.high:.3g}" if self.low == self.low else "no finite number"
         return f"{self.dtype} {'×'.join(map(str, self.shape)) or 'scalar'}: {numbers}{spoiled}"
 
-
+# %% ../../nbs/63_debug.trace.ipynb #36392524
 @dataclass(frozen=True)
 class Event:
     "An operation that made a number that is not finite out of numbers that were, or made NaN out of infinity."
@@ -67,7 +67,7 @@ class Event:
         inside = "; ".join(map(str, self.inputs))
         return f"{self.phase}: {self.module or '(outside of all modules)'}: {what} made {self.made}" + (f" of [{inside}]" if inside else "")
 
-# %% ../../nbs/63_debug.trace.ipynb #36392524
+# %% ../../nbs/63_debug.trace.ipynb #296b5041
 _MASKS = {"masked_fill", "masked_fill_", "where", "full", "full_like", "fill", "fill_", "scalar_tensor", "lift_fresh", "lift_fresh_copy", "new_full", "copy_"}
 _MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}  # holds whatever was there
 _SEE_THROUGH = {"_to_copy", "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "detach", "clone", "mul", "div", "add", "reshape", "select", "slice", "alias"}
@@ -118,7 +118,7 @@ class _Stories:
             self.spoiled.setdefault(torch.autograd._get_sequence_nr() - 1, event)
         return event
 
-# %% ../../nbs/63_debug.trace.ipynb #296b5041
+# %% ../../nbs/63_debug.trace.ipynb #aeb31b4a
 class Tracer(_Stories, TorchDispatchMode):
     "Watches operations and keeps, for each storage that holds NaN or infinity, the event that began it."
 
@@ -159,7 +159,7 @@ class Tracer(_Stories, TorchDispatchMode):
         "Where a tensor's NaN or infinity comes from."
         return self.stories.get(_key(t)) or (None if t.isfinite().all() else self._from_outside(t, bool(t.isnan().any())))
 
-# %% ../../nbs/63_debug.trace.ipynb #aeb31b4a
+# %% ../../nbs/63_debug.trace.ipynb #be136407
 @dataclass(frozen=True)
 class Trace:
     "What a watched step showed."
@@ -187,7 +187,7 @@ def _modules_named(model, stack):
         for handle in handles:
             handle.remove()
 
-
+# %% ../../nbs/63_debug.trace.ipynb #060512a8
 def _first(events, phase):
     "Back along the chain while it stays in the phase; what was written on purpose is nobody's fault."
     found = []
@@ -197,7 +197,7 @@ def _first(events, phase):
         found.append(event)
     return min(found, key=lambda e: e.order)
 
-# %% ../../nbs/63_debug.trace.ipynb #67abd272
+# %% ../../nbs/63_debug.trace.ipynb #91065171
 def trace(
     model: nn.Module,
     batch,  # as the model takes it
@@ -254,7 +254,7 @@ def _optimizer_kept(optimizer):
         optimizer.state.clear()
         optimizer.state.update(kept)
 
-# %% ../../nbs/63_debug.trace.ipynb #c233d353
+# %% ../../nbs/63_debug.trace.ipynb #cf442168
 @dataclass(frozen=True)
 class Extent:
     "The range of one module's output and of the gradient that comes back to it."
