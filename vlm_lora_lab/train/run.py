@@ -204,6 +204,7 @@ def fit(
     checkpoint_activations: bool = True,  # recompute activations in the backward pass, to save memory
     save: bool = True,  # write checkpoints
     plan: TuningPlan | None = None,  # for learning rates of its own
+    callbacks: Sequence[TrainerCallback] = (),  # such as chapter 61's `NanDoctor`
 ) -> Fitted:
     """Train in place with Hugging Face's `Trainer`.
 
@@ -227,7 +228,7 @@ def fit(
     stop, progress = StopOnSignal(save), Progress(desc)
     trainer = PartTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=evaluation, data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[progress, stop], full_rate=schedule.full_rate, plan=plan,
+        callbacks=[progress, stop, *callbacks], full_rate=schedule.full_rate, plan=plan,
     )  # fmt: skip
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)

@@ -1,0 +1,94 @@
+"""What does `NanDoctor` cost while all is well? Steps with and without it in turns (with, without, without, with), in one run of the Trainer.
+
+    python benchmarks/doctor.py --steps 400
+
+Each pair of neighbouring steps gives a ratio; printed are the median and its bootstrap interval (95 %)."""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from vlm_lora_lab.data.batch import Collator, Processor, Samples
+from vlm_lora_lab.data.drawn import Drawn
+from vlm_lora_lab.debug.nan import NanDoctor
+from vlm_lora_lab.models.load import load_tokenizer, load_vlm
+from vlm_lora_lab.plan import TuningPlan, apply_plan
+
+TURNS = (True, False, False, True)
+
+
+class InTurns(NanDoctor):
+    "The doctor, present in some steps and gone in others, hooks and all."
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.again = lambda: self._open(kwargs["model"], kwargs["train_dataloader"], state, args)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.present = TURNS[state.global_step % 4]
+        self.again() if self.present else self.close()
+        super().on_step_begin(args, state, control, **kwargs)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.present:
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.seconds = []
+
+    def now(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = self.now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(self.now() - self.start)
+
+
+def ratios(plan, policy, batch_size, steps):
+    torch.manual_seed(0)
+    model, tokenizer = load_vlm("lab"), load_tokenizer("lab")
+    processor = Processor.of(model.config, tokenizer)
+    model = apply_plan(model, plan)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=1e-5, report_to="none", disable_tqdm=True,
+                                 use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, save_strategy="no", logging_strategy="no",
+                                 logging_nan_inf_filter=False, dataloader_pin_memory=False)  # fmt: skip
+        data = Samples(Drawn(0, batch_size * 8, "number"), processor)
+        trainer = Trainer(model, args, train_dataset=data, data_collator=Collator(tokenizer.pad_token_id), callbacks=[InTurns(policy), clock])
+        trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
+        trainer.train()
+    t = clock.seconds[8:]  # warm
+    pairs = [(t[i], t[i + 1]) if TURNS[(i + 8) % 4] else (t[i + 1], t[i]) for i in range(0, len(t) - 1, 2)]
+    return [a / b for a, b in pairs], statistics.median(b for _, b in pairs)
+
+
+def interval(values, rounds=2000):
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(rounds))
+    return medians[int(0.025 * rounds)], medians[int(0.975 * rounds)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=400)
+    steps = parser.parse_args().steps
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}, torch {torch.__version__}, {steps} steps in turns\n{'lab model':34}{'policy':10}{'step, ms':>9}{'ratio':>8}  95 % interval")
+    full = TuningPlan(*["full"] * 5)
+    for name, plan, policy, batch in (("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "stop", 8), ("everything in full, batch 8", full, "stop", 8),
+                                      ("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "rollback", 8), ("LoRA and resampler, batch 1", TuningPlan(vision="lora"), "stop", 1)):  # fmt: skip
+        values, step = ratios(plan, policy, batch, steps)
+        low, high = interval(values)
+        print(f"{name:34}{policy:10}{1000 * step:9.1f}{statistics.median(values):8.4f}  {low:.4f} … {high:.4f}", flush=True)
