@@ -564,7 +564,7 @@ class _Hands:
         diagnosis, found, now, self.busy = None, None, _noise(), True
         for micro in self.micros:
             _set_noise(micro.noise)
-                diagnosis = diagnose(model, micro.batch, self.loss or loss_of, None, scale, self.start, self._ids(micro))
+            diagnosis = diagnose(model, micro.batch, self.loss or loss_of, None, scale, self.start, self._ids(micro))
             if diagnosis is not None:
                 found = micro
                 break
