@@ -20,10 +20,10 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
-        self.norm, self.mode = nn.BatchNorm1d(8), "ok"
+        self.norm, self.drop, self.mode = nn.BatchNorm1d(8), nn.Dropout(0.1), "ok"
 
     def forward(self, x):
-        h = self.norm(self.a(x))
+        h = self.drop(self.norm(self.a(x)))
         if self.mode == "no_grad":
             with torch.no_grad():
                 d = self.b(h)

@@ -169,6 +169,8 @@ def test_stop_leaves_the_weights_of_the_step_before_bit_for_bit(accumulation, tm
     script = tmp_path / "case" / f"step-{steps + 1}" / "replay.py"
     out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd="tests")
     assert out.returncode == 0 and out.stdout.startswith("root at zero"), out.stderr
+    plain = lambda text: [line for line in text.splitlines() if not line.startswith("  samples")]  # noqa: E731
+    assert plain(out.stdout) == plain((script.parent / "report.txt").read_text())  # to the last digit that is shown
     case = json.loads((script.parent / "case.json").read_text())
     assert case["facts"]["rows"] == load_file(script.parent / "batch.safetensors")["number"].tolist() and bad in case["facts"]["rows"]
 
@@ -185,6 +187,22 @@ def test_skip_leaves_out_the_bad_rows_and_counts_them(tmp_path):
     assert logged[-1]["bad_steps"] == len(doctor.bad_steps) and "bad_steps" not in logged[0]
     spoiled = {s for s, _ in doctor.bad_steps}
     assert {r["step"] for r in logged if r["grad_norm"] != r["grad_norm"]} == spoiled  # the log tells the truth
+
+
+def test_a_step_that_depends_on_chance_is_replayed_with_the_same_chance(tmp_path):
+    class Lucky(Unit):
+        "A root at zero, once in a while: when dropout takes all of a row."
+
+        def forward(self, x, number):
+            x = nn.functional.dropout(self.fc(x)[:, :1] + 9, 0.01)
+            return {"loss": self.head(x.expand(-1, 6) / x.pow(2).sqrt().clamp(min=1e-6)).pow(2).mean()}
+
+    for seed in (1, 2, 3):
+        model = Lucky()
+        run = trainer(model, Rows(60), tmp_path, NanDoctor(), max_steps=400, seed=seed)
+        with pytest.raises(NonFiniteStep) as e:
+            run.train()
+        assert e.value.diagnosis.cause == "root at zero", e.value
 
 
 def test_rows_are_named_in_every_epoch(tmp_path):

@@ -371,19 +371,6 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         else:
             super()._init_weights(module)
 
-    def enable_input_require_grads(self):
-        "What re-entrant checkpointing needs to pass gradients into frozen parts: the tower's first vectors ask for one, too."
-        super().enable_input_require_grads()
-        if hook := self.__dict__.pop("_patches_hook", None):
-            hook.remove()
-        patches = self.vpm.patch_embed if self.config.timm_tower else self.vpm.embeddings
-        self._patches_hook = patches.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-
-    def disable_input_require_grads(self):
-        super().disable_input_require_grads()
-        if hook := self.__dict__.pop("_patches_hook", None):
-            hook.remove()
-
     def get_input_embeddings(self):
         return self.llm.get_input_embeddings()
 

@@ -352,18 +352,6 @@ class QwenVLBase(PreTrainedModel):
             init.xavier_uniform_(module.in_proj_weight)
             init.zeros_(module.in_proj_bias)
 
-    def enable_input_require_grads(self):
-        "What re-entrant checkpointing needs to pass gradients into frozen parts: the tower's first vectors ask for one, too."
-        super().enable_input_require_grads()
-        if hook := self.__dict__.pop("_patches_hook", None):
-            hook.remove()
-        self._patches_hook = self.transformer.visual.ln_pre.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-
-    def disable_input_require_grads(self):
-        super().disable_input_require_grads()
-        if hook := self.__dict__.pop("_patches_hook", None):
-            hook.remove()
-
     def get_input_embeddings(self):
         return self.transformer.wte
 
