@@ -158,7 +158,11 @@ def check_longest(
     except (torch.cuda.OutOfMemoryError, MemoryError) as e:
         return Check("longest", "error", f"{rows} rows of {tokens} tokens do not fit: {str(e)[:200]}\nLower batch_size and raise accumulation by the same factor")
     says = f"{rows} rows of {tokens} tokens: loss {value:.3f}, {seconds:.2f} s, {_memory(device) / 2**30:.2f} GiB at the peak"
-    says += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f}" if device.type == "cuda" else " of this process"
+    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # AdamW's two, in 32 bit; they come with the first step
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    says += (f" of {total / 2**30:.0f}" if total else " of this process") + f"; AdamW will add {moments / 2**30:.3f}"
+    if total and _memory(device) + moments > 0.95 * total:
+        return Check("longest", "warning", f"{says}\nThat is close to all there is. Lower batch_size and raise accumulation by the same factor")
     if (diagnosis := diagnose(model, batch)) is not None:
         return Check("longest", "error", f"{says}\n{diagnosis}")
     return Check("longest", "ok", says)

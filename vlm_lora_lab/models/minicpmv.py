@@ -466,5 +466,5 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:  # (batch, new tokens) int: the answers without their prompts
         "Answer. Pictures are looked at once, before the first token."
         embeds = self.embed(input_ids, pixel_values, tgt_sizes, image_bound, temporal_ids)
-        kwargs.setdefault("generation_config", self.generation_config)  # the language model's own would not know generation_config.json
+        self.llm.generation_config = self.generation_config  # the language model's own would not know generation_config.json
         return self.llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
