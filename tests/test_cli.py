@@ -218,3 +218,10 @@ def test_help_does_not_load_torch():
     script = "import sys, vlm_lora_lab.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split()
     assert "argparse" in loaded and "torch" not in loaded and "transformers" not in loaded
+
+
+def test_pretrain_runs_from_start_to_end(tmp_path):
+    "A few steps of each stage; chapter 53 tells of the whole."
+    done = run("pretrain", "--output", tmp_path / "lab", "--eyes", 3, "--words", 3, "--questions", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "lab").iterdir()}

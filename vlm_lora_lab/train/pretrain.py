@@ -82,7 +82,7 @@ class DenseDrawn(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         image, _, boxes = (number if i % 3 else scene)(random.Random(f"eyes {self.seed} {i}"))
-        strip, (rows, cols) = to_patches(image, self.scale_resolution, self.patch_size)
+        strip, (rows, cols) = to_patches(image, self.scale_resolution, self.patch_size)[0]  # the overview
         labels, p = torch.zeros(rows, cols, dtype=torch.long), self.patch_size
         x, y = torch.arange(cols) * p + p / 2, torch.arange(rows)[:, None] * p + p / 2  # centres of the patches
         for what, left, top, right, bottom in boxes:
@@ -110,7 +110,7 @@ def learn_to_see(
     head = nn.Linear(model.config.vision_config.hidden_size, len(LABELS))
     parameters = [*model.vpm.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 3), pct_start=max(0.05, min(0.5, 2.5 / steps)))
     loader = torch.utils.data.DataLoader(DenseDrawn(steps * batch_size, seed), batch_size, collate_fn=_dense_batch)
     model.train()
     named = []
