@@ -141,7 +141,7 @@ def learn_to_answer(
     "Train a model that can caption, in place, on the questions that it finds hard."
     processor, batch_size = Processor.of(model.config, tokenizer), 32
     rows = ConcatDataset([Samples(Drawn(start, round(share * steps * batch_size), kind), processor) for kind, share in QUESTIONS.items()])
-    rows.processor = processor
+    rows.processor, rows.workers = processor, 0
     return _stage(model, rows, Schedule(max_steps=steps, batch_size=batch_size, learning_rate=6e-4, full_learning_rate=6e-4, seed=seed), "questions")
 
 
