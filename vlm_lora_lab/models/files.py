@@ -26,7 +26,7 @@ from ..errors import InputError, complete_or_nothing, empty_folder, explain_writ
 from .parts import Layout, layout_of
 from .published import on_meta, read_json
 
-# %% ../../nbs/17_models.files.ipynb #a84e2526
+# %% ../../nbs/17_models.files.ipynb #4b27eb66
 INDEX = "model.safetensors.index.json"
 _BNB = ".quant_state.bitsandbytes__"  # what bitsandbytes writes beside a packed weight
 
@@ -83,7 +83,7 @@ def stored_in(
                 raise InputError(f"the index says that {tensor} is in {file}, but it is not", index, "Fetch index and file again; they belong to different versions")
     return _unpacked(found)
 
-# %% ../../nbs/17_models.files.ipynb #c734226a
+# %% ../../nbs/17_models.files.ipynb #7586eb65
 def _unpacked(found):
     "Fold what bitsandbytes stores of one weight into one entry with the true shape."
     result = dict(found)
@@ -98,7 +98,7 @@ def _unpacked(found):
         result[weight] = Stored(found[weight].file, tuple(state["shape"]), kind.upper())
     return result
 
-# %% ../../nbs/17_models.files.ipynb #12017cbd
+# %% ../../nbs/17_models.files.ipynb #9a625627
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -141,7 +141,7 @@ def account(
         dtypes[s.dtype] += torch.Size(s.shape).numel()
     return Account(len(mine), dtypes.total(), dict(dtypes), aside)
 
-# %% ../../nbs/17_models.files.ipynb #41fdb293
+# %% ../../nbs/17_models.files.ipynb #c2666e06
 def shape_of(shape) -> str:
     "A shape as people write it."
     return " × ".join(map(str, shape)) or "a single number"
@@ -162,7 +162,7 @@ def _hint(found, expected):
     weights, config = kind(found), kind(expected)
     return f"These are weights of {weights} beside a config.json of {config}" if weights and config and weights != config else ""
 
-# %% ../../nbs/17_models.files.ipynb #8b7e6949
+# %% ../../nbs/17_models.files.ipynb #0aeeed74
 def has_pickles(folder: Path) -> bool:
     return (folder / "pytorch_model.bin.index.json").is_file() or (folder / "pytorch_model.bin").is_file()
 
@@ -194,7 +194,7 @@ def convert_pickles(
             size = sum(torch.Size(s.shape).numel() * {"F32": 4, "F64": 8}.get(s.dtype, 2) for f in written for s in _headers(f))
             write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
         written = [f.rename(f.with_suffix("")) for f in written]
-    except BaseException:
+    except BaseException:  # Ctrl-C as well: half a conversion must not stay
         for file in written:
             file.unlink(missing_ok=True)
         raise
@@ -229,7 +229,7 @@ def _unpickle(file):
         raise InputError("this pickle holds no dictionary of tensors", file, "Give the files of the model itself")
     return tensors
 
-# %% ../../nbs/17_models.files.ipynb #c51d9eb5
+# %% ../../nbs/17_models.files.ipynb #ff1a2761
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -275,7 +275,7 @@ def save_vlm(
         _check_written(partial, state, model)
     return folder
 
-# %% ../../nbs/17_models.files.ipynb #e7f1039c
+# %% ../../nbs/17_models.files.ipynb #2153c717
 def _aside(source, layout: Layout):
     "The tensors of the source that the model did not load."
     if not layout.aside or not (source / "config.json").is_file():
