@@ -375,7 +375,7 @@ def _foreign(found, model, names):
 # %% ../../nbs/73_checkpoint.rescue.ipynb #86e8ca55
 def _lora_in(got, model, layer, kind, value, where):
     "Take one matrix of a LoRA, if the layer has that shape."
-    weight = model.tensors[f"{layer}.weight"] if f"{layer}.weight" in model.tensors else None
+    weight = model.tensors.get(f"{layer}.weight")
     if weight is None or layer not in model.adaptable:
         raise InputError(f"{where} is a LoRA beside {layer}, a {type(model.modules[layer]).__name__}, which this package cannot adapt", "rescue",
                          "Merge it with the tool that trained it, and go on from the whole model")  # fmt: skip
@@ -499,7 +499,8 @@ def _options(config, where):
                          "Merge it with the tool that trained it, and go on from the whole model")  # fmt: skip
     start, flags = config.get("init_lora_weights", True), [n for n in ("dora", "rslora") if config.get(f"use_{n}")]
     if start not in _PLAIN_STARTS or len(flags) > 1:
-        raise InputError(f"init_lora_weights is {start!r} with {', '.join(flags) or 'plain LoRA'}, which no plan can say", where,
+        what = " and ".join(f"use_{n}" for n in flags) if len(flags) > 1 else f"init_lora_weights {start!r}"
+        raise InputError(f"it has {what}, which no plan of one adapter can say", where,
                          "Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)")  # fmt: skip
     return {"dropout": float(config.get("lora_dropout") or 0), "variant": flags[0] if flags else "lora"}
 
