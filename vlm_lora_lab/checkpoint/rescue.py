@@ -36,7 +36,7 @@ from ..models.parts import PARTS, layout_of, linear_layers
 from ..models.published import on_meta, read_json
 from ..plan import Rule, TuningPlan, apply_plan, full_modules, lora_layers
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #81880397
+# %% ../../nbs/73_checkpoint.rescue.ipynb #b063ff61
 @dataclass(frozen=True)
 class Format:
     "What one script leaves behind when it trains all that it can train beside LoRA."
@@ -55,11 +55,11 @@ _LORA = {"language": ("lora", "adapter")}
 def _at(place, *parts):
     return {p: ("full", place) for p in parts}
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #d1ea9145
+# %% ../../nbs/73_checkpoint.rescue.ipynb #32dd659b
 FORMATS = {
     "minicpmv-2024": Format("MiniCPM-V finetune.py, May to July 2024", r"target_modules 'llm\..*layers\.\d+\.self_attn\.(…)' and neither modules_to_save nor a side file",
                             _LORA | _at("lost", "vision", "connector", "embeddings"),
-                            ("https://github.com/OpenBMB/MiniCPM-V/blob/d2db62b034fba20c7273db7acd039973c48690f4/finetune/finetune.py", f"{_ISSUE}/222", f"{_ISSUE}/272")),
+                            ("https://github.com/OpenBMB/MiniCPM-V/blob/d2db62b034fba20c7273db7acd039973c48690f4/finetune/finetune.py", f"{_ISSUE}/272", f"{_ISSUE}/222")),
     "minicpmv-side": Format("MiniCPM-V finetune.py, June 2024, with a side file", "vpm_resampler_embedtokens.pt beside an adapter",
                             _LORA | _at("beside", "vision", "connector", "embeddings"),
                             ("https://github.com/OpenBMB/MiniCPM-V/blob/main/finetune/readme.md", f"{_ISSUE}/272")),
@@ -85,7 +85,7 @@ FORMATS = {
     "whole": Format("a whole model", "config.json and model*.safetensors (or pytorch_model*.bin)", {p: ("full", "adapter") for p in PARTS}, ("https://github.com/huggingface/transformers",)),
 }  # fmt: skip
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #97b893f0
+# %% ../../nbs/73_checkpoint.rescue.ipynb #86e8ca55
 _SIDE = {"vpm_resampler_embedtokens.pt", "non_lora_state_dict.bin", "non_lora_trainables.bin", "vit.safetensors", "lora_adapter_model.pth"}
 _NO_WEIGHTS = {
     "training_args.bin": "the run's settings as a pickle, never opened; if you know the flags, give them as --flags",
@@ -113,7 +113,7 @@ class Found:
         lines += [f"  {w.name}: weights, {w.stat().st_size:,} bytes" for w in self.weights]
         return "\n".join(lines + [f"  {name}: {what}" for name, what in self.others.items()] + [f"  note: {n}" for n in self.notes])
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #558e6680
+# %% ../../nbs/73_checkpoint.rescue.ipynb #8a53bf4f
 def _weights(folder, names):
     "The files of a folder that hold tensors. Raises `InputError` for a shard that is missing and for a file that might be one and is not known."
     adapters = [n for n in ("adapter_model.safetensors", "adapter_model.bin", *sorted(_SIDE)) if n in names]
@@ -147,7 +147,7 @@ def _settings(folder, names):
         said |= values if isinstance(values, dict) else {}
     return said
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #cc50cd4a
+# %% ../../nbs/73_checkpoint.rescue.ipynb #23e2d8b2
 def _signs(folder, names, config, settings):
     "Formats that fit, the most particular first, each with its sign."
     targets, saved = (config or {}).get("target_modules"), [str(m).rpartition(".")[2] for m in (config or {}).get("modules_to_save") or ()]
@@ -177,7 +177,7 @@ def _signs(folder, names, config, settings):
     if not config and "config.json" in names:
         yield "whole", "config.json, and no adapter"
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #907be912
+# %% ../../nbs/73_checkpoint.rescue.ipynb #88bc9405
 def recognise(
     folder: str | Path,  # written by some script
 ) -> Found:
@@ -211,7 +211,7 @@ def _beside(folder, inside):
             yield (f"{n}/ is DeepSpeed's: *_optim_states.pt hold all trained weights in 32 bit, but as pickles with programs in them, which are not opened here. "
                    "DeepSpeed's own zero_to_fp32.py makes a pytorch_model.bin of them; put that into an empty folder with adapter_config.json and rescue it")  # fmt: skip
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #b063ff61
+# %% ../../nbs/73_checkpoint.rescue.ipynb #330cf46d
 # Beginnings of names that differ between versions of transformers and between wrappers: what stands in a file -> what stands in the model.
 _OLDER = (("", ""), ("", "model."), ("model.", ""), ("model.", "model.language_model."), ("language_model.model.", "model.language_model."),
           ("language_model.", ""), ("language_model.", "model.language_model."), ("model.", "model.model."))  # fmt: skip
@@ -248,7 +248,7 @@ def plain_key(
         return f"{m[1]}.{m[3]}", "", m[2]
     return name, "", "default"
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #32dd659b
+# %% ../../nbs/73_checkpoint.rescue.ipynb #35580cce
 @dataclass(frozen=True)
 class _Tensor:
     "A tensor in one of the files."
@@ -279,7 +279,7 @@ def _from(file, key):
     with safe_open(file, framework="pt") as f:
         return f.get_tensor(key)
 
-
+# %% ../../nbs/73_checkpoint.rescue.ipynb #f5a1f0c6
 class _Base:
     "The base model's tensors, read one by one under the names of the model."
 
@@ -297,7 +297,7 @@ class _Base:
             raise InputError(f"{name} is in 4 bit in the base, so there is nothing to compare with", s.file, "Give the base model in 16 or 32 bit")
         return _from(s.file, key)
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #3c1af122
+# %% ../../nbs/73_checkpoint.rescue.ipynb #793b75e4
 @dataclass
 class _Contents:
     "What a folder holds, tensor by tensor."
@@ -309,7 +309,7 @@ class _Contents:
     fates: dict[str, str] = field(default_factory=dict)  # "file: key" -> what becomes of it
     raw: dict[str, str] = field(default_factory=dict)  # layer or weight -> its name in the file, without wrappers
 
-
+# %% ../../nbs/73_checkpoint.rescue.ipynb #b1f24199
 class _Model:
     "The base on the meta device: names, shapes, owners of tied tensors, parts."
 
@@ -330,7 +330,7 @@ class _Model:
         layers = {n: part for part, names in linear_layers(self.model).items() for n in names}
         return layers | {n: "embeddings" for n in self.layout.embeddings if isinstance(self.modules.get(n), nn.Embedding)}
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #96fdbcfa
+# %% ../../nbs/73_checkpoint.rescue.ipynb #1fbeeeef
 def _read(found, model, allow_pickle) -> _Contents:
     "Put every tensor in its place. Raises `InputError` for names and shapes that the base does not have, and for two values of one name."
     got, seen, foreign, adapters = _Contents(), {}, [], set()
@@ -372,7 +372,7 @@ def _foreign(found, model, names):
     return InputError(f"{len(names)} of its tensors have no place in {str(model.name)!r} ({model.layout.family}), such as {names[0]}", found.folder,
                       (f"They look like {' or '.join(like)}. " if like else "") + "Give the base that it was trained on" + (f"; adapter_config.json names {said}" if said else ""))  # fmt: skip
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #86e8ca55
+# %% ../../nbs/73_checkpoint.rescue.ipynb #8e1e1b6f
 def _lora_in(got, model, layer, kind, value, where):
     "Take one matrix of a LoRA, if the layer has that shape."
     weight = model.tensors.get(f"{layer}.weight")
@@ -405,7 +405,7 @@ def _weight_in(got, model, name, kind, value, where):
     got.full[name] = value
     return f"in full: {name}"
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #23e2d8b2
+# %% ../../nbs/73_checkpoint.rescue.ipynb #6ac781ee
 def modules_around(
     model: nn.Module,  # not wrapped; also on the meta device
     trained: set[str],  # names of parameters
@@ -433,7 +433,7 @@ def modules_around(
 def _below(name, modules):
     return any(name == m or name.startswith(f"{m}.") for m in modules)
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #88bc9405
+# %% ../../nbs/73_checkpoint.rescue.ipynb #b3b08745
 def lora_rules(
     sizes: dict[str, tuple[int, float]],  # layer -> rank, alpha
     every: list[str],  # all layers of the part that LoRA could adapt
@@ -459,7 +459,7 @@ def _end(name, chosen, every):
             return end
     return ""
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #a38f44fb
+# %% ../../nbs/73_checkpoint.rescue.ipynb #75943f1d
 def _plan_of(model, sizes, modules, options) -> TuningPlan:
     "The plan that says what is there: LoRA of these sizes, and these modules in full."
     usual = Counter(sizes.values()).most_common(1)[0][0]
@@ -481,7 +481,7 @@ def _plan_of(model, sizes, modules, options) -> TuningPlan:
         raise RuntimeError(f"The plan {plan.words} does not say what is in the files: {sorted(set(given) ^ set(sizes))[:4]}, {sorted(kept ^ wanted)[:4]}.")
     return plan
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #ba314660
+# %% ../../nbs/73_checkpoint.rescue.ipynb #7a459285
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # starts of LoRA that leave the base as it was
 _NOT_READ = ("layer_replication", "megatron_config", "trainable_token_indices", "lora_bias", "target_parameters", "use_qalora", "use_bdlora", "alora_invocation_tokens",
              "fan_in_fan_out", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "lora_ga_config", "corda_config")  # fmt: skip
@@ -514,7 +514,7 @@ def _alpha(config, names):
         raise InputError(f"lora_alpha is {config.get('lora_alpha')!r}", "adapter_config.json", "Without it nobody knows how strong the LoRA was; look for it in the run's script")
     return config["lora_alpha"]
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #07f9b734
+# %% ../../nbs/73_checkpoint.rescue.ipynb #f8f0c933
 @dataclass(frozen=True)
 class Loss:
     "Something that was trained and is not in the files."
@@ -545,7 +545,7 @@ class _Claim:
     link: str = ""
     some: bool = False  # one layer of a part is enough
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #330cf46d
+# %% ../../nbs/73_checkpoint.rescue.ipynb #39ce363c
 _TELLS = {"swift": "freeze_vit", "llamafactory": "finetuning_type", "minicpmv": "tune_vision", "qwen3vl": "lora_enable", "qwenvl": "fix_vit"}  # a flag that only this script has
 
 
@@ -565,7 +565,7 @@ def _said(script, flags):
             raise
         return None, e.found
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #35580cce
+# %% ../../nbs/73_checkpoint.rescue.ipynb #a28b1642
 def _targeted(config, model):
     "Layers that adapter_config.json gives LoRA to, as far as their names are the model's."
     targets, layers = config.get("target_modules"), set(model.adaptable)
@@ -599,7 +599,7 @@ def _claims(found, model, flags):
         yield _Claim("full", of("connector", "embeddings"), why, False, link=f"{_ISSUE}/222")
         yield _Claim("full", of("vision"), f"{why} It was trained if --tune_vision was true, the default.", False, link=f"{_ISSUE}/222")
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #f5a1f0c6
+# %% ../../nbs/73_checkpoint.rescue.ipynb #4c9d99d2
 def _losses(found, model, got, flags):
     "What was trained, by somebody's word, and has no value in the files."
     lost, there = {}, set(got.full) | got.same
@@ -631,7 +631,7 @@ def _suspicious(found, model, got, flags):
             if mine and mine <= got.same - set(got.full):
                 yield f"{part} was to be trained in full, is in the files, and equals the base in all {len(mine)} tensors"
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #9976ea54
+# %% ../../nbs/73_checkpoint.rescue.ipynb #b15e4120
 def _elsewhere(found, model, allow_pickle):
     "Folders nearby that hold whole tensors: part, and what to say of it; an empty part for a folder that could not be read."
     near = [found.folder.resolve().parent] if found.folder.resolve().name.startswith("checkpoint-") else []
@@ -655,7 +655,7 @@ def _placed(lost, near, found):
         there = [text for part, text in near if part == loss.part and loss.word == "full"]
         yield replace(loss, elsewhere="; ".join(there) or ("DeepSpeed's states may hold it, see the note" if found.notes else ""))
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #793b75e4
+# %% ../../nbs/73_checkpoint.rescue.ipynb #365e71ec
 @dataclass(frozen=True)
 class Rescue:
     "What a folder holds, what is lost, and what was written. Prints as text, shows as a table in a notebook."
@@ -695,7 +695,7 @@ class Rescue:
         return (f"<table><caption>{html.escape(FORMATS[self.found.format].title)}</caption><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
                 f"<ul>{''.join(f'<li><b>{k}</b>: {html.escape(s)}</li>' for k, s in said)}</ul>")  # fmt: skip
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #b1f24199
+# %% ../../nbs/73_checkpoint.rescue.ipynb #18abb8a0
 def _sizes(got, config, options):
     "Rank and alpha of every LoRA. Raises `InputError` for one that is not whole."
     sizes = {}
@@ -720,7 +720,7 @@ def _fold(got, model, layer, size, variant):
     weight = got.full[name] if name in got.full else model.base[name]
     got.full[name] = weight.float() + (delta.T if delta.shape != weight.shape else delta)
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #1fbeeeef
+# %% ../../nbs/73_checkpoint.rescue.ipynb #3490141b
 def _rows(model, got, sizes):
     "What is there of each part."
     for part in PARTS:
@@ -753,7 +753,7 @@ def _notes(found, model, got, flags, four_bit, completed, folded):
         yield f"flags of {script}: {refused}. What the script ignored was never trained, so nothing of it is lost"
     yield from found.notes
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #8e1e1b6f
+# %% ../../nbs/73_checkpoint.rescue.ipynb #9805a37f
 def rescue(
     folder: str | Path,  # written by some script
     base: str | Path,  # the model that it was trained on: "lab", or a folder
@@ -790,7 +790,7 @@ def rescue(
 def _four_bit(found):
     return 4 in (found.settings.get("quant_bits"), found.settings.get("quantization_bit"))
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #828fea71
+# %% ../../nbs/73_checkpoint.rescue.ipynb #65392587
 _OF_TEXT = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "chat_template*", "*processor_config.json")
 
 
@@ -827,7 +827,7 @@ def _write(result, model, got, output, four_bit):
             raise RuntimeError(f"What was read back from {partial} is not what was written.")
     return replace(result, written=output)
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #33899641
+# %% ../../nbs/73_checkpoint.rescue.ipynb #169b154b
 def _write_whole(model, got, output):
     "The base with what was trained in its place, in the layout of the base."
     if not got.full:
