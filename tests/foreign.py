@@ -1,7 +1,6 @@
 """Checkpoints of other scripts, re-enacted on tiny models: the same parameters trained, the same file names, keys and types, the same things forgotten."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import torch
@@ -152,11 +151,9 @@ def swift_llm(folder, base):
 
 
 def swift(folder, base):
-    "modelscope/ms-swift, train_type lora with freeze_vit and freeze_aligner off: LoRA everywhere, a plain PEFT folder with args.json."
-    parts = r"^(model\.(language_model|visual(?=\.)).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv|proj|linear_fc1|linear_fc2))$"
+    "modelscope/ms-swift, train_type lora with freeze_vit and freeze_aligner off: LoRA on every linear layer but the head, a plain PEFT folder with args.json."
     model = load_vlm(base)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    assert names and parts
     model = train(get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM"), autocast_adapter_dtype=False), "qwen3_vl", torch.bfloat16)
     model.save_pretrained(folder, state_dict={k: v.bfloat16() for k, v in model.state_dict().items()}, save_embedding_layers=False)
     (folder / "args.json").write_text(json.dumps({"train_type": "lora", "lora_rank": 4, "freeze_vit": False, "freeze_aligner": False, "freeze_llm": False, "quant_bits": None}))
@@ -211,9 +208,3 @@ def dump(folder, base):
     (folder / "adapter_model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "adapter_model.bin")
     return model
-
-
-def copy_text(base, source):
-    for file in source.iterdir():
-        if "token" in file.name or "template" in file.name:
-            shutil.copy(file, base)

@@ -12,6 +12,9 @@ import torch
 from families import batch_of, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_golden_minicpmv import CASES as GOLDEN
+from test_golden_minicpmv import FORWARD, checkpoints  # noqa: F401  a fixture
+from test_golden_minicpmv import batch_of as golden_batch
 
 import vlm_lora_lab.checkpoint.rescue as module
 from vlm_lora_lab.checkpoint.merge import merge_adapter
@@ -138,6 +141,27 @@ def test_the_table_of_formats_says_what_the_files_show(fmt, written):
     assert all(link.startswith("https://") for link in FORMATS[fmt].sources)
 
 
+@pytest.mark.parametrize("name", ["finetune_py_default", "finetune_lora_sh"])
+def test_an_adapter_of_the_original_script_and_model(name, golden_root, checkpoints, tmp_path):  # noqa: F811
+    "Independent of the re-enactments: names, loss and merged weight as upstream's code and PEFT 0.15.2 gave them. Of modules_to_save nothing is in the reference's file."
+    root, base = golden_root / "minicpmv26_lora", checkpoints(GOLDEN[3])
+    reference, outputs = json.loads((root / "lora.json").read_text())[name], load_file(root / "outputs.safetensors")
+    state = {k.removeprefix(f"{name}."): v for k, v in load_file(root / "lora_weights.safetensors").items() if k.startswith(f"{name}.")}
+    (tmp_path / "run").mkdir()
+    save_file(state, tmp_path / "run" / "adapter_model.safetensors")
+    fields = {k: reference[k] for k in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")}
+    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(fields | {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "openbmb/MiniCPM-V-2_6"}))
+    report = rescue(tmp_path / "run", base, tmp_path / "out")
+    assert report.found.format == "minicpmv" and len(report.fates) == len(state)
+    assert {x.part for x in report.lost} == {"connector", "embeddings"} | ({"vision"} if "vpm" in reference["modules_to_save"] else set())
+    batch = {k: v for k, v in golden_batch(golden_root, GOLDEN[3]).items()}
+    model = load_adapter(report.written)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, use_cache=False).loss, outputs[f"{name}.loss"].squeeze(), **FORWARD)
+    merged = merge_adapter(report.written).llm.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(merged, outputs[f"{name}.merged_q_proj_layer0"], **FORWARD)
+
+
 def test_flags_that_the_user_knows_settle_what_the_files_do_not_tell(written):
     folder, base, *_ = written("minicpmv-2024")
     assert not any(x.certain for x in rescue(folder, base).lost)
@@ -146,6 +170,8 @@ def test_flags_that_the_user_knows_settle_what_the_files_do_not_tell(written):
     folder, base, *_ = written("qwen3vl")
     ignored = rescue(folder, base, flags=("qwen3vl", {"lora_enable": True, "tune_mm_vision": True}))
     assert ignored.ok and any("ignores the second" in n for n in ignored.notes)  # issue #1952: it never was trained
+    stopped = rescue(folder, base, flags=("minicpmv", {"use_lora": True}))
+    assert any("contradict each other; upstream stops" in n and "never trained" not in n for n in stopped.notes)
     with pytest.raises(InputError, match="is no flag of minicpmv"):
         rescue(folder, base, flags=("minicpmv", {"tune_visoin": True}))
 
@@ -160,7 +186,7 @@ def test_what_the_trainer_kept_in_between_is_pointed_at_and_the_rest_explained(c
     shutil.rmtree(folder / "checkpoint-2")
     assert "lost for good" in repr(rescue(folder, base, allow_pickle=True))
     (folder / "global_step2").mkdir()
-    assert "zero_to_fp32" in repr(rescue(folder, base, allow_pickle=True)) and "DeepSpeed's states may hold it" in repr(rescue(folder, base, allow_pickle=True))
+    assert "zero_to_fp32" in repr(rescue(folder, base, allow_pickle=True)) and "DeepSpeed or FSDP left may hold it" in repr(rescue(folder, base, allow_pickle=True))
 
 
 def test_an_idle_adapter_an_untrained_part_and_nan_are_suspicious(copied):

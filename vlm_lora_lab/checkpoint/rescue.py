@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'Format', 'Found', 'recognise', 'place', 'plain_key', 'modules_around', 'lora_rules', 'Loss', 'Rescue',
            'rescue']
 
-# %% ../../nbs/73_checkpoint.rescue.ipynb #698f61da
+# %% ../../nbs/73_checkpoint.rescue.ipynb #fd6e3982
 import html
 import math
 import re
@@ -91,6 +91,7 @@ _NO_WEIGHTS = {
     "training_args.bin": "the run's settings as a pickle, never opened; if you know the flags, give them as --flags",
     "optimizer.*": "Adam's running averages of gradients, under numbers; no weights, so nothing that was lost can come from here",
     "scheduler.pt": "the learning rate's place", "scaler.pt": "fp16's loss scale", "rng_state*.pth": "dice",
+    "pytorch_model*.bin": "not read, because safetensors of a whole model lie beside it",
 }  # fmt: skip
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
@@ -127,7 +128,7 @@ def _weights(folder, names):
             raise InputError(f"{n} is one of {int(m[1])} files, and {there} are here", folder, "Copy the whole folder again")
     if any(n.endswith(".safetensors") for n in whole):
         whole = [n for n in whole if n.endswith(".safetensors")]  # the same once more, as transformers writes it
-    known = {*adapters, *whole} | {n for n in names if any(fnmatchcase(n, p) for p in _NO_WEIGHTS)} | {n for n in names if re.match(r"pytorch_model.*\.bin$", n)}
+    known = {*adapters, *whole} | {n for n in names if any(fnmatchcase(n, p) for p in _NO_WEIGHTS)}
     if strange := sorted(n for n in names - known if Path(n).suffix in _SUFFIXES):
         raise InputError(f"{strange[0]} may hold weights, and no script known here writes it", folder,
                          "If it holds what was trained beside LoRA, name it non_lora_state_dict.bin; else move it away")  # fmt: skip
@@ -210,6 +211,8 @@ def _beside(folder, inside):
         if re.fullmatch(r"global_step\d+", n):
             yield (f"{n}/ is DeepSpeed's: *_optim_states.pt hold all trained weights in 32 bit, but as pickles with programs in them, which are not opened here. "
                    "DeepSpeed's own zero_to_fp32.py makes a pytorch_model.bin of them; put that into an empty folder with adapter_config.json and rescue it")  # fmt: skip
+        if n.startswith("pytorch_model_fsdp"):
+            yield f"{n}/ is FSDP's, in pieces; accelerate merge-weights makes a model.safetensors of it: put that into an empty folder with adapter_config.json and rescue it"
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #330cf46d
 # Beginnings of names that differ between versions of transformers and between wrappers: what stands in a file -> what stands in the model.
@@ -653,7 +656,7 @@ def _placed(lost, near, found):
     "Losses, with the place where some of it still is."
     for loss in lost:
         there = [text for part, text in near if part == loss.part and loss.word == "full"]
-        yield replace(loss, elsewhere="; ".join(there) or ("DeepSpeed's states may hold it, see the note" if found.notes else ""))
+        yield replace(loss, elsewhere="; ".join(there) or ("the pieces that DeepSpeed or FSDP left may hold it, see the note" if found.notes else ""))
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #365e71ec
 @dataclass(frozen=True)
@@ -750,7 +753,8 @@ def _notes(found, model, got, flags, four_bit, completed, folded):
         yield f"LoRA beside {len(folded)} layers that were trained in full as well was added to their weights, such as {folded[0]}; if that is news to you, this is not the base they were trained on"
     script, given = _script(found, flags)
     if script and (refused := _said(script, given)[1]):
-        yield f"flags of {script}: {refused}. What the script ignored was never trained, so nothing of it is lost"
+        ignored = "; what it ignored was never trained, so nothing of it is lost" if "ignores" in refused or "does not train" in refused else ""
+        yield f"flags of {script}: {refused}{ignored}"
     yield from found.notes
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #9805a37f
