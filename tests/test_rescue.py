@@ -134,7 +134,7 @@ def test_the_table_of_formats_says_what_the_files_show(fmt, written):
     for key, fate in report.fates.items():
         kind, _, name = fate.partition(": ")
         if kind in ("LoRA", "in full"):
-            file = "adapter" if kind == "LoRA" else side.get(key.partition(":")[0], "beside")
+            file = side.get(key.partition(":")[0], "beside")
             measured.setdefault(layout_of(on_meta(base)).part_of(name.rpartition(" of ")[2]), set()).add(("lora" if kind == "LoRA" else "full", file))
     measured |= {x.part: {(x.word, "lost")} for x in report.lost}
     assert measured == {p: {kept} for p, kept in FORMATS[fmt].keeps.items()}

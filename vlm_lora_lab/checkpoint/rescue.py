@@ -79,7 +79,7 @@ FORMATS = {
                     ("https://swift.readthedocs.io/en/latest/Instruction/Command-line-parameters.html",)),
     "llamafactory": Format("LLaMA-Factory, lora", "trainer_log.jsonl, training_args.yaml, or README.md tagged llama-factory, beside an adapter", _LORA | _at("adapter", "embeddings", "head"),
                            ("https://github.com/hiyouga/LLaMA-Factory/blob/main/src/llamafactory/model/adapter.py", "https://github.com/hiyouga/LlamaFactory/issues/7665")),
-    "recipe": Format("all that asked for a gradient, in one pickle", "lora_adapter_model.pth", _LORA | _at("beside", "vision", "connector", "embeddings", "head"),
+    "recipe": Format("all that asked for a gradient, in one pickle", "lora_adapter_model.pth", {"language": ("lora", "beside")} | _at("beside", "vision", "connector", "embeddings", "head"),
                      ("https://github.com/QwenLM/Qwen-VL/issues/378",)),
     "peft": Format("another script, through PEFT", "adapter_config.json and adapter_model.safetensors (or .bin)", _LORA, ("https://github.com/huggingface/peft",)),
     "whole": Format("a whole model", "config.json and model*.safetensors (or pytorch_model*.bin)", {p: ("full", "adapter") for p in PARTS}, ("https://github.com/huggingface/transformers",)),
