@@ -244,7 +244,11 @@ def full_modules(
             if rule.on or len(plan.rules(part)) > 1:
                 raise InputError(f"nothing in the part {part!r} of {layout.family} is left for '{rule}'", f"plan, {part}", _where(linear_layers(model)[part]))
             raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is tied to another", f"plan, {part}", "Write 'freeze' there")
-    return walk("", model)
+    found = walk("", model)
+    if tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
+        raise InputError(f"the head of {layout.family} is the embedding's own tensor, which this plan trains in full; it cannot have LoRA as well", "plan, head",
+                         "Write 'freeze' there: the head follows the embedding")  # fmt: skip
+    return found
 
 
 def _tied(model):
