@@ -76,9 +76,11 @@ def test_every_family_part_by_part(family, tmp_path):
     model = moved(apply_plan(load_vlm(tmp_path / "base"), plan))
     folder = save_adapter(model, tmp_path / "adapter", plan, tmp_path / "base", TOKENIZER, False)
     report = inspect_adapter(folder)
-    assert report.status == 0 and {(r.part, r.kind) for r in report.rows} == {("connector", "in full"), ("language", "LoRA")}, report
+    rows = [r for r in report.rows if r.kind != "table"]
+    assert report.findings == () and {(r.part, r.kind) for r in rows} == {("connector", "in full"), ("language", "LoRA")}, report
+    assert (len(rows) < len(report.rows)) == (family in ("minicpmv-2.0", "qwen"))  # a stored table of positions goes with its module
     part_of = layout_of(model).part_of
-    for row in report.rows:
+    for row in rows:
         assert row.weights == sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and part_of(n) == row.part)
     moved_away = (tmp_path / "base").rename(tmp_path / "elsewhere")
     alone = inspect_adapter(folder)

@@ -47,7 +47,7 @@ class Holding:
     "What a folder holds of one part."
 
     part: str  # one of `PARTS`, or the beginning of the names if the family is not known
-    kind: str  # LoRA, in full, by hand, or weights (of a whole model)
+    kind: str  # LoRA, in full, by hand, a table (which is not trained), or weights (of a whole model)
     tensors: int
     weights: int
     nbytes: int  # on disk
@@ -127,7 +127,7 @@ def _look(
                 with safe_open(file, framework="pt") as f:
                     for name in f.keys():
                         t = f.get_tensor(name)
-                        seen[name] = _seen(t, base.get(plain_name(name)) if base else None)
+                        seen[name] = _seen(t, _match(plain_name(name), tuple(t.shape), base) if base else None)
                         bar.update(t.nbytes)
             except (SafetensorError, OSError, ValueError) as e:
                 findings.append(Finding("error", f"{file.name} is truncated or damaged ({e})", "Copy it again from where it was written"))
@@ -186,6 +186,22 @@ def _stored(base, findings):
     except InputError as e:
         findings.append(Finding("warning", f"the base could not be compared: {e.found}", e.remedy))
         return None
+
+
+def _match(name, shape, stored):
+    "The base's tensor of a name. transformers stores some families under older names; then the longest common end decides, if only one has it."
+    if name in stored:
+        return stored[name]
+    parts, best, found = name.split(".")[::-1], 1, []
+    for place in stored.values():
+        if place.shape == shape and place.name.endswith(f".{parts[0]}"):
+            other = place.name.split(".")[::-1]
+            common = next((i for i, (a, b) in enumerate(zip(parts, other)) if a != b), min(len(parts), len(other)))
+            if common > best:
+                best, found = common, [place]
+            elif common == best:
+                found.append(place)
+    return found[0] if len(found) == 1 and best > 1 else None
 
 
 def _layout(names, model_type, base):
@@ -291,16 +307,24 @@ def _check_plan(seen, plan, base, layout):
     return [_say("error", lacking, "layers that plan.json promises and the file does not hold", "Train again, and save with save_adapter")] if lacking else []
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #b73ba04c
+def _buffers(seen, provenance, base):
+    "Keys of tables that belong to a module and are not trained."
+    tables = {n for n, _ in base.empty.named_buffers()} if base.empty is not None else ()
+    return set(provenance.get("not_trained", ())) | {k for k in seen if plain_name(k) in tables}
+
+
 def _check_full(seen, config, layout, provenance, base):
     "What is held in full: asked for or not, the base's own or not, the whole base or not."
     full, saved = [k for k in seen if not _LORA.match(k) and not _NAMED.search(k)], config.get("modules_to_save") or []
     inside = lambda k, m: f".{m}." in f".{plain_name(k)}."  # noqa: E731
-    by_hand, found = [k for k in full if not any(inside(k, m) for m in saved)], []
+    tied = [k for k in full if config.get("ensure_weight_tying") and layout and plain_name(k).rpartition(".")[0] in layout.head]  # PEFT's second copy
+    by_hand, found = [k for k in full if k not in tied and not any(inside(k, m) for m in saved)], []
     if lost := [m for m in saved if not any(inside(k, m) for k in full)]:
         found.append(_say("error", lost, "modules that modules_to_save names and the file does not hold", "What was trained there is lost; train again"))
-    if same := [k for k in full if seen[k].same]:
-        found.append(_say("warning", same, f"not trained, being the base's own bit for bit, out of {len(full)} tensors in full", "See chapter 60: gradients"))
-    if unknown := [k for k in full if seen[k].same is None] if base.folder is not None else []:
+    moving = [k for k in full if k not in tied and k not in _buffers(seen, provenance, base)]
+    if same := [k for k in moving if seen[k].same]:
+        found.append(_say("warning", same, f"not trained, being the base's own bit for bit, out of {len(moving)} tensors in full", "See chapter 60: gradients"))
+    if unknown := [k for k in moving if seen[k].same is None] if base.folder is not None else []:
         found.append(_say("note", unknown, "tensors in full that could not be compared with the base, which stores them under other names"))
     if unsaid := [k for k in by_hand if k not in provenance.get("by_hand", by_hand if not provenance else ())]:
         found.append(_say("warning", unsaid, "tensors in full that neither modules_to_save nor provenance.json knows of", "Ask who put them there"))
@@ -313,7 +337,7 @@ def _check_full(seen, config, layout, provenance, base):
     return by_hand, found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #1d8fe481
-def _check_beside(folder, provenance, base):
+def _check_beside(folder, provenance, base, adapter=True):
     found = []
     if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES):
         found.append(Finding("warning", f"pickles beside, which can hold programs and were not opened: {', '.join(pickles[:5])}",
@@ -326,7 +350,7 @@ def _check_beside(folder, provenance, base):
         if broken is None:
             found.append(Finding("note", "the folder is not sealed, so a flipped byte would go unnoticed", "Save with save_adapter"))
         found += [Finding("error", f"{name} {what}", "Copy the whole folder again from where it was trained") for name, what in (broken or {}).items()]
-    else:
+    elif adapter:
         found.append(Finding("note", "there is no provenance.json: data, versions and the base's hash are not known, and a flipped byte would go unnoticed"))
     if provenance.get("base_fingerprint") and base.folder is not None and fingerprint(base.folder) != provenance["base_fingerprint"]:
         found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; names, types or a sample of its bytes differ", "Name the right one: --base"))
@@ -392,7 +416,7 @@ def _adapter(folder, base):
     seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
     layout = _layout(list(seen), provenance.get("model_type"), base)
     ranks, said = _check_lora(seen, config)
-    by_hand, more = _check_full(seen, config, layout, provenance, base)
+    tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
     findings += [*_check_values(seen), *said, *more]
     if (folder / "plan.json").is_file() and seen:
         findings += _plan_findings(folder, seen, base, layout)
@@ -401,7 +425,7 @@ def _adapter(folder, base):
         findings.append(Finding("note", f"the base is not at hand ({base.why}), so keys, shapes and values were not compared with it", "Say where it is: --base"))
     if layout is None and seen:
         findings.append(Finding("note", "the family could not be told from the names; parts are shown as the beginnings of names"))
-    kind_of = lambda k: "LoRA" if ".lora_" in k else "by hand" if k in set(by_hand) else "in full"  # noqa: E731
+    kind_of = lambda k: "LoRA" if ".lora_" in k else "table" if k in tables else "by hand" if k in set(by_hand) else "in full"  # noqa: E731
     about = (("base", base.name or "not said"), ("family", layout.family if layout else "not known"), ("variant", _variant(config) if config else "not known"),
              ("trained beside", {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known")),
              ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
@@ -435,7 +459,7 @@ def _model(folder, base):
         stored = {}
     there = _stored(base, findings)
     seen = _look(sorted({s.file for s in stored.values()}), there, findings)
-    findings += _check_values(seen) + [f for f in _check_beside(folder, {}, base) if "provenance" not in f.text]
+    findings += _check_values(seen) + _check_beside(folder, {}, base, adapter=False)
     compared = {k: s.same for k, s in seen.items() if s.same is not None}
     if compared and all(compared.values()):
         findings.append(Finding("error", f"all {len(compared)} tensors equal those of {base.name!r}: whatever was merged into it changed nothing", "Look into the adapter: vlm-lora-lab inspect"))
