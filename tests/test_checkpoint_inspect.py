@@ -165,7 +165,7 @@ def test_adapters_of_peft_itself(tmp_path):
     found(tmp_path / "foreign", "PEFT cannot put this adapter on the base", base="lab")
     whole = tensors | {f"base_model.model.{k}": v.clone() for k, v in load_file(lab_folder() / "model.safetensors").items() if k.startswith("llm.model.layers")}
     save_file(whole, tmp_path / "foreign" / "adapter_model.safetensors")
-    assert any("this is a model rather than an adapter" in f.text for f in inspect_adapter(tmp_path / "foreign", base="lab").findings)
+    assert any("this is a model rather than an adapter" in f.text and f.level == "warning" for f in inspect_adapter(tmp_path / "foreign", base="lab").findings)
 
 
 def test_whole_models(tmp_path):

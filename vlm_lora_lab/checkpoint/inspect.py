@@ -55,6 +55,13 @@ class Holding:
     alpha: str = ""
 
 
+def _size(n):
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:,.0f} {unit}" if unit in ("B", "kB") else f"{n:,.1f} {unit}"
+        n /= 1000
+
+# %% ../../nbs/72_checkpoint.inspect.ipynb #d86c88f7
 @dataclass(frozen=True)
 class Inspection:
     "What is in a folder. Prints as text, shows as a table in a notebook."
@@ -94,14 +101,7 @@ class Inspection:
         return (f"<p><b>{html.escape(self.folder)}</b>: {self.kind}<br>{about}</p>"
                 f"<table><thead>{tag(head, 'th')}</thead><tbody>{''.join(tag(r, 'td') for r in body)}</tbody></table><ul>{said}</ul>")  # fmt: skip
 
-
-def _size(n):
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:,.0f} {unit}" if unit in ("B", "kB") else f"{n:,.1f} {unit}"
-        n /= 1000
-
-# %% ../../nbs/72_checkpoint.inspect.ipynb #74dc5269
+# %% ../../nbs/72_checkpoint.inspect.ipynb #13b8cee5
 @dataclass(frozen=True)
 class Seen:
     "What one look at a tensor told."
@@ -133,7 +133,7 @@ def _look(
                 findings.append(Finding("error", f"{file.name} is truncated or damaged ({e})", "Copy it again from where it was written"))
     return seen
 
-
+# %% ../../nbs/72_checkpoint.inspect.ipynb #da45d8b5
 def _seen(t, there):
     floats = t.is_floating_point() and t.numel() > 0
     wide = t.float() if floats and t.element_size() < 2 else t
@@ -149,7 +149,7 @@ def _same(t, there):
         other = f.get_tensor(there.name)
     return bool(torch.equal(t.double() if t.dtype == torch.float64 else t.float(), other.double() if t.dtype == torch.float64 else other.float()))
 
-# %% ../../nbs/72_checkpoint.inspect.ipynb #da45d8b5
+# %% ../../nbs/72_checkpoint.inspect.ipynb #8e21ed81
 @dataclass(frozen=True)
 class _Base:
     name: str | None
@@ -169,7 +169,7 @@ def _base_of(name):
     folder = lab_folder() if str(name) == "lab" else Path(name)
     return _Base(str(name), empty, folder if folder.is_dir() and any(folder.glob("*.safetensors")) else None)
 
-
+# %% ../../nbs/72_checkpoint.inspect.ipynb #1df9aafb
 @dataclass(frozen=True)
 class _Place:
     file: Path
@@ -187,7 +187,7 @@ def _stored(base, findings):
         findings.append(Finding("warning", f"the base could not be compared: {e.found}", e.remedy))
         return None
 
-
+# %% ../../nbs/72_checkpoint.inspect.ipynb #b73ba04c
 def _match(name, shape, stored):
     "The base's tensor of a name. transformers stores some families under older names; then the longest common end decides, if only one has it."
     if name in stored:
@@ -226,7 +226,7 @@ def _part(layout, name):
     except KeyError:
         return ".".join(plain_name(name).split(".")[:2])
 
-# %% ../../nbs/72_checkpoint.inspect.ipynb #8e21ed81
+# %% ../../nbs/72_checkpoint.inspect.ipynb #1d8fe481
 _LORA = re.compile(r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?$")
 _NAMED = re.compile(r"\.lora_[AB]\.(?!weight$)([^.]+)\.weight$|\.modules_to_save\.([^.]+)\.")
 _UP = {"lora_B", "lora_embedding_A"}  # PEFT starts these at zero
@@ -238,7 +238,7 @@ def _say(level, names, text, remedy=""):
     some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
     return Finding(level, f"{text}: {len(names)} ({some})", remedy)
 
-
+# %% ../../nbs/72_checkpoint.inspect.ipynb #fef307a3
 def _check_lora(seen, config):
     "What LoRA's matrices tell: pairs, ranks, whether they ever moved."
     pairs, ranks = defaultdict(dict), {}
@@ -271,7 +271,7 @@ def _check_lora(seen, config):
         found.append(_say("error", wrong, "layers whose rank is not what adapter_config.json says", "Configuration and weights belong to different trainings"))
     return ranks, found
 
-# %% ../../nbs/72_checkpoint.inspect.ipynb #1df9aafb
+# %% ../../nbs/72_checkpoint.inspect.ipynb #f8271e7c
 def _check_keys(seen, folder, base):
     "Which keys PEFT would ask for, and which it would not find a place for."
     if base.empty is None:
@@ -292,7 +292,7 @@ def _check_keys(seen, folder, base):
         found.append(_say("error", wrong, f"tensors of another shape than in {base.name!r}", "Name the base it was trained on: --base"))
     return found
 
-
+# %% ../../nbs/72_checkpoint.inspect.ipynb #5f361b13
 def _check_plan(seen, plan, base, layout):
     "Does the file hold what the plan promised?"
     modules, full = {plain_name(k) for k in seen if ".lora_" in k}, {plain_name(k) for k in seen if ".lora_" not in k}
@@ -306,7 +306,7 @@ def _check_plan(seen, plan, base, layout):
     lacking |= {n for w in wholes for n, _ in base.empty.get_submodule(w).named_parameters(prefix=w) if n not in full}
     return [_say("error", lacking, "layers that plan.json promises and the file does not hold", "Train again, and save with save_adapter")] if lacking else []
 
-# %% ../../nbs/72_checkpoint.inspect.ipynb #b73ba04c
+# %% ../../nbs/72_checkpoint.inspect.ipynb #c271636c
 def _buffers(seen, provenance, base):
     "Keys of tables that belong to a module and are not trained."
     tables = {n for n, _ in base.empty.named_buffers()} if base.empty is not None else ()
@@ -331,12 +331,13 @@ def _check_full(seen, config, layout, provenance, base):
     elif by_hand and not provenance:
         found.append(_say("note", by_hand, "tensors in full outside of modules_to_save, which PEFT loads where their names fit"))
     if base.empty is not None:
-        share = sum(torch.Size(seen[k].shape).numel() for k in full) / sum(count(base.empty).values())
-        if share > 0.5:
-            found.append(Finding("warning", f"the file holds {share:.0%} of the base's own weights; this is a model rather than an adapter", "Save what was trained: save_adapter"))
+        unasked = [k for k in by_hand if k not in provenance.get("by_hand", ())]
+        share = sum(torch.Size(seen[k].shape).numel() for k in unasked) / sum(count(base.empty).values())
+        if share > 0.3:
+            found.append(Finding("warning", f"the file holds {share:.0%} of the base's own weights without saying why; this is a model rather than an adapter", "Save what was trained: save_adapter"))
     return by_hand, found
 
-# %% ../../nbs/72_checkpoint.inspect.ipynb #1d8fe481
+# %% ../../nbs/72_checkpoint.inspect.ipynb #dc047e39
 def _check_beside(folder, provenance, base, adapter=True):
     found = []
     if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES):
@@ -360,7 +361,7 @@ def _check_beside(folder, provenance, base, adapter=True):
         found.append(Finding("warning", f"its own metrics hold NaN: {', '.join(bad)}"))
     return found
 
-
+# %% ../../nbs/72_checkpoint.inspect.ipynb #a01f9243
 def _check_values(seen):
     "What no weight should be."
     found = []
@@ -370,7 +371,7 @@ def _check_values(seen):
         found.append(_say("error", empty, "empty tensors, which were sharded elsewhere when they were saved (ZeRO-3)", "Gather before saving"))
     return found
 
-# %% ../../nbs/72_checkpoint.inspect.ipynb #fef307a3
+# %% ../../nbs/72_checkpoint.inspect.ipynb #11d739a4
 def _holdings(seen, kind_of, layout, ranks):
     "Rows of the table: part by part, kind by kind."
     groups = defaultdict(list)
@@ -401,7 +402,7 @@ def _json_or(path, findings):
         findings.append(Finding("error", f"{path.name} cannot be read: {e.found}", "Copy the folder again"))
         return {}
 
-
+# %% ../../nbs/72_checkpoint.inspect.ipynb #6d502aa2
 def _adapter(folder, base):
     findings = []
     config, provenance = _json_or(folder / "adapter_config.json", findings), _json_or(folder / "provenance.json", findings)
@@ -432,7 +433,7 @@ def _adapter(folder, base):
              ("data", ", ".join(provenance.get("data") or ()) or "not known"))  # fmt: skip
     return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
 
-# %% ../../nbs/72_checkpoint.inspect.ipynb #f8271e7c
+# %% ../../nbs/72_checkpoint.inspect.ipynb #18b3d50f
 def _plan_findings(folder, seen, base, layout):
     try:
         return _check_plan(seen, TuningPlan.of(read_json(folder / "plan.json")), base, layout)
@@ -443,7 +444,7 @@ def _plan_findings(folder, seen, base, layout):
 def _sorted(findings):
     return tuple(sorted(dict.fromkeys(findings), key=lambda f: LEVELS.index(f.level)))
 
-
+# %% ../../nbs/72_checkpoint.inspect.ipynb #fd093ebb
 def _model(folder, base):
     "A whole model: parts, values, and whether it differs from its base at all."
     findings, config = [], _json_or(folder / "config.json", [])
@@ -474,7 +475,7 @@ def _model(folder, base):
     about = (("family", layout.family if layout else "not known"), ("types", ", ".join(f"{k} ×{n}" for k, n in kinds.items())), ("compared with", base.name or "nothing; give --base"))
     return Inspection(folder.name, "whole model", about, _holdings(seen, lambda k: "weights", layout, {}), _sorted(findings))
 
-
+# %% ../../nbs/72_checkpoint.inspect.ipynb #b1290c1d
 def inspect_adapter(
     folder: str | Path,  # an adapter, ours or any of PEFT's; or a whole model
     base: str | Path | None = None,  # "lab", a folder or a published name; None: what the adapter names

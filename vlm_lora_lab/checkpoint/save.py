@@ -52,7 +52,7 @@ def fingerprint(
                 digest.update(raw.read(64))
     return digest.hexdigest()
 
-
+# %% ../../nbs/70_checkpoint.save.ipynb #852088bb
 def tensor_hashes(
     file: Path,  # safetensors
 ) -> dict[str, str]:  # name -> SHA-256 of its type, shape and bytes
@@ -77,7 +77,7 @@ def tensor_hashes(
             raise
         raise InputError(f"this file is truncated or damaged ({e})", file, "Fetch it again") from None
 
-# %% ../../nbs/70_checkpoint.save.ipynb #852088bb
+# %% ../../nbs/70_checkpoint.save.ipynb #879ec5c1
 def base_sha256(
     name: str | Path,  # "lab", or a model folder
 ) -> str:  # hexadecimal SHA-256
@@ -106,7 +106,7 @@ def file_sha256(
             digest.update(block)
     return digest.hexdigest()
 
-# %% ../../nbs/70_checkpoint.save.ipynb #4cc5745c
+# %% ../../nbs/70_checkpoint.save.ipynb #68769743
 _SEAL = re.compile(r'"seal": "([0-9a-f]{64})"')
 
 
@@ -122,7 +122,7 @@ def seal(
     write_json(path, value | {"seal": file_sha256(path)})
     return path
 
-
+# %% ../../nbs/70_checkpoint.save.ipynb #90f77b14
 def broken_seals(
     folder: str | Path,  # with a provenance.json
 ) -> dict[str, str] | None:  # file -> what is wrong with it; None: the folder was never sealed
@@ -151,7 +151,7 @@ def _read_text(path):
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"this file cannot be read ({e})", path, "Copy the whole folder again from where it was trained") from None
 
-# %% ../../nbs/70_checkpoint.save.ipynb #90f77b14
+# %% ../../nbs/70_checkpoint.save.ipynb #ff6dbb65
 def _unwrapped(model):
     "The PEFT model inside whatever distributes or compiles it."
     while not isinstance(model, PeftModel):
@@ -179,19 +179,18 @@ def kept_tensors(
 ) -> tuple[dict[str, torch.Tensor], list[str]]:  # key in the file -> live tensor; keys that PEFT alone would have left out
     """Everything that belongs to an adapter, under the keys that plain PEFT reads.
 
-    Raises `InputError` for a model whose weights are not here (ZeRO-3, FSDP1)."""
+    Raises `InputError` for a model that FSDP 1 has taken apart."""
     if any("_fsdp_wrapped_module" in n for n, _ in model.named_parameters()):
-        raise InputError("this model is sharded by FSDP 1, and its weights are not in one place", "save_adapter",
-                         "Gather them and pass them on: save_adapter(…, state=accelerator.get_state_dict(model)), or use FSDP 2")  # fmt: skip
+        raise InputError("FSDP 1 has taken this model apart under other names", "save_adapter", "Use FSDP 2 (fsdp_version: 2 in Accelerate's configuration)")
     state = get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True), adapter_name=adapter, save_embedding_layers=False)
     stored = {id(t) for t in state.values()}
     others = re.compile("|".join(rf"\.{re.escape(a)}(\.|$)" for a in model.peft_config if a != adapter) or "(?!)")
     hand = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in stored and not others.search(n)}
     return state | hand, list(hand)
 
-# %% ../../nbs/70_checkpoint.save.ipynb #ff6dbb65
+# %% ../../nbs/70_checkpoint.save.ipynb #d793e085
 def _collected(state, given, names):
-    "The tensors on the CPU, whole, each in memory of its own. Every process must call it."
+    "The tensors on the CPU, whole, each in memory of its own; and the keys of those that are not here. Every process must call it."
     found, empty, seen = {}, [], set()
     for key, t in state.items():
         if given is not None:
@@ -202,10 +201,7 @@ def _collected(state, given, names):
         t = (t.full_tensor() if isinstance(t, DTensor) else t).detach().to("cpu", copy=isinstance(t, DTensor) or t.data_ptr() in seen).contiguous()
         seen.add(t.data_ptr())
         found[key] = t
-    if empty:
-        raise InputError(f"{len(empty)} trained tensors are not here, such as {empty[0]}; they are sharded elsewhere (ZeRO-3)", "save_adapter",
-                         "Gather them on every process and pass them on: save_adapter(…, state=accelerator.get_state_dict(model))")  # fmt: skip
-    return found
+    return found, empty
 
 
 def _first_process_only(write):
@@ -226,7 +222,7 @@ def _first_process_only(write):
         if said[0]:
             raise RuntimeError(f"The first process could not save the adapter. {said[0]}")
 
-# %% ../../nbs/70_checkpoint.save.ipynb #d793e085
+# %% ../../nbs/70_checkpoint.save.ipynb #1f0fdffe
 def _compare(folder, state, base):
     "What was written, read back as bytes and through plain PEFT."
     bits = lambda t: t.contiguous().flatten().view(torch.uint8)  # noqa: E731 (NaN is not equal to itself, its bits are)
@@ -254,7 +250,7 @@ def _write_beside(folder, base, tokenizer, plan, text):
         write_json(folder / "plan.json", plan.to_dict())
     (folder / "README.md").write_text(text, encoding="utf-8")
 
-# %% ../../nbs/70_checkpoint.save.ipynb #1f0fdffe
+# %% ../../nbs/70_checkpoint.save.ipynb #65ce2788
 def save_adapter(
     model: nn.Module,  # trained, wrapped by PEFT; also inside DDP, FSDP2 or torch.compile
     folder: str | Path,  # must not exist, or be empty
@@ -267,7 +263,7 @@ def save_adapter(
     data: dict | None = None,  # what it was trained on, such as file -> SHA-256
     metrics: dict | None = None,  # what was measured
     hash_base: bool = True,  # the base's full hash, too (seconds for gigabytes)
-    state: dict[str, torch.Tensor] | None = None,  # the gathered state of the wrapped model, under ZeRO-3 and FSDP1
+    state: dict[str, torch.Tensor] | None = None,  # the gathered state of the wrapped model, under ZeRO-3
 ) -> Path:
     """Save all that was trained, and prove it. Under `torch.distributed` every process must call it; the first one writes.
 
@@ -279,7 +275,7 @@ def save_adapter(
     live, by_hand = kept_tensors(peft, adapter)
     if not any(t.requires_grad for t in live.values()):
         warnings.warn(f"nothing of the adapter {adapter!r} asks for a gradient; it is saved as it is.", stacklevel=2)
-    tensors = _collected(live, state, {id(p): n for n, p in peft.state_dict(keep_vars=True).items()} if state is not None else None)
+    tensors, empty = _collected(live, state, {id(p): n for n, p in peft.state_dict(keep_vars=True).items()} if state is not None else None)
     if bad := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
         warnings.warn(f"{len(bad)} trained tensors hold NaN or infinity, such as {bad[0]}; they are saved, but of no use.", stacklevel=2)
     config = copy.deepcopy(peft.peft_config[adapter])
@@ -290,12 +286,15 @@ def save_adapter(
         "not_trained": [k for k, t in live.items() if not t.requires_grad], "data": data or {}, "metrics": metrics or {},
         "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
     }  # fmt: skip
-    _first_process_only(lambda: _write(folder, tensors, config, plan, base, tokenizer, provenance, hash_base))
+    _first_process_only(lambda: _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base))
     return folder
 
-# %% ../../nbs/70_checkpoint.save.ipynb #3523187f
-def _write(folder, tensors, config, plan, base, tokenizer, provenance, hash_base):
+# %% ../../nbs/70_checkpoint.save.ipynb #cdc3fd43
+def _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base):
     "Everything into a folder beside the right one, compared and sealed; then one rename."
+    if empty:
+        raise InputError(f"{len(empty)} trained tensors are not here, such as {empty[0]}; they are sharded elsewhere (ZeRO-3)", "save_adapter",
+                         "Gather them on every process and pass them on: save_adapter(…, state=accelerator.get_state_dict(model))")  # fmt: skip
     folder = empty_folder(folder)
     provenance = provenance | {"base_fingerprint": fingerprint(base), "base_sha256": base_sha256(base) if hash_base else None}
     with complete_or_nothing(folder) as partial:
@@ -320,7 +319,7 @@ model = load_adapter("{name}")
 ```
 """
 
-# %% ../../nbs/70_checkpoint.save.ipynb #cdc3fd43
+# %% ../../nbs/70_checkpoint.save.ipynb #4838840f
 def read_provenance(
     folder: str | Path,  # of an adapter written by `save_adapter`
 ) -> dict:  # base, base_fingerprint, four_bit, versions, and in newer folders more
@@ -358,7 +357,7 @@ def _check_base(folder, base, provenance, verify):
     if not (base_sha256(base) == full if full and (verify or not quick) else quick):
         raise InputError(f"this adapter was trained on another base than {str(base)!r}", folder, f"It was trained on {provenance['base']!r}; give that model")
 
-# %% ../../nbs/70_checkpoint.save.ipynb #91b92b07
+# %% ../../nbs/70_checkpoint.save.ipynb #0dffee6d
 def _kept_whole(weights):
     "The modules whose own weights an adapter holds, and which therefore cannot be in 4 bit."
     plain = (k.removeprefix("base_model.model.").replace(".base_layer.", ".") for k, t in weights.items() if ".lora_" not in k and t.dim() == 2)
@@ -392,7 +391,7 @@ def _wrap(model, config, weights, folder):
     except ValueError as e:  # PEFT's, about layers that are not there
         raise InputError(f"this adapter does not fit the model ({e})", folder, "Give the base that it was trained on") from None
 
-# %% ../../nbs/70_checkpoint.save.ipynb #4838840f
+# %% ../../nbs/70_checkpoint.save.ipynb #ea4f25ac
 def load_adapter(
     folder: str | Path,  # written by `save_adapter`
     base: str | Path | None = None,  # another place of the same base; None: the one it was trained on
