@@ -1,5 +1,6 @@
 """Everything that was trained comes back in a fresh process; nothing that is damaged, half-written or sharded passes for whole."""
 
+import hashlib
 import json
 import os
 import random
@@ -19,7 +20,9 @@ from test_rules import random_plan
 
 from vlm_lora_lab.checkpoint.inspect import inspect_adapter
 from vlm_lora_lab.checkpoint.save import base_sha256, broken_seals, fingerprint, load_adapter, read_provenance, save_adapter
+from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.job import Job, train
 from vlm_lora_lab.models.files import no_bar_if_small
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.published import on_meta
@@ -321,6 +324,16 @@ def test_nan_is_saved_with_a_warning_and_nothing_trained_is_said(tmp_path):
     assert "NaN" in inspect_adapter(folder).findings[0].text
     with pytest.warns(UserWarning, match="nothing of the adapter"):
         save_adapter(model.requires_grad_(False), tmp_path / "frozen", None, "lab", TOKENIZER, False)
+
+
+def test_a_job_writes_what_it_learned_from_and_how_it_went(tmp_path):
+    data = samples_folder() / "mixed.json"
+    job = Job.of({"data": str(data), "output": str(tmp_path / "out"), "schedule": {"max_steps": 2, "batch_size": 2}})
+    report = train(job, say=lambda line: None)
+    provenance = read_provenance(report["adapter"])
+    assert provenance["data"] == {str(data): hashlib.sha256(data.read_bytes()).hexdigest()}
+    assert provenance["metrics"] == {"steps": 2, "loss": report["loss"]} and provenance["base_sha256"] == base_sha256("lab")
+    assert inspect_adapter(report["adapter"]).status == 0
 
 
 FORKED = """
