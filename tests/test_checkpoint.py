@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.utils import load_peft_weights
 
 from vlm_lora_lab.checkpoint.merge import merge_adapter, same_model, save_merged
-from vlm_lora_lab.checkpoint.save import fingerprint, load_adapter, read_provenance, save_adapter
+from vlm_lora_lab.checkpoint.save import fingerprint, load_adapter, read_provenance, save_adapter, seal
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import lab_folder, load_vlm, load_tokenizer
 from vlm_lora_lab.plan import TuningPlan, apply_plan
@@ -73,7 +73,18 @@ def test_missing_keys_are_named(tmp_path):
     lost = next(k for k in weights if "resampler" in k)
     del weights[lost]
     save_file(weights, file)
-    with pytest.raises(InputError, match="keys do not match"):
+    with pytest.raises(InputError, match="adapter_model.safetensors has .* bytes"):
+        load_adapter(folder)
+    seal(folder, read_provenance(folder))
+    with pytest.raises(InputError, match=f"1 only in the model: .*{lost}"):
+        load_adapter(folder)
+    save_file(weights | {lost: torch.zeros(3)}, file)
+    seal(folder, read_provenance(folder))
+    with pytest.raises(InputError, match="shapes do not match"):
+        load_adapter(folder)
+    save_file(load_file(file) | {"base_model.model.nowhere": torch.zeros(3)}, file)
+    seal(folder, read_provenance(folder))
+    with pytest.raises(InputError, match="1 only in the file: .*nowhere"):
         load_adapter(folder)
 
 

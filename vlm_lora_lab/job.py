@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from .checkpoint.save import save_adapter
+from .checkpoint.save import file_sha256, save_adapter
 from .data.batch import Checked, Processor, Reading, check_rows
 from .data.drawn import Drawn
 from .data.records import Conversations
@@ -181,7 +181,9 @@ def train(
     with explain_write_errors(output):
         save_figure(loss_curve(run.history), output / "loss.png")
     if isinstance(model, PeftModel):
-        report["adapter"] = str(save_adapter(model, output / "adapter", job.plan, job.model, tokenizer, job.four_bit))
+        data = {p: file_sha256(p) for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"}
+        metrics = {k: report[k] for k in ("steps", "loss", "exact_match") if k in report}
+        report["adapter"] = str(save_adapter(model, output / "adapter", job.plan, job.model, tokenizer, job.four_bit, data=data, metrics=metrics))
     else:
         save_vlm(model, output / "model", model_folder(job.model))
         report["model"] = str(output / "model")

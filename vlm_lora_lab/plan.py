@@ -224,7 +224,7 @@ def full_modules(
     plan: TuningPlan,
 ) -> list[str]:  # names of modules
     "The fewest modules that hold what is trained in full. Raises `InputError` for a bare parameter that no such module holds, and for a rule that means nothing."
-    layout, owner = layout_of(model), {}
+    layout, owner, tied = layout_of(model), {}, _tied(model)
     for n, p in model.named_parameters():
         owner.setdefault(id(p), layout.part_of(n))  # a tied tensor belongs to the part that names it first
     word = lambda n, p: plan.rule(layout.part_of(n), n).word if owner[id(p)] == layout.part_of(n) else "tied"  # noqa: E731
@@ -232,7 +232,7 @@ def full_modules(
     def walk(name, module):
         at = lambda n: f"{name}.{n}" if name else n  # noqa: E731
         inside = {word(at(n), p) for n, p in module.named_parameters()}
-        if inside == {"full"} and name and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if inside == {"full"} and name and not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not (tied or "").startswith(f"{name}."):
             return [name]
         if bare := [n for n, p in module.named_parameters(recurse=False) if word(at(n), p) == "full"]:
             raise InputError(f"{at(bare[0])} is a bare parameter beside others with another word, and PEFT keeps whole modules only", "plan",
@@ -244,7 +244,17 @@ def full_modules(
             if rule.on or len(plan.rules(part)) > 1:
                 raise InputError(f"nothing in the part {part!r} of {layout.family} is left for '{rule}'", f"plan, {part}", _where(linear_layers(model)[part]))
             raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is tied to another", f"plan, {part}", "Write 'freeze' there")
-    return walk("", model)
+    found = walk("", model)
+    if tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
+        raise InputError(f"the head of {layout.family} is the embedding's own tensor, which this plan trains in full; it cannot have LoRA as well", "plan, head",
+                         "Write 'freeze' there: the head follows the embedding")  # fmt: skip
+    return found
+
+
+def _tied(model):
+    "The name of the embedding that is the head as well; PEFT would copy it for one of the two alone."
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return next(n for n, m in model.named_modules() if m is embeddings) if head is not None and head.weight is embeddings.weight else None
 
 # %% ../nbs/32_plan.ipynb #fa26536a
 def apply_plan(
@@ -288,7 +298,7 @@ def _peft_config(model, plan, adapted, whole):
     return LoraConfig(
         task_type="CAUSAL_LM", r=plan.rank, lora_alpha=plan.alpha, lora_dropout=plan.dropout, bias="none", **VARIANTS[plan.variant],
         rank_pattern={p: r for p, (r, _) in patterns.items()}, alpha_pattern={p: a for p, (_, a) in patterns.items()},
-        target_modules=layer_pattern(adapted, every), modules_to_save=whole or None,
+        target_modules=layer_pattern(adapted, every), modules_to_save=whole or None, ensure_weight_tying=_tied(model) in whole,
     )  # fmt: skip
 
 
