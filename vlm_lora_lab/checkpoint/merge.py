@@ -31,7 +31,7 @@ from ..errors import InputError, complete_or_nothing, empty_folder, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
 from ..models.minicpmv import MiniCPMV
-from ..models.parts import layout_of, linear_layers, mixed_precision
+from ..models.parts import linear_layers, mixed_precision
 from ..models.published import on_meta, read_json
 from ..models.qwenvl import QwenVL
 from ..plan import TuningPlan, apply_plan
@@ -346,7 +346,8 @@ class Merged:
     tensors: int
     touched: int  # tensors that the adapter changes
     unmoved: tuple[str, ...]  # those of them that came out as they were
-    lost: float  # rounding to the file's type, relative to the change that was asked for; 0: none, 1: as large as the change
+    kept: float  # share of the change that is in the file: 1 all of it, 0 none
+    lost: float  # rounding to the file's type, relative to the change; 0: none, 1: as large as the change
     shards: int
     nbytes: int
     apart: bool = False  # head and embeddings were tied, and are not any more
@@ -354,7 +355,7 @@ class Merged:
     def __str__(self):
         lines = [f"{self.touched} of {self.tensors} tensors merged, {self.nbytes / 1e9:.2f} GB in {self.shards} file{'s' * (self.shards > 1)}: {self.folder}"]
         if self.lost:
-            lines.append(f"Rounding to the type of the file is {self.lost:.1%} of the change.")
+            lines.append(f"{self.kept:.1%} of the change is kept; rounding to the type of the file adds an error of {self.lost:.1%} of it.")
         if self.unmoved:
             lines.append(f"{len(self.unmoved)} of them came out as they were, such as {self.unmoved[0]}.")
         if self.apart:
@@ -367,15 +368,22 @@ class _Sums:
     "What is counted on the way."
 
     asked: float = 0.0
+    kept: float = 0.0
     lost: float = 0.0
     unmoved: list = field(default_factory=list)
 
     def count(self, before, after, written):
-        "Adds up the squares; says whether a written weight differs from what it would have been."
-        square = lambda x: torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2 if x.numel() else 0.0  # noqa: E731
-        self.asked += square(after - before)
-        self.lost += square(written.float() - after) if written.dtype != torch.float32 else 0.0
-        return not torch.equal(written, before.to(written.dtype))
+        "Adds up squares and products; says whether a written weight differs from what it would have been."
+        square = lambda x: torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2  # noqa: E731
+        was, change = before.to(written.dtype), after - before
+        size = square(change)
+        self.asked += size
+        if after.dtype == written.dtype:
+            self.kept += size
+        else:
+            self.kept += torch.dot(written.float() - was.float(), change).item()
+            self.lost += square(written.float() - after)
+        return not torch.equal(written, was)
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #1e45d993
 def merge_into(
@@ -403,12 +411,14 @@ def merge_into(
         copy_beside(source, partial)
         shards = _write(partial, plan, source, opened, dtype, max_shard_size, sums, kinds)
         touched = [n for n, c in plan.items() if c.touched]
-        if touched and len(sums.unmoved) == len(touched):
-            raise RuntimeError(f"The merged model equals its base: the adapter in {adapter} changes nothing"
-                               + (f" that {str(dtype or 'the base').removeprefix('torch.')} can hold; write it in float32." if sums.asked else "."))  # fmt: skip
+        if touched and len(sums.unmoved) == len(touched) and not sums.asked:
+            raise RuntimeError(f"The merged model equals its base: the adapter in {adapter} changes nothing.")
+        if touched and sums.kept < 0.1 * sums.asked:
+            raise RuntimeError(f"The merged model all but equals its base: {sums.kept / sums.asked:.1%} of what the adapter in {adapter} changes is left "
+                               f"in {str(dtype or 'the type of the base').removeprefix('torch.')}. Write it in float32.")  # fmt: skip
         config = true_config(read_json(source / "config.json"), kinds, tied=not apart)
         write_json(partial / "config.json", config)
-        result = Merged(folder, len(plan), len(touched), tuple(sums.unmoved), (sums.lost / sums.asked) ** 0.5 if sums.asked else 0.0, len(shards),
+        result = Merged(folder, len(plan), len(touched), tuple(sums.unmoved), sums.kept / sums.asked if sums.asked else 1.0, (sums.lost / sums.asked) ** 0.5 if sums.asked else 0.0, len(shards),
                         sum(f.stat().st_size for f in shards), apart)  # fmt: skip
         write_json(partial / "merge.json", {"adapter": str(adapter), "onto": onto, "base_fingerprint": opened.provenance["base_fingerprint"],
                                             **{k: v for k, v in asdict(result).items() if k != "folder"}})  # fmt: skip
