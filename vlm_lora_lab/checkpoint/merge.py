@@ -13,7 +13,6 @@ import struct
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -43,7 +42,7 @@ KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 _NAMES = {t: n for n, t in KINDS.items()}
 
-
+# %% ../../nbs/71_checkpoint.merge.ipynb #d938d342
 class Reader:
     "Tensors of safetensors files, read piece by piece into memory of our own."
 
@@ -81,18 +80,7 @@ class Reader:
         "A tensor in its shape, as stored."
         return self.flat(name).view(self.places[name][2])
 
-    def steps(
-        self,
-        name: str,
-        chunk: int | None = None,  # weights; None: `CHUNK`
-    ) -> Iterator[tuple[int, int]]:  # first element, one past the last
-        "A tensor's elements in steps of whole rows, a chunk or one row at a time."
-        shape = self.places[name][2]
-        total, width = torch.Size(shape).numel(), torch.Size(shape[1:]).numel()
-        step = max(1, (chunk or CHUNK) // max(1, width)) * width
-        return ((i, min(i + step, total)) for i in range(0, total, max(1, step)))
-
-# %% ../../nbs/71_checkpoint.merge.ipynb #c230d9ee
+# %% ../../nbs/71_checkpoint.merge.ipynb #1f476f77
 class _Shard:
     "One safetensors file that is written as its tensors come."
 
@@ -123,7 +111,7 @@ class _Shard:
         if (total, self.path.stat().st_size) != (self.sum, self.size):
             raise RuntimeError(f"What was read back from {self.path.name} is not what was written.")
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #e7333c7c
+# %% ../../nbs/71_checkpoint.merge.ipynb #18d06d9c
 @dataclass(frozen=True)
 class Lora:
     "What an adapter holds for one layer."
@@ -139,7 +127,7 @@ class Lora:
     def embedding(self) -> bool:
         return "lora_embedding_A" in self.keys
 
-
+# %% ../../nbs/71_checkpoint.merge.ipynb #39d71b57
 _LORA = r"(.+)\.(?:(lora_[AB])(?:\.weight)|(lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?)"
 _STARTS = (True, False, "gaussian", "pissa")  # of LoRA's matrices; what else PEFT offers changes the base in ways that cannot be repeated from the file
 
@@ -167,23 +155,25 @@ class Adapter:
                 raise InputError(f"the key {key} means nothing here", file, "Give an adapter of LoRA and modules_to_save")
             else:
                 self.full[name] = key
-        self.loras = {module: self._lora(module, keys) for module, keys in layers.items()}
+        self.loras = {module: _layer(self, module, keys) for module, keys in layers.items()}
 
-    def _lora(self, module, keys):
-        "The configuration of one layer, patterns resolved."
-        c = self.config
-        first, second = sorted(k for k in keys if k != "lora_magnitude_vector") if len(keys) > 1 else (None, None)
-        if first not in ("lora_A", "lora_embedding_A") or second != first[:-1] + "B" or ("lora_magnitude_vector" in keys) != bool(c.use_dora):
-            raise InputError(f"of LoRA for {module} there is only {', '.join(sorted(keys))}", self.folder, "Copy the whole folder again from where it was trained")
-        r = c.rank_pattern.get(get_pattern_key(c.rank_pattern, module), c.r)
-        alpha = c.alpha_pattern.get(get_pattern_key(c.alpha_pattern, module), c.lora_alpha)
-        if (found := self.reader.places[keys[first]][2][0]) != r and c.init_lora_weights != "pissa":  # PiSSA has no more directions than the matrix
-            raise InputError(f"adapter_config.json gives {module} rank {r}, and the file {found}", self.folder, "Copy the whole folder again from where it was trained")
-        start = "pissa" if c.init_lora_weights == "pissa" else False
-        alone = LoraConfig(r=r, lora_alpha=alpha, target_modules=["layer"], use_rslora=c.use_rslora, use_dora=c.use_dora, init_lora_weights=start)
-        return Lora(alone, keys)
+# %% ../../nbs/71_checkpoint.merge.ipynb #ad4ad88e
+def _layer(adapter, module, keys):
+    "The configuration of one layer, patterns resolved."
+    c, remedy = adapter.config, "Copy the whole folder again from where it was trained"
+    first, second = sorted(k for k in keys if k != "lora_magnitude_vector") if len(keys) > 1 else (None, None)
+    if first not in ("lora_A", "lora_embedding_A") or second != first[:-1] + "B" or ("lora_magnitude_vector" in keys) != bool(c.use_dora):
+        raise InputError(f"of LoRA for {module} there is only {', '.join(sorted(keys))}", adapter.folder, remedy)
+    r = c.rank_pattern.get(get_pattern_key(c.rank_pattern, module), c.r)
+    alpha = c.alpha_pattern.get(get_pattern_key(c.alpha_pattern, module), c.lora_alpha)
+    found = adapter.reader.places[keys[first]][2][0]
+    if found != r and c.init_lora_weights != "pissa":  # PiSSA has no more directions than the matrix
+        raise InputError(f"adapter_config.json gives {module} rank {r}, and the file {found}", adapter.folder, remedy)
+    start = "pissa" if c.init_lora_weights == "pissa" else False
+    alone = LoraConfig(r=r, lora_alpha=alpha, target_modules=["layer"], use_rslora=c.use_rslora, use_dora=c.use_dora, init_lora_weights=start)
+    return Lora(alone, keys)
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #39d71b57
+# %% ../../nbs/71_checkpoint.merge.ipynb #4b1df9c3
 def by_peft(
     weight: torch.Tensor,  # (rows, width), float32: the base's, or some rows of it
     lora: Lora,
@@ -212,7 +202,7 @@ def by_peft(
         layer.merge(safe_merge=True)
     return layer.get_base_layer().weight.data
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #2fd80dac
+# %% ../../nbs/71_checkpoint.merge.ipynb #fc87bfda
 def nf4_and_back(
     weight: torch.Tensor,  # (rows, width), float32
 ) -> torch.Tensor:  # the same, rounded to sixteen levels per 64 weights
@@ -230,7 +220,7 @@ def _unpacked(reader, name):
     state = bnb.functional.QuantState.from_dict({n: reader.whole(n) for n in reader.places if n.startswith(f"{name}.")}, device=torch.device("cpu"))
     return bnb.functional.dequantize_4bit(reader.whole(name), state).float()
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #fc87bfda
+# %% ../../nbs/71_checkpoint.merge.ipynb #29561840
 @dataclass(frozen=True)
 class Change:
     "What happens to one tensor. Nothing said: it is copied."
@@ -266,7 +256,7 @@ def _renamed(model, stored):
 
     return found, as_stored
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #b14f85ca
+# %% ../../nbs/71_checkpoint.merge.ipynb #7e2ccabe
 def changes(
     adapter: Adapter,
     source: Path,  # the base's folder
@@ -296,19 +286,18 @@ def changes(
         apart, names[head] = True, names.get(head) or as_stored(head)
         result[names[head]] = Change(names[embeddings], packed=result[names[embeddings]].packed)
     for name, what in wanted.items():
-        key = what.get("full") or next(iter(what["lora"].keys.values()))
         if name not in names:
-            raise InputError(f"{key} has no place in {source}, or one that transformers rebuilds on loading", adapter.folder, "Give the base that the adapter was trained on")
+            key = what.get("full") or next(iter(what["lora"].keys.values()))
+            raise InputError(f"{key} has no place in {adapter.provenance['base']!r}, or one that transformers rebuilds on loading", adapter.folder, "Give the base that the adapter was trained on")
         if len(what) > 1:
             raise InputError(f"{name} is both replaced and added to", adapter.folder, "Copy the whole folder again from where it was trained")
         was, shape = result[names[name]], stored[result[names[name]].source].shape
-        if "full" in what and (found := adapter.reader.places[key][2]) != shape:
-            raise InputError(f"{key} is {shape_of(found)}, and the base has {shape_of(shape)} there", adapter.folder, "Give the base that the adapter was trained on")
-        kept = "lora" in what and name.removesuffix(".weight") in keep
-        result[names[name]] = Change(was.source, was.rounded and "full" not in what, was.packed, keep=kept, **what)
+        if "full" in what and (found := adapter.reader.places[what["full"]][2]) != shape:
+            raise InputError(f"{what['full']} is {shape_of(found)}, and the base has {shape_of(shape)} there", adapter.folder, "Give the base that the adapter was trained on")
+        result[names[name]] = Change(was.source, was.rounded and "full" not in what, was.packed, keep=name.removesuffix(".weight") in keep and "lora" in what, **what)
     return result, apart
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #29561840
+# %% ../../nbs/71_checkpoint.merge.ipynb #1e45d993
 def _pieces(change, base, adapter, chunk=None):
     "Yields (before, after) in float32, flat, in order."
     shape = base.places[change.source][2]
@@ -337,7 +326,7 @@ def _pieces(change, base, adapter, chunk=None):
                 raise InputError(f"LoRA beside {change.source} holds a NaN or an infinite number", adapter.folder, "Take an earlier checkpoint") from None
         yield before, after
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #2a821fc5
+# %% ../../nbs/71_checkpoint.merge.ipynb #221bfcac
 @dataclass(frozen=True)
 class Merged:
     "What a merge did."
@@ -362,7 +351,7 @@ class Merged:
             lines.append("Head and embeddings were one tensor and are two now; config.json says so.")
         return "\n".join(lines)
 
-
+# %% ../../nbs/71_checkpoint.merge.ipynb #0bd19253
 @dataclass
 class _Sums:
     "What is counted on the way."
@@ -385,7 +374,7 @@ class _Sums:
             self.lost += square(written.float() - after)
         return not torch.equal(written, was)
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #1e45d993
+# %% ../../nbs/71_checkpoint.merge.ipynb #3d47f4ef
 def merge_into(
     adapter: str | Path,  # folder written by `save_adapter`
     folder: str | Path,  # must not exist, or be empty
@@ -424,7 +413,7 @@ def merge_into(
                                             **{k: v for k, v in asdict(result).items() if k != "folder"}})  # fmt: skip
     return result
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #95019623
+# %% ../../nbs/71_checkpoint.merge.ipynb #a6e164f0
 def _write(folder, plan, source, adapter, dtype, max_shard_size, sums, kinds):
     "Write all shards and their index; returns the files."
     base, files = Reader(*weight_files(source)), weight_files(source)
@@ -459,11 +448,13 @@ def _write(folder, plan, source, adapter, dtype, max_shard_size, sums, kinds):
         raise RuntimeError(f"The headers of what was written to {folder} are not those that were meant.")
     return [folder / n for n in names]
 
-
+# %% ../../nbs/71_checkpoint.merge.ipynb #923ae314
 def _stream(shard, name, kind, change, base, adapter, sums, bar):
     "One tensor, from the base's file to the shard."
     if not (change.touched or change.rounded or change.packed or change.keep):
-        for i, j in base.steps(change.source):
+        total = torch.Size(base.places[change.source][2]).numel()
+        for i in range(0, total, CHUNK):
+            j = min(i + CHUNK, total)
             shard.add(base.flat(change.source, i, j).to(kind))
             bar.update((j - i) * kind.itemsize)
         return
@@ -477,7 +468,7 @@ def _stream(shard, name, kind, change, base, adapter, sums, bar):
     if change.touched and not moved:
         sums.unmoved.append(name)
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #0bd19253
+# %% ../../nbs/71_checkpoint.merge.ipynb #c4d3dc55
 def merge_adapter(
     adapter: str | Path,  # folder written by `save_adapter`
     base: str | Path | None = None,  # another place of the same base; None: the one it was trained on
@@ -498,7 +489,7 @@ def save_merged(
     "Write a model in the layout of its base (`save_vlm`, chapter 17); `load_vlm` and `from_pretrained` read it like any other."
     return save_vlm(model, folder, model_folder(base), dtype)
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #a6e164f0
+# %% ../../nbs/71_checkpoint.merge.ipynb #b40bea18
 TOLERANCE = 1e-3  # largest difference of a logit, relative to the standard deviation of all logits
 
 
@@ -537,7 +528,7 @@ def same_model(
     spread = logits[0].std()
     return SameModel(*(((other - logits[0]).abs().max() / spread).item() for other in logits[1:]))
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #07c10aac
+# %% ../../nbs/71_checkpoint.merge.ipynb #d144f59a
 def merge_memory(
     model: nn.Module,  # on the meta device
     four_bit: bool = True,  # was the adapter trained beside NF4?

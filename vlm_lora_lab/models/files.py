@@ -247,7 +247,7 @@ def no_bar_if_small(
         if small and shown:
             hf_logging.enable_progress_bar()
 
-
+# %% ../../nbs/17_models.files.ipynb #2153c717
 def save_vlm(
     model: nn.Module,  # whole, not wrapped by PEFT
     folder: str | Path,  # must not exist, or be empty
@@ -277,7 +277,7 @@ def save_vlm(
         _check_written(partial, state, model)
     return folder
 
-# %% ../../nbs/17_models.files.ipynb #2153c717
+# %% ../../nbs/17_models.files.ipynb #1fd6ee37
 def _aside(source, layout: Layout):
     "The tensors of the source that the model did not load."
     if not layout.aside or not (source / "config.json").is_file():
@@ -315,7 +315,7 @@ def true_config(
             raise RuntimeError(f"The configuration of {values['model_type']} ties the head to the embeddings, and they differ.")
     return values
 
-
+# %% ../../nbs/17_models.files.ipynb #08bd5f72
 def _check_written(folder, state, model):
     "Read the headers back; families of ours keep their names, transformers' own may be written under older ones."
     stored = stored_in(folder)
