@@ -198,7 +198,7 @@ def test_llama_cpp_s_rules_hold_on_a_whole_merge_and_can_be_broken(tmp_path):
         spoil(folder)
         broken = [r.asks for r in check_llama_cpp(folder) if not r.ok]
         shutil.rmtree(folder)
-        assert broken, asks
+        assert broken and (any(asks in b for b in broken) or asks == "a number for this version"), (asks, broken)
 
 
 @pytest.mark.parametrize("family, known", [("qwen2_vl", True), ("minicpmv4_6", True), ("smolvlm", True), ("qwen", False), ("paligemma", False)])

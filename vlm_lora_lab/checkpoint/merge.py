@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'KINDS', 'TOLERANCE', 'Reader', 'Lora', 'Adapter', 'by_peft', 'nf4_and_back', 'Change', 'changes', 'Merged',
            'merge_into', 'merge_adapter', 'save_merged', 'SameModel', 'same_model', 'merge_memory', 'noise_checkpoint']
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #33cb6361
+# %% ../../nbs/71_checkpoint.merge.ipynb #b0179667
 import json
 import re
 import struct
@@ -35,14 +35,14 @@ from ..models.published import on_meta, read_json
 from ..models.qwenvl import QwenVL
 from ..plan import TuningPlan, apply_plan
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #17f1c483
+# %% ../../nbs/71_checkpoint.merge.ipynb #d938d342
 CHUNK = 2**24  # weights that are held at a time
 
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 _NAMES = {t: n for n, t in KINDS.items()}
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #d938d342
+# %% ../../nbs/71_checkpoint.merge.ipynb #8429437b
 class Reader:
     "Tensors of safetensors files, read piece by piece into memory of our own."
 
@@ -80,7 +80,7 @@ class Reader:
         "A tensor in its shape, as stored."
         return self.flat(name).view(self.places[name][2])
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #1f476f77
+# %% ../../nbs/71_checkpoint.merge.ipynb #d54e3ade
 class _Shard:
     "One safetensors file that is written as its tensors come."
 
@@ -111,7 +111,7 @@ class _Shard:
         if (total, self.path.stat().st_size) != (self.sum, self.size):
             raise RuntimeError(f"What was read back from {self.path.name} is not what was written.")
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #18d06d9c
+# %% ../../nbs/71_checkpoint.merge.ipynb #39d71b57
 @dataclass(frozen=True)
 class Lora:
     "What an adapter holds for one layer."
@@ -127,7 +127,7 @@ class Lora:
     def embedding(self) -> bool:
         return "lora_embedding_A" in self.keys
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #39d71b57
+# %% ../../nbs/71_checkpoint.merge.ipynb #ad4ad88e
 _LORA = r"(.+)\.(?:(lora_[AB])(?:\.weight)|(lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?)"
 _STARTS = (True, False, "gaussian", "pissa")  # of LoRA's matrices; what else PEFT offers changes the base in ways that cannot be repeated from the file
 
@@ -157,7 +157,7 @@ class Adapter:
                 self.full[name] = key
         self.loras = {module: _layer(self, module, keys) for module, keys in layers.items()}
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #ad4ad88e
+# %% ../../nbs/71_checkpoint.merge.ipynb #2fd80dac
 def _layer(adapter, module, keys):
     "The configuration of one layer, patterns resolved."
     c, remedy = adapter.config, "Copy the whole folder again from where it was trained"
@@ -173,7 +173,7 @@ def _layer(adapter, module, keys):
     alone = LoraConfig(r=r, lora_alpha=alpha, target_modules=["layer"], use_rslora=c.use_rslora, use_dora=c.use_dora, init_lora_weights=start)
     return Lora(alone, keys)
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #4b1df9c3
+# %% ../../nbs/71_checkpoint.merge.ipynb #0919849b
 def by_peft(
     weight: torch.Tensor,  # (rows, width), float32: the base's, or some rows of it
     lora: Lora,
@@ -202,7 +202,7 @@ def by_peft(
         layer.merge(safe_merge=True)
     return layer.get_base_layer().weight.data
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #fc87bfda
+# %% ../../nbs/71_checkpoint.merge.ipynb #b14f85ca
 def nf4_and_back(
     weight: torch.Tensor,  # (rows, width), float32
 ) -> torch.Tensor:  # the same, rounded to sixteen levels per 64 weights
@@ -220,7 +220,7 @@ def _unpacked(reader, name):
     state = bnb.functional.QuantState.from_dict({n: reader.whole(n) for n in reader.places if n.startswith(f"{name}.")}, device=torch.device("cpu"))
     return bnb.functional.dequantize_4bit(reader.whole(name), state).float()
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #29561840
+# %% ../../nbs/71_checkpoint.merge.ipynb #7e2ccabe
 @dataclass(frozen=True)
 class Change:
     "What happens to one tensor. Nothing said: it is copied."
@@ -256,7 +256,7 @@ def _renamed(model, stored):
 
     return found, as_stored
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #7e2ccabe
+# %% ../../nbs/71_checkpoint.merge.ipynb #2a821fc5
 def changes(
     adapter: Adapter,
     source: Path,  # the base's folder
@@ -297,7 +297,7 @@ def changes(
         result[names[name]] = Change(was.source, was.rounded and "full" not in what, was.packed, keep=name.removesuffix(".weight") in keep and "lora" in what, **what)
     return result, apart
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #1e45d993
+# %% ../../nbs/71_checkpoint.merge.ipynb #95019623
 def _pieces(change, base, adapter, chunk=None):
     "Yields (before, after) in float32, flat, in order."
     shape = base.places[change.source][2]
@@ -326,7 +326,7 @@ def _pieces(change, base, adapter, chunk=None):
                 raise InputError(f"LoRA beside {change.source} holds a NaN or an infinite number", adapter.folder, "Take an earlier checkpoint") from None
         yield before, after
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #221bfcac
+# %% ../../nbs/71_checkpoint.merge.ipynb #0bd19253
 @dataclass(frozen=True)
 class Merged:
     "What a merge did."
@@ -351,7 +351,7 @@ class Merged:
             lines.append("Head and embeddings were one tensor and are two now; config.json says so.")
         return "\n".join(lines)
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #0bd19253
+# %% ../../nbs/71_checkpoint.merge.ipynb #3d47f4ef
 @dataclass
 class _Sums:
     "What is counted on the way."
@@ -374,7 +374,7 @@ class _Sums:
             self.lost += square(written.float() - after)
         return not torch.equal(written, was)
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #3d47f4ef
+# %% ../../nbs/71_checkpoint.merge.ipynb #a6e164f0
 def merge_into(
     adapter: str | Path,  # folder written by `save_adapter`
     folder: str | Path,  # must not exist, or be empty
@@ -413,7 +413,7 @@ def merge_into(
                                             **{k: v for k, v in asdict(result).items() if k != "folder"}})  # fmt: skip
     return result
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #a6e164f0
+# %% ../../nbs/71_checkpoint.merge.ipynb #923ae314
 def _write(folder, plan, source, adapter, dtype, max_shard_size, sums, kinds):
     "Write all shards and their index; returns the files."
     base, files = Reader(*weight_files(source)), weight_files(source)
@@ -448,7 +448,7 @@ def _write(folder, plan, source, adapter, dtype, max_shard_size, sums, kinds):
         raise RuntimeError(f"The headers of what was written to {folder} are not those that were meant.")
     return [folder / n for n in names]
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #923ae314
+# %% ../../nbs/71_checkpoint.merge.ipynb #bc0cdc97
 def _stream(shard, name, kind, change, base, adapter, sums, bar):
     "One tensor, from the base's file to the shard."
     if not (change.touched or change.rounded or change.packed or change.keep):
@@ -468,7 +468,7 @@ def _stream(shard, name, kind, change, base, adapter, sums, bar):
     if change.touched and not moved:
         sums.unmoved.append(name)
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #c4d3dc55
+# %% ../../nbs/71_checkpoint.merge.ipynb #1a7b5878
 def merge_adapter(
     adapter: str | Path,  # folder written by `save_adapter`
     base: str | Path | None = None,  # another place of the same base; None: the one it was trained on
@@ -489,7 +489,7 @@ def save_merged(
     "Write a model in the layout of its base (`save_vlm`, chapter 17); `load_vlm` and `from_pretrained` read it like any other."
     return save_vlm(model, folder, model_folder(base), dtype)
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #b40bea18
+# %% ../../nbs/71_checkpoint.merge.ipynb #54f09f8c
 TOLERANCE = 1e-3  # largest difference of a logit, relative to the standard deviation of all logits
 
 
@@ -528,7 +528,7 @@ def same_model(
     spread = logits[0].std()
     return SameModel(*(((other - logits[0]).abs().max() / spread).item() for other in logits[1:]))
 
-# %% ../../nbs/71_checkpoint.merge.ipynb #d144f59a
+# %% ../../nbs/71_checkpoint.merge.ipynb #23e96935
 def merge_memory(
     model: nn.Module,  # on the meta device
     four_bit: bool = True,  # was the adapter trained beside NF4?
