@@ -259,13 +259,24 @@ def _inspect(o):
 
 
 def _merge(o):
-    from vlm_lora_lab.checkpoint.merge import merge_adapter, save_merged
-    from vlm_lora_lab.checkpoint.save import read_provenance
+    from vlm_lora_lab.checkpoint.merge import merge_into
     import torch
 
-    base, _ = o.model or read_provenance(o.adapter)["base"], empty_folder(o.output)
-    folder = save_merged(merge_adapter(o.adapter, base, o.onto), o.output, base, getattr(torch, o.dtype))
-    print(f"Written: {folder}. Load it with load_vlm({str(folder)!r}), or give it as --model.")
+    done = merge_into(o.adapter, o.output, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.max_shard_gb * 1e9)
+    print(f"{done}\nLoad it with load_vlm({str(done.folder)!r}), or give it as --model.")
+
+
+def _export(o):
+    from vlm_lora_lab.checkpoint.serve import check_export, export_adapter
+    import torch
+
+    if o.check:
+        rules = check_export(o.output, o.server)
+        print("\n".join(map(str, rules)))
+        return 0 if all(r.ok for r in rules) else 1
+    done = export_adapter(o.adapter, o.output, o.server, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype))
+    print(done)
+    return 0 if done.ok else 1
 
 
 def _pretrain(o):
@@ -435,13 +446,23 @@ def _parser(argv):
     p.add_argument("--json", action="store_true", help="print everything as JSON")
 
     p = command("merge", _merge, "fold an adapter into a whole model",
-                "Fold an adapter into a whole model.\n\n  vlm-lora-lab merge runs/first/adapter --output runs/first/merged")  # fmt: skip
+                "Fold an adapter into a whole model, tensor by tensor; memory for its largest matrices is enough.\n\n"
+                "  vlm-lora-lab merge runs/first/adapter --output runs/first/merged")  # fmt: skip
     p.add_argument("adapter", help="folder written by train or demo")
     p.add_argument("--output", required=True, metavar="FOLDER", help="for the merged model; must be new or empty")
-    p.add_argument("--model", metavar="FOLDER", help="another place of the same base model")
-    p.add_argument("--onto", default="nf4", choices=("nf4", "original"),
-                   help="nf4: the rounded weights that training saw, which reproduces the trained model; original: the base's own weights")  # fmt: skip
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: float32)")
+    p.add_argument("--max-shard-gb", type=float, default=5.0, metavar="N", help="largest file of weights, GB (default: 5)")
+    _merging(p)
+
+    p = command("export", _export, "write what vLLM, llama.cpp or transformers accept, check it, and say how to start the server",
+                "Write what a server accepts: for vLLM a base with the full parts folded in and an adapter of LoRA alone,\nfor the others a whole model. "
+                "Then check names, shapes and fields that its loader reads, and print the commands.\n\n"
+                "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served\n"
+                "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served --check      look at it again\n\nStatus: 0 all rules hold, 1 some do not, 2 bad input.")  # fmt: skip
+    p.add_argument("adapter", metavar="FOLDER", help="written by train or demo")
+    p.add_argument("output", metavar="OUTPUT", help="folder for the result; must be new or empty")
+    p.add_argument("--for", dest="server", required=True, choices=("vllm", "llama.cpp", "transformers"), help="who is to read it")
+    p.add_argument("--check", action="store_true", help="write nothing; look at OUTPUT again")
+    _merging(p)
 
     p = command("rescue", _rescue, "read the checkpoint of another script: what is in it, what is lost", RESCUE_HELP)
     p.add_argument("folder", help="written by the other script")
@@ -458,6 +479,15 @@ def _parser(argv):
     p.add_argument("--words", type=_positive, default=5000, metavar="N", help="steps of the whole model (default: 5000)")
     p.add_argument("--seed", type=_seed, default=0, metavar="N", help="(default: 0)")
     return parser
+
+
+def _merging(p):
+    "Options of what folds an adapter into a base."
+    p.add_argument("--model", metavar="FOLDER", help="another place of the same base model")
+    p.add_argument("--onto", default="nf4", choices=("nf4", "original"),
+                   help="nf4: the rounded weights that training saw, which reproduces the trained model; original: the base's own weights")  # fmt: skip
+    p.add_argument("--dtype", default="stored", choices=("stored", "float32", "bfloat16", "float16"),
+                   help="of the written weights; stored: each in the type of the base (default: stored)")  # fmt: skip
 
 
 def main(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'FLOATS', 'Stored', 'weight_files', 'stored_in', 'Account', 'account', 'shape_of', 'has_pickles',
-           'convert_pickles', 'no_bar_if_small', 'save_vlm']
+           'convert_pickles', 'no_bar_if_small', 'save_vlm', 'copy_beside', 'true_config']
 
 # %% ../../nbs/17_models.files.ipynb #18a521d3
 import json
@@ -247,7 +247,7 @@ def no_bar_if_small(
         if small and shown:
             hf_logging.enable_progress_bar()
 
-
+# %% ../../nbs/17_models.files.ipynb #2153c717
 def save_vlm(
     model: nn.Module,  # whole, not wrapped by PEFT
     folder: str | Path,  # must not exist, or be empty
@@ -267,15 +267,17 @@ def save_vlm(
         state[name] = state[name].clone()  # a tied head that the source holds is written, too: other loaders look for it
     with complete_or_nothing(folder) as partial, no_bar_if_small(sum(t.nbytes for t in state.values())):
         model.save_pretrained(partial, state_dict=dict(state), max_shard_size=max_shard_size)  # it empties the dictionary
-        for file in source.iterdir():
-            if file.is_file() and file.suffix not in _NOT_COPIED and not file.name.endswith(".index.json") and not file.name.startswith("."):
-                shutil.copyfile(file, partial / file.name)
+        copy_beside(source, partial)
         if (source / "config.json").is_file():
-            write_json(partial / "config.json", _config_of(read_json(source / "config.json"), state))
+            kinds = Counter()
+            for t in state.values():
+                kinds[t.dtype] += t.numel()
+            tied = bool(getattr(model, "all_tied_weights_keys", None))
+            write_json(partial / "config.json", true_config(read_json(source / "config.json"), kinds, tied))
         _check_written(partial, state, model)
     return folder
 
-# %% ../../nbs/17_models.files.ipynb #2153c717
+# %% ../../nbs/17_models.files.ipynb #1fd6ee37
 def _aside(source, layout: Layout):
     "The tensors of the source that the model did not load."
     if not layout.aside or not (source / "config.json").is_file():
@@ -288,17 +290,32 @@ def _aside(source, layout: Layout):
     return found
 
 
-def _config_of(values, state):
-    "The source's configuration, true of what is written."
+def copy_beside(
+    source: Path,  # a model folder
+    folder: Path,
+) -> None:
+    "Copy what lies beside the weights: configuration, tokenizer, processor, code."
+    for file in source.iterdir():
+        if file.is_file() and file.suffix not in _NOT_COPIED and not file.name.endswith(".index.json") and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+
+
+def true_config(
+    values: dict,  # of the source's config.json
+    kinds: Counter,  # torch type -> weights of it that are written
+    tied: bool = True,  # False: the head has weights of its own now, whatever the source says
+) -> dict:
+    "The source's configuration, true of what is written. Raises `RuntimeError` when it cannot be made to say that head and embeddings are two."
     values = {k: v for k, v in values.items() if k != "quantization_config"}
-    kinds = Counter()
-    for t in state.values():
-        if t.is_floating_point():
-            kinds[t.dtype] += t.numel()
-    spelling = "dtype" if "dtype" in values else "torch_dtype"
-    return values | {spelling: str(kinds.most_common(1)[0][0]).removeprefix("torch.")}
+    floating = {d: n for d, n in kinds.items() if d.is_floating_point}
+    values["dtype" if "dtype" in values else "torch_dtype"] = str(max(floating, key=floating.get)).removeprefix("torch.")
+    if not tied and "model_type" in values and getattr(on_meta(values), "all_tied_weights_keys", None):
+        values |= {"tie_word_embeddings": False} | {k: v | {"tie_word_embeddings": False} for k, v in values.items() if k == "text_config"}
+        if on_meta(values).all_tied_weights_keys:
+            raise RuntimeError(f"The configuration of {values['model_type']} ties the head to the embeddings, and they differ.")
+    return values
 
-
+# %% ../../nbs/17_models.files.ipynb #08bd5f72
 def _check_written(folder, state, model):
     "Read the headers back; families of ours keep their names, transformers' own may be written under older ones."
     stored = stored_in(folder)
