@@ -281,8 +281,11 @@ def changes(
     for head, embeddings in tied.items():
         if not {head, embeddings} & set(wanted):
             continue
-        if adapter.config.ensure_weight_tying:
-            raise InputError("ensure_weight_tying is set, and embeddings were trained", adapter.folder, "Merge it with PEFT's merge_and_unload")
+        if adapter.config.ensure_weight_tying:  # the two stayed one tensor, which PEFT stores twice
+            if any("lora" in wanted[n] for n in {head, embeddings} & set(wanted)):
+                raise InputError("ensure_weight_tying is set, and tied embeddings have LoRA", adapter.folder, "Merge it with PEFT's merge_and_unload")
+            wanted.pop(head, None)
+            continue
         apart, names[head] = True, names.get(head) or as_stored(head)
         result[names[head]] = Change(names[embeddings], packed=result[names[embeddings]].packed)
     for name, what in wanted.items():
