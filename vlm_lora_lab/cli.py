@@ -255,7 +255,7 @@ def _compare(o):
     from vlm_lora_lab.data.batch import Reading
 
     reading = Reading(workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls)
-    limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length}
+    limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length, "allow_pickle": o.allow_pickle}
     try:
         compare(o.checkpoints, o.data, o.metric or ["exact"], o.output, o.model, o.four_bit, o.image_root, reading, **limits)
     except KeyboardInterrupt:  # it has said what is kept
@@ -364,6 +364,7 @@ def _compare_parser(p, several):
     p.add_argument("--metric", action="append", metavar="NAME", help="exact, cer, anls, iou or iou@0.5; repeat for several (default: exact)")
     p.add_argument("--output", metavar="FOLDER", help="for answers, report and figures: new, empty, or of an earlier comparison (default: nothing is written)")
     p.add_argument("--model", metavar="FOLDER", help="another place of the adapters' base model")
+    p.add_argument("--allow-pickle", action="store_true", help="convert a model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--four-bit", action="store_true", help="load whole models in 4 bit; adapters are always asked as they were trained")
     p.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)")
     p.add_argument("--allow-outside", action="store_true", help="let picture paths leave that folder")

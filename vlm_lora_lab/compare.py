@@ -121,7 +121,7 @@ def comparison_figure(
 ):  # a matplotlib figure
     "Scores on the left; on the right differences to the first by kind of question, or, with one checkpoint alone, its score by kind."
     names, kinds, one = _named(list(comparison.scores)), list(comparison.table.kinds), len(comparison.scores) == 1
-    fig, (left, right) = figure(1, 2, width=8, height=1.1 + 0.22 * max(len(names), len(kinds) * (1 if one else len(names) - 1)))
+    fig, (left, right) = figure(1, 2, width=8, height=min(30, 1.1 + 0.22 * max(len(names), len(kinds) * (1 if one else len(names) - 1))))
     for y, (name, score) in enumerate(comparison.scores.items()):
         _dot(left, score.value, score.interval, y, COLORS[0], True)
     left.set(yticks=range(len(names)), yticklabels=names.values(), ylim=(len(names) - 0.5, -0.5), xlabel=comparison.metric.title)
@@ -274,7 +274,7 @@ def _place(output):
     if output is None:
         return None
     output = Path(output)
-    odd = sorted(p.name for p in output.iterdir() if p.name not in OURS and not p.name.startswith("compare-")) if output.is_dir() else [output.name] * output.exists()
+    odd = sorted(p.name for p in output.iterdir() if p.name.removesuffix(".partial") not in OURS and not p.name.startswith("compare-")) if output.is_dir() else [output.name] * output.exists()
     if odd:
         raise InputError(f"there is something else here ({odd[0]})", output, "Choose another folder; nothing but an earlier comparison is ever written over")
     with explain_write_errors(output):
@@ -282,13 +282,16 @@ def _place(output):
     return output
 
 
-def _chosen(checkpoints, base, four_bit):
+def _chosen(checkpoints, base, four_bit, allow_pickle):
     names = [str(c) for c in checkpoints]
     if not names:
         raise InputError("there is no checkpoint to ask", "compare", "Give the folder of an adapter or of a model, or 'lab'")
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:
         raise InputError(f"{twice[0]!r} is given twice", "compare", "Give each checkpoint once")
-    return [Checkpoint.of(n, base, four_bit) for n in names]
+    chosen = [Checkpoint.of(n, base, four_bit) for n in names]
+    for c in chosen:
+        model_folder(c.base, allow_pickle)
+    return chosen
 
 # %% ../nbs/81_compare.ipynb #3fb4cd10
 def compare(
@@ -303,12 +306,13 @@ def compare(
     batch_size: int = 50,
     max_new_tokens: int = 64,
     max_length: int = 2048,  # tokens of a question
+    allow_pickle: bool = False,  # convert pickled weights of a model once
     say=print,  # called with each line of the account
 ) -> dict[str, Comparison]:  # metric -> its comparison
     """Ask all checkpoints the same questions, and judge the answers by each metric.
 
     Raises `InputError` before a model is loaded when something that was given cannot be used."""
-    chosen, wanted = _chosen(checkpoints, base, four_bit), [metric_of(m) for m in dict.fromkeys(metrics)]
+    chosen, wanted = _chosen(checkpoints, base, four_bit, allow_pickle), [metric_of(m) for m in dict.fromkeys(metrics)]
     if not wanted:
         raise InputError("no metric is named", "compare", "Write at least one, such as exact")
     conversations = Conversations.open(data, image_root, reading.allow_outside, reading.allow_urls) if isinstance(data, (str, Path)) else data

@@ -114,7 +114,7 @@ def generate_answers(
     bar = tqdm(batches, total=math.ceil(len(conversations) / batch_size), desc=desc, leave=False, **({} if desc else {"disable": True}))
     return [a.text for batch in bar for a in batch]
 
-# %% ../nbs/80_evaluate.ipynb #10af682c
+# %% ../nbs/80_evaluate.ipynb #0a7cbdda
 @dataclass(frozen=True)
 class Mark:
     "What one answer is worth."
@@ -141,7 +141,7 @@ class Metric:
     def better(self, a: float, b: float) -> int:  # 1: a is better; -1: b is; 0: neither
         return (int(a > b) - int(a < b)) * (1 if self.higher_is_better else -1)
 
-# %% ../nbs/80_evaluate.ipynb #d9f01a4f
+# %% ../nbs/80_evaluate.ipynb #da038e64
 def edit_distance(
     a: str,
     b: str,
@@ -154,7 +154,7 @@ def edit_distance(
         row = np.minimum.accumulate(np.concatenate([[i], new]) - steps) + steps
     return int(row[-1])
 
-# %% ../nbs/80_evaluate.ipynb #5988ded3
+# %% ../nbs/80_evaluate.ipynb #1b88919b
 def _exact(answer, references):
     return Mark(float(answer in references))
 
@@ -168,7 +168,7 @@ def _characters(text):
     if not text:
         raise ValueError("it has no characters")
 
-# %% ../nbs/80_evaluate.ipynb #163b8cbd
+# %% ../nbs/80_evaluate.ipynb #d2c3d58d
 ANLS_THRESHOLD = 0.5
 
 
@@ -182,7 +182,7 @@ def _anls(answer, references):
     "The best of all references."
     return Mark(max(_similarity(answer, r) for r in references))
 
-# %% ../nbs/80_evaluate.ipynb #7fc652ba
+# %% ../nbs/80_evaluate.ipynb #ee1066e6
 _N = r"(-?\d+(?:\.\d+)?)"
 _BOXES = {
     "<box>": re.compile(rf"<box>\s*(?:\(\s*{_N}\s*,\s*{_N}\s*\)\s*,\s*\(\s*{_N}\s*,\s*{_N}\s*\)|{_N}\s+{_N}\s+{_N}\s+{_N})\s*</box>"),
@@ -207,7 +207,7 @@ def read_boxes(
         raise ValueError("outside 0 to 1000")
     return used[0], tuple(boxes)
 
-# %% ../nbs/80_evaluate.ipynb #c7dd71a5
+# %% ../nbs/80_evaluate.ipynb #904b902c
 def iou(
     a: Box,
     b: Box,
@@ -242,7 +242,7 @@ def _boxes(worth):
 
     return mark
 
-# %% ../nbs/80_evaluate.ipynb #9e3e75be
+# %% ../nbs/80_evaluate.ipynb #bf8c85ae
 METRICS = {m.name: m for m in (
     Metric("exact", "exact match", _exact),
     Metric("cer", "character error rate", _cer, higher_is_better=False, check=_characters),
@@ -274,7 +274,7 @@ def check_truths(
             raise InputError(f"the metric {metric.name!r} cannot use this right answer ({e}): {text!r:.80}", c.where,
                              "Choose another metric, or correct the record") from None  # fmt: skip
 
-# %% ../nbs/80_evaluate.ipynb #bb97cb53
+# %% ../nbs/80_evaluate.ipynb #89470f2e
 @dataclass(frozen=True)
 class ExactMatch:
     "How many answers were right, character for character after stripping."
@@ -303,7 +303,7 @@ class ExactMatch:
     def to_dict(self) -> dict:
         return {"rate": self.rate, "right": self.right, "total": self.total, "interval_95": list(self.interval)}
 
-# %% ../nbs/80_evaluate.ipynb #7288c5d0
+# %% ../nbs/80_evaluate.ipynb #b2e7645d
 RESAMPLES = 10_000
 
 
@@ -331,7 +331,7 @@ def middle(
     low, high = np.quantile(draws, (0.025, 0.975))
     return None if np.ptp(draws) < 1e-12 else (float(low), float(high))
 
-# %% ../nbs/80_evaluate.ipynb #e0ddcc09
+# %% ../nbs/80_evaluate.ipynb #da8650c8
 @dataclass(frozen=True)
 class Score:
     "Marks of all answers of one model, and their sum."
@@ -378,7 +378,7 @@ class Score:
     def to_dict(self) -> dict:
         return {"value": self.value, "n": len(self.marks), "interval_95": self.interval and list(self.interval)} | ({"unread": self.notes} if self.notes else {})
 
-# %% ../nbs/80_evaluate.ipynb #3777c6ae
+# %% ../nbs/80_evaluate.ipynb #e2a6de35
 @dataclass(frozen=True)
 class ScoreTable:
     "Scores by category: a row for all questions and one for each kind, a column for each model."
@@ -421,7 +421,7 @@ def html_table(rows) -> str:
     row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
     return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
 
-# %% ../nbs/80_evaluate.ipynb #e864af92
+# %% ../nbs/80_evaluate.ipynb #38fd69ea
 def _strip(conversation, height=112, most=4):
     "The pictures of a conversation side by side, as one."
     images = [load_image(i, conversation.where) for i in conversation.images[:most]]
@@ -466,7 +466,7 @@ def gallery(
     fig.suptitle(f"What did fine-tuning change? {changed} of {len(before)} answers (before → after)")
     return fig
 
-# %% ../nbs/80_evaluate.ipynb #0d484b23
+# %% ../nbs/80_evaluate.ipynb #629eae7a
 def _show(ax, conversation, before, after, metric, long, width):
     "Picture, question where there is no picture, and the two answers with what they are worth."
     best = 1.0 if metric.higher_is_better else 0.0
@@ -484,7 +484,7 @@ def _show(ax, conversation, before, after, metric, long, width):
     good = change > 0 or (change == 0 and now.value == best)
     ax.set_title("\n→ ".join(parts) if long else " → ".join(parts), fontsize=6.5 if long else 8, color=COLORS[2] if good else COLORS[1])
 
-# %% ../nbs/80_evaluate.ipynb #a2f62fe1
+# %% ../nbs/80_evaluate.ipynb #9de4d984
 def loss_curve(
     history: list[dict],  # the Trainer's `state.log_history`
 ):  # a matplotlib figure
