@@ -324,8 +324,7 @@ def compare(
     output = _place(output)
     rows, about = _ask_all(chosen, processors, conversations, output, batch_size, {"max_new_tokens": max_new_tokens, "max_length": max_length}, say)
     results = {m.name: Comparison({n: Score.of(m.name, [r["answer"] for r in a], conversations) for n, a in rows.items()}, tuple(c.category for c in conversations)) for m in wanted}
-    for result in results.values():
-        say(f"\n{result}")
+    say("".join(f"\n{result}\n" for result in results.values()).rstrip("\n"))
     if output:
         _write(output, data, conversations, results, rows, about, say)
     return results

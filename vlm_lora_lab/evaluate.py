@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPOKEN', 'ANLS_THRESHOLD', 'Box', 'METRICS', 'RESAMPLES', 'Answer', 'why_not_together', 'answer_all',
            'generate_answers', 'Mark', 'Metric', 'edit_distance', 'read_boxes', 'iou', 'metric_of', 'check_truths',
-           'ExactMatch', 'bootstrap', 'middle', 'Score', 'ScoreTable', 'text_table', 'html_table', 'gallery',
+           'ExactMatch', 'bootstrap', 'middle', 'Score', 'text_table', 'html_table', 'ScoreTable', 'gallery',
            'loss_curve']
 
 # %% ../nbs/80_evaluate.ipynb #28edc1cc
@@ -114,7 +114,7 @@ def generate_answers(
     bar = tqdm(batches, total=math.ceil(len(conversations) / batch_size), desc=desc, leave=False, **({} if desc else {"disable": True}))
     return [a.text for batch in bar for a in batch]
 
-# %% ../nbs/80_evaluate.ipynb #0a7cbdda
+# %% ../nbs/80_evaluate.ipynb #906e9d8a
 @dataclass(frozen=True)
 class Mark:
     "What one answer is worth."
@@ -141,7 +141,7 @@ class Metric:
     def better(self, a: float, b: float) -> int:  # 1: a is better; -1: b is; 0: neither
         return (int(a > b) - int(a < b)) * (1 if self.higher_is_better else -1)
 
-# %% ../nbs/80_evaluate.ipynb #da038e64
+# %% ../nbs/80_evaluate.ipynb #bfcc2bdd
 def edit_distance(
     a: str,
     b: str,
@@ -154,7 +154,7 @@ def edit_distance(
         row = np.minimum.accumulate(np.concatenate([[i], new]) - steps) + steps
     return int(row[-1])
 
-# %% ../nbs/80_evaluate.ipynb #1b88919b
+# %% ../nbs/80_evaluate.ipynb #93dbc0d6
 def _exact(answer, references):
     return Mark(float(answer in references))
 
@@ -168,7 +168,7 @@ def _characters(text):
     if not text:
         raise ValueError("it has no characters")
 
-# %% ../nbs/80_evaluate.ipynb #d2c3d58d
+# %% ../nbs/80_evaluate.ipynb #e3cf4a8b
 ANLS_THRESHOLD = 0.5
 
 
@@ -182,7 +182,7 @@ def _anls(answer, references):
     "The best of all references."
     return Mark(max(_similarity(answer, r) for r in references))
 
-# %% ../nbs/80_evaluate.ipynb #ee1066e6
+# %% ../nbs/80_evaluate.ipynb #960d8201
 _N = r"(-?\d+(?:\.\d+)?)"
 _BOXES = {
     "<box>": re.compile(rf"<box>\s*(?:\(\s*{_N}\s*,\s*{_N}\s*\)\s*,\s*\(\s*{_N}\s*,\s*{_N}\s*\)|{_N}\s+{_N}\s+{_N}\s+{_N})\s*</box>"),
@@ -207,7 +207,7 @@ def read_boxes(
         raise ValueError("outside 0 to 1000")
     return used[0], tuple(boxes)
 
-# %% ../nbs/80_evaluate.ipynb #904b902c
+# %% ../nbs/80_evaluate.ipynb #946eb3f5
 def iou(
     a: Box,
     b: Box,
@@ -242,7 +242,7 @@ def _boxes(worth):
 
     return mark
 
-# %% ../nbs/80_evaluate.ipynb #bf8c85ae
+# %% ../nbs/80_evaluate.ipynb #fce33e08
 METRICS = {m.name: m for m in (
     Metric("exact", "exact match", _exact),
     Metric("cer", "character error rate", _cer, higher_is_better=False, check=_characters),
@@ -274,7 +274,7 @@ def check_truths(
             raise InputError(f"the metric {metric.name!r} cannot use this right answer ({e}): {text!r:.80}", c.where,
                              "Choose another metric, or correct the record") from None  # fmt: skip
 
-# %% ../nbs/80_evaluate.ipynb #89470f2e
+# %% ../nbs/80_evaluate.ipynb #e4e61d48
 @dataclass(frozen=True)
 class ExactMatch:
     "How many answers were right, character for character after stripping."
@@ -303,7 +303,7 @@ class ExactMatch:
     def to_dict(self) -> dict:
         return {"rate": self.rate, "right": self.right, "total": self.total, "interval_95": list(self.interval)}
 
-# %% ../nbs/80_evaluate.ipynb #b2e7645d
+# %% ../nbs/80_evaluate.ipynb #f8ce103c
 RESAMPLES = 10_000
 
 
@@ -331,7 +331,7 @@ def middle(
     low, high = np.quantile(draws, (0.025, 0.975))
     return None if np.ptp(draws) < 1e-12 else (float(low), float(high))
 
-# %% ../nbs/80_evaluate.ipynb #da8650c8
+# %% ../nbs/80_evaluate.ipynb #169c6c6a
 @dataclass(frozen=True)
 class Score:
     "Marks of all answers of one model, and their sum."
@@ -352,8 +352,7 @@ class Score:
 
     @property
     def value(self) -> float:
-        points, out_of = self.arrays
-        return float(points.sum() / out_of.sum())
+        return float(self.arrays[0].sum() / self.arrays[1].sum())
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:  # 95 %: Wilson for right and wrong, else bootstrap
@@ -371,14 +370,32 @@ class Score:
         return Score(self.metric, tuple(self.marks[i] for i in only))
 
     def __str__(self):
-        between = "all answers alike, so no interval" if self.interval is None else "95 % interval {:.1%} to {:.1%}".format(*self.interval)
-        unread = "; not read: " + ", ".join(f"{n} × {note}" for note, n in self.notes.items()) if self.notes else ""
-        return f"{self.metric.title} {self.value:.1%} (n = {len(self.marks)}; {between}){unread}"
+        return _sentence(self)
 
     def to_dict(self) -> dict:
         return {"value": self.value, "n": len(self.marks), "interval_95": self.interval and list(self.interval)} | ({"unread": self.notes} if self.notes else {})
 
-# %% ../nbs/80_evaluate.ipynb #e2a6de35
+# %% ../nbs/80_evaluate.ipynb #b45c86c9
+def _sentence(score):
+    between = "all answers alike, so no interval" if score.interval is None else "95 % interval {:.1%} to {:.1%}".format(*score.interval)
+    unread = "; not read: " + ", ".join(f"{n} × {note}" for note, n in score.notes.items()) if score.notes else ""
+    return f"{score.metric.title} {score.value:.1%} (n = {len(score.marks)}; {between}){unread}"
+
+# %% ../nbs/80_evaluate.ipynb #5059663f
+def text_table(rows) -> str:
+    "Rows of cells as text, the first column to the left, the others to the right."
+    rows = list(rows)
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip() for r in rows)
+
+
+def html_table(rows) -> str:
+    "The same for a notebook; the first row is the head."
+    head, *body = rows
+    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
+    return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
+
+# %% ../nbs/80_evaluate.ipynb #24dca5c4
 @dataclass(frozen=True)
 class ScoreTable:
     "Scores by category: a row for all questions and one for each kind, a column for each model."
@@ -407,21 +424,7 @@ class ScoreTable:
     def _repr_html_(self):
         return html_table(self.rows())
 
-
-def text_table(rows) -> str:
-    "Rows of cells as text, the first column to the left, the others to the right."
-    rows = list(rows)
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip() for r in rows)
-
-
-def html_table(rows) -> str:
-    "The same for a notebook; the first row is the head."
-    head, *body = rows
-    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
-    return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
-
-# %% ../nbs/80_evaluate.ipynb #38fd69ea
+# %% ../nbs/80_evaluate.ipynb #38d5c24d
 def _strip(conversation, height=112, most=4):
     "The pictures of a conversation side by side, as one."
     images = [load_image(i, conversation.where) for i in conversation.images[:most]]
@@ -441,7 +444,7 @@ def _short(text, width, lines=2):
     text = text if len(text) <= room else f"{text[: room // 2 - 2]} … {text[-(room // 2 - 2) :]}"
     return textwrap.fill(text, width, max_lines=lines + 1).replace("$", r"\$")
 
-
+# %% ../nbs/80_evaluate.ipynb #747b97ef
 def gallery(
     conversations: Sequence[Conversation],  # with one picture, several, or none
     before: Sequence[str],
@@ -466,7 +469,7 @@ def gallery(
     fig.suptitle(f"What did fine-tuning change? {changed} of {len(before)} answers (before → after)")
     return fig
 
-# %% ../nbs/80_evaluate.ipynb #629eae7a
+# %% ../nbs/80_evaluate.ipynb #a2f62fe1
 def _show(ax, conversation, before, after, metric, long, width):
     "Picture, question where there is no picture, and the two answers with what they are worth."
     best = 1.0 if metric.higher_is_better else 0.0
@@ -484,7 +487,7 @@ def _show(ax, conversation, before, after, metric, long, width):
     good = change > 0 or (change == 0 and now.value == best)
     ax.set_title("\n→ ".join(parts) if long else " → ".join(parts), fontsize=6.5 if long else 8, color=COLORS[2] if good else COLORS[1])
 
-# %% ../nbs/80_evaluate.ipynb #9de4d984
+# %% ../nbs/80_evaluate.ipynb #1b9965d8
 def loss_curve(
     history: list[dict],  # the Trainer's `state.log_history`
 ):  # a matplotlib figure
