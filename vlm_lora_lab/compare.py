@@ -87,7 +87,7 @@ class Comparison:
     @cached_property
     def differences(self) -> dict[str, dict[str, Versus]]:  # checkpoint -> kind of question -> beside the first
         first, *others = self.scores
-        return {o: {kind: versus(self.scores[first].at(only), self.scores[o].at(only)) for kind, only in self.table.kinds.items()} for o in others}
+        return {o: {kind: versus(parts[first], parts[o]) for kind, parts in self.table.parts.items()} for o in others}
 
     def rows(self):
         "The differences: a row for each kind of question, a column for each checkpoint but the first. Won : lost are questions."
@@ -105,8 +105,8 @@ class Comparison:
         return self.table._repr_html_() + (html_table(self.rows()) if self.differences else "")
 
     def to_dict(self) -> dict:
-        rows = lambda s: {kind: s.at(only).to_dict() for kind, only in self.table.kinds.items()}  # noqa: E731
-        return {"metric": self.metric.name, "higher_is_better": self.metric.higher_is_better, "scores": {name: rows(s) for name, s in self.scores.items()},
+        rows = lambda name: {kind: parts[name].to_dict() for kind, parts in self.table.parts.items()}  # noqa: E731
+        return {"metric": self.metric.name, "higher_is_better": self.metric.higher_is_better, "scores": {name: rows(name) for name in self.scores},
                 "beside_the_first": {name: {kind: v.to_dict() for kind, v in kinds.items()} for name, kinds in self.differences.items()}}  # fmt: skip
 
 # %% ../nbs/81_compare.ipynb #399d5c2c
@@ -122,11 +122,11 @@ def comparison_figure(
     "Scores on the left; on the right differences to the first by kind of question, or, with one checkpoint alone, its score by kind."
     names, kinds, one = _named(list(comparison.scores)), list(comparison.table.kinds), len(comparison.scores) == 1
     fig, (left, right) = figure(1, 2, width=8, height=min(30, 1.1 + 0.22 * max(len(names), len(kinds) * (1 if one else len(names) - 1))))
-    for y, (name, score) in enumerate(comparison.scores.items()):
+    for y, score in enumerate(comparison.table.parts["all"].values()):
         _dot(left, score.value, score.interval, y, COLORS[0], True)
     left.set(yticks=range(len(names)), yticklabels=names.values(), ylim=(len(names) - 0.5, -0.5), xlabel=comparison.metric.title)
     columns = {n: [(v.difference, v.interval, v.sure) for v in kinds_.values()] for n, kinds_ in comparison.differences.items()}
-    parts = [next(iter(comparison.scores.values())).at(only) for only in comparison.table.kinds.values()]
+    parts = [next(iter(row.values())) for row in comparison.table.parts.values()]
     columns = columns or {"score": [(p.value, p.interval, True) for p in parts]}
     for c, (name, cells) in enumerate(columns.items()):
         for k, (value, interval, filled) in enumerate(cells):
@@ -282,8 +282,10 @@ def _place(output):
     return output
 
 
-def _chosen(checkpoints, base, four_bit, allow_pickle):
+def _chosen(checkpoints, metrics, base, four_bit, allow_pickle):
     names = [str(c) for c in checkpoints]
+    if not metrics:
+        raise InputError("no metric is named", "compare", "Write at least one, such as exact")
     if not names:
         raise InputError("there is no checkpoint to ask", "compare", "Give the folder of an adapter or of a model, or 'lab'")
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:
@@ -309,12 +311,8 @@ def compare(
     allow_pickle: bool = False,  # convert pickled weights of a model once
     say=print,  # called with each line of the account
 ) -> dict[str, Comparison]:  # metric -> its comparison
-    """Ask all checkpoints the same questions, and judge the answers by each metric.
-
-    Raises `InputError` before a model is loaded when something that was given cannot be used."""
-    chosen, wanted = _chosen(checkpoints, base, four_bit, allow_pickle), [metric_of(m) for m in dict.fromkeys(metrics)]
-    if not wanted:
-        raise InputError("no metric is named", "compare", "Write at least one, such as exact")
+    "Ask all checkpoints the same questions, and judge the answers. Raises `InputError` before a model is loaded when something given cannot be used."
+    chosen, wanted = _chosen(checkpoints, metrics, base, four_bit, allow_pickle), [metric_of(m) for m in dict.fromkeys(metrics)]
     conversations = Conversations.open(data, image_root, reading.allow_outside, reading.allow_urls) if isinstance(data, (str, Path)) else data
     for metric in wanted:
         check_truths(metric, conversations)

@@ -342,13 +342,12 @@ class Score:
     @classmethod
     def of(cls, metric: str, answers: Sequence[str], conversations: Sequence[Conversation]) -> "Score":
         "Judge answers. Raises `InputError` for a metric or a truth that cannot be used, `ValueError` when the counts differ."
-        chosen = metric_of(metric)
-        check_truths(chosen, conversations)
+        check_truths(chosen := metric_of(metric), conversations)
         return cls(chosen, tuple(chosen.mark(a, c.references) for a, c in zip(answers, conversations, strict=True)))
 
     @cached_property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:  # points, and what they are out of; (questions,)
-        return np.array([m.points for m in self.marks]), np.array([m.out_of for m in self.marks])
+    def arrays(self) -> np.ndarray:  # (2, questions): points, and what they are out of
+        return np.array([(m.points, m.out_of) for m in self.marks], float).T
 
     @property
     def value(self) -> float:
@@ -357,23 +356,21 @@ class Score:
     @cached_property
     def interval(self) -> tuple[float, float] | None:  # 95 %: Wilson for right and wrong, else bootstrap
         points, out_of = self.arrays
-        if set(points) <= {0, 1} and set(out_of) == {1} and self.metric.name in ("exact", "iou@0.5"):
-            return ExactMatch(int(points.sum()), len(points)).interval
-        return middle(bootstrap(points[None], out_of[None])[0])
+        counted = self.metric.name in ("exact", "iou@0.5") and set(points) <= {0, 1}
+        return ExactMatch(int(points.sum()), len(points)).interval if counted else middle(bootstrap(points[None], out_of[None])[0])
 
     @property
     def notes(self) -> dict[str, int]:  # why answers could not be read -> how many
         return dict(Counter(m.note for m in self.marks if m.note))
 
-    def at(self, only: Sequence[int]) -> "Score":
-        "The same for some of the questions."
+    def at(self, only: Sequence[int]) -> "Score":  # for some of the questions
         return Score(self.metric, tuple(self.marks[i] for i in only))
 
     def __str__(self):
         return _sentence(self)
 
     def to_dict(self) -> dict:
-        return {"value": self.value, "n": len(self.marks), "interval_95": self.interval and list(self.interval)} | ({"unread": self.notes} if self.notes else {})
+        return {"value": self.value, "n": len(self.marks), "interval_95": self.interval and list(self.interval), "unread": self.notes}
 
 # %% ../nbs/80_evaluate.ipynb #b45c86c9
 def _sentence(score):
@@ -403,20 +400,24 @@ class ScoreTable:
     scores: dict[str, Score]  # model -> its score on all questions
     categories: Sequence[str]  # of each question; empty: it has none
 
-    @property
+    @cached_property
     def kinds(self) -> dict[str, list[int]]:  # row -> its questions
         found = {}
         for i, name in enumerate(self.categories):
             found.setdefault(name or "(no category)", []).append(i)
         return {"all": list(range(len(self.categories)))} | (dict(sorted(found.items())) if len(found) > 1 or "(no category)" not in found else {})
 
+    @cached_property
+    def parts(self) -> dict[str, dict[str, Score]]:  # row -> model -> its score
+        return {kind: {name: s.at(only) for name, s in self.scores.items()} for kind, only in self.kinds.items()}
+
     def rows(self) -> Iterator[list[str]]:
         "What is in the cells, the head first."
         some = next(iter(self.scores.values())).metric
         yield [f"{some.title}, {'higher' if some.higher_is_better else 'lower'} is better", "n", *self.scores]
-        for kind, only in self.kinds.items():
-            parts = [s.at(only) for s in self.scores.values()]
-            yield [kind, f"{len(only):,}", *(f"{p.value:.1%}" + (" ({:.0%} to {:.0%})".format(*p.interval) if p.interval else " (all alike)") for p in parts)]
+        for kind, parts in self.parts.items():
+            cells = [f"{p.value:.1%}" + (" ({:.0%} to {:.0%})".format(*p.interval) if p.interval else " (all alike)") for p in parts.values()]
+            yield [kind, f"{len(self.kinds[kind]):,}", *cells]
 
     def __str__(self):
         return text_table(self.rows())
