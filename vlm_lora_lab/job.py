@@ -21,7 +21,7 @@ from .data.records import Conversations
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, preflight
 from .errors import InputError, empty_folder, explain_write_errors, write_json
-from .evaluate import ExactMatch, generate_answers, loss_curve
+from .evaluate import ExactMatch, Score, check_truths, generate_answers, loss_curve, metric_of
 from .models.files import save_vlm
 from .models.load import load_tokenizer, load_vlm, model_folder
 from .models.published import on_meta
@@ -38,6 +38,7 @@ class Job:
     output: str  # folder for checkpoints, adapter and report
     model: str = "lab"  # "lab", a folder, or owner/name on the Hugging Face hub
     eval_data: str | None = None  # JSON file of conversations to be asked about afterwards
+    metric: str = "exact"  # how those answers are judged: exact, cer, anls, iou or iou@0.5
     image_root: str | None = None  # folder that picture paths start from; default: that of the JSON file
     allow_pickle: bool = False  # convert pickled weights (*.bin) once, through a reader that runs no code
     four_bit: bool = True  # NF4 for the language model's decoder layers (Q-LoRA); False: plain LoRA
@@ -67,6 +68,7 @@ class Job:
             raise InputError(f"mix_share is {values['mix_share']!r}", where, "Write a number from 0 up to, not including, 1")
         if values.get("nan", "stop") not in POLICIES:
             raise InputError(f"nan is {values['nan']!r}", where, f"Write one of {', '.join(POLICIES)}")
+        metric_of(values.get("metric", "exact"))
         for name in ("four_bit", "allow_pickle"):
             if not isinstance(values.get(name, True), bool):
                 raise InputError(f"{name} is {values[name]!r}", where, "Write true or false")
@@ -137,6 +139,8 @@ def train(
     processor = Processor.of(empty.config, tokenizer, job.schedule.max_length, job.reading.drop_turns)
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
+    if held:
+        check_truths(metric_of(job.metric), held.conversations)
     held_out, left_out = held.conversations if held else None, {p: c.skipped for p, c in ((job.data, new), (job.eval_data, held)) if c and c.skipped}
     if job.mix_data:
         old = Drawn(0, 1_000_000) if job.mix_data == "drawn" else _checked(job.mix_data, job, processor, "old samples", say).conversations
@@ -177,6 +181,9 @@ def train(
                    "after": generate_answers(model, processor, held_out, desc="asking after")}  # fmt: skip
         scores = {when: ExactMatch.of(answers, held_out) for when, answers in results.items()}
         report["exact_match"] = {when: score.to_dict() for when, score in scores.items()}
+        if job.metric != "exact":
+            scores = {when: Score.of(job.metric, answers, held_out) for when, answers in results.items()}
+            report["score"] = {"metric": job.metric, "higher_is_better": scores["after"].metric.higher_is_better} | {w: s.to_dict() for w, s in scores.items()}
         say("\n".join(f"{when:6} {score}" for when, score in scores.items()))
     with explain_write_errors(output):
         save_figure(loss_curve(run.history), output / "loss.png")

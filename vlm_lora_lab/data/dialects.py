@@ -9,6 +9,7 @@ __all__ = ['to_record', 'convert']
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -68,7 +69,8 @@ def to_record(
     names = list(conversation.images) if memory else [_name(i, root) for i in conversation.images]
     if memory:
         names = [_held(i, root) for i in names]
-    return {"id": conversation.id} | _WRITERS[dialect](conversation, names)
+    judging = {"category": conversation.category, "answers": list(conversation.answers)}  # for those who have them; see chapter 80
+    return {"id": conversation.id} | _WRITERS[dialect](conversation, names) | {k: v for k, v in judging.items() if v}
 
 
 def _minicpmv(c, names):
@@ -141,7 +143,7 @@ def convert(
                 file.write("" if lines else "[")
                 for c in conversations:
                     images = tuple(Path(os.path.abspath(i)) if isinstance(i, (str, Path)) else i for i in c.images)
-                    record = to_record(Conversation(c.id, c.messages, images, c.source), dialect, root)
+                    record = to_record(replace(c, images=images), dialect, root)
                     file.write(("" if lines else ",\n " if count else "\n ") + json.dumps(record, ensure_ascii=False) + ("\n" if lines else ""))
                     count += 1
                 file.write("" if lines else "\n]\n")

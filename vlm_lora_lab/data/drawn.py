@@ -103,14 +103,14 @@ def draw(
     kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
     if kind == "number":
         image, value, _ = number(rng)
-        return ask("What number is this?", str(value), image, id=f"number-{seed}")
+        return ask("What number is this?", str(value), image, id=f"number-{seed}", category="number")
     if kind == "sum":
         a, b = rng.randint(0, 9), rng.randint(0, 9)
-        return ask(f"What is {a} + {b}?", str(a + b), id=f"sum-{seed}")
+        return ask(f"What is {a} + {b}?", str(a + b), id=f"sum-{seed}", category="sum")
     if kind == "pair":
         (first, one, _), (second, two, _) = scene(rng, 1), scene(rng, 1)
         which, content = rng.choice([("first", one), ("second", two)])
-        return ask(f"What is in the {which} picture?", "a {} {}".format(*next(iter(content.values()))), first, second, id=f"pair-{seed}")
+        return ask(f"What is in the {which} picture?", "a {} {}".format(*next(iter(content.values()))), first, second, id=f"pair-{seed}", category="pair")
     image, content, _ = scene(rng)
     place, (colour, shape) = rng.choice(list(content.items()))
     colours, shapes = [c for c, _ in content.values()], [s for _, s in content.values()]
@@ -126,7 +126,7 @@ def draw(
         question = (f"What is at the {place}?", f"a {colour} {shape}")  # "where" would have two answers
     if kind == "what" and rng.random() < 0.25 and (empty := [p for p in PLACES if p not in content]):
         question = (f"What is at the {rng.choice(empty)}?", "nothing")
-    return ask(*question, image, id=f"{kind}-{seed}")
+    return ask(*question, image, id=f"{kind}-{seed}", category=kind)
 
 # %% ../../nbs/24_data.drawn.ipynb #2ea70549
 class Drawn(Sequence):

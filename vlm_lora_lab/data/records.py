@@ -35,6 +35,13 @@ class Conversation:
     messages: tuple[Message, ...]  # user and assistant in turns, a system message first if any
     images: tuple[Path | Image.Image | Inline | Remote, ...] = ()  # a file, a picture in memory or in the record, or an address
     source: str = ""  # file and record, for error messages
+    category: str = ""  # kind of question, for tables by kind; empty: none
+    answers: tuple[str, ...] = ()  # other answers that are right, too; only the last message is learned
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        "Everything that is a right answer, stripped, the last message first."
+        return tuple(dict.fromkeys(a.strip() for a in (self.answer, *self.answers)))
 
     @property
     def answer(self) -> str:
@@ -57,13 +64,15 @@ def ask(
     answer: str,  # text of the assistant's turn
     *images,  # pictures or paths, in order
     id: str = "0",  # a name for error messages
+    category: str = "",  # kind of question
+    answers: tuple[str, ...] = (),  # other right answers
 ) -> Conversation:  # one question, one answer
     "A conversation of a single turn."
     missing = len(images) - question.count("<image>")
     if missing < 0:
         raise InputError(f"the question mentions {question.count('<image>')} pictures, but {len(images)} are given", f"conversation {id}")
     content = "<image>\n" * missing + question
-    return Conversation(id, (Message("user", content), Message("assistant", answer)), images)
+    return Conversation(id, (Message("user", content), Message("assistant", answer)), images, category=category, answers=tuple(answers))
 
 # %% ../../nbs/20_data.records.ipynb #24b6815a
 class RecordError(InputError):
@@ -82,7 +91,7 @@ class RecordError(InputError):
 
 # %% ../../nbs/20_data.records.ipynb #6d55a7b6
 DIALECTS = {"minicpmv": "MiniCPM-V", "qwenvl": "Qwen-VL", "llava": "LLaVA, ShareGPT", "openai": "OpenAI messages", "hf": "Hugging Face messages"}
-KNOWN_FIELDS = {"id", "image", "images", "conversations", "messages", "system"}
+KNOWN_FIELDS = {"id", "image", "images", "conversations", "messages", "system", "category", "answers"}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
@@ -278,12 +287,27 @@ def parse_record(
         messages, references = _match(messages, mentions, record, where)
         if len(references) > access.limits.pictures:
             raise RecordError(f"the record has {len(references)} pictures; the limit is {access.limits.pictures}", where, "image", "Split it", "picture")
-        return Conversation(name, tuple(messages), tuple(_picture(r, access, where) for r in references), where)
+        pictures = tuple(_picture(r, access, where) for r in references)
+        return Conversation(name, tuple(messages), pictures, where, *_for_judging(record, where, access.limits))
     except RecordError as e:
         e.id = name
         raise
 
 # %% ../../nbs/20_data.records.ipynb #4f4e8167
+def _for_judging(record, where, limits):
+    "`category` and `answers` of a record; numbers become text."
+    is_text = lambda v: isinstance(v, (str, int, float)) and not isinstance(v, bool) and str(v).strip()  # noqa: E731
+    category, answers = record.get("category"), record.get("answers")
+    category, answers = "" if category is None else category, [] if answers is None else answers
+    if category != "" and not (is_text(category) and len(str(category)) <= 100):
+        raise RecordError(f"expected a short text, found {category!r:.60}", where, "category", "Write a word for the kind of question, or rename the field", "text")
+    if not isinstance(answers, list) or not all(map(is_text, answers)) or len(answers) > limits.messages:
+        raise RecordError(f"expected a list of texts, found {answers!r:.60}", where, "answers", "Write the right answers as texts, or rename the field", "text")
+    for text in (category, *answers):
+        _text(str(text), where, "answers", limits)
+    return str(category).strip(), tuple(map(str, answers))
+
+# %% ../../nbs/20_data.records.ipynb #99fbcb11
 def _picture(reference, access, where):
     "What a reference means."
     if isinstance(reference, Image.Image):
@@ -299,7 +323,7 @@ def _picture(reference, access, where):
     except InputError as e:
         raise RecordError(e.found, where, "image", e.remedy, "picture") from None
 
-# %% ../../nbs/20_data.records.ipynb #53d60fef
+# %% ../../nbs/20_data.records.ipynb #2f753dac
 class Conversations(Sequence):
     "The conversations of a file or of a dataset, each read and checked when it is asked for. Asking for a bad one raises `RecordError`."
 
@@ -338,7 +362,7 @@ class Conversations(Sequence):
         where = self.rows.where(number) if isinstance(self.rows, Rows) else f"{self.name}, record {number}"
         return parse_record(self.rows[number], self.access, where, number)
 
-# %% ../../nbs/20_data.records.ipynb #2ae0993c
+# %% ../../nbs/20_data.records.ipynb #5f966285
 def read_conversations(
     path: str | Path,  # JSON or JSON Lines, in any of the dialects
     image_root: str | Path | None = None,  # folder that relative picture paths start from; default: the file's own
