@@ -46,7 +46,8 @@ def test_codes_scales_and_weights_are_those_of_bitsandbytes(shape, dtype):
     w = (torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape))) * 0.02).to(dtype)
     mine, (theirs, state) = NF4.of(w, double=False), quantised(w, False)
     assert torch.equal(mine.packed, theirs.view(-1)) and torch.equal(mine.scales, state.absmax)
-    assert torch.equal(mine.dequantize().to(dtype), F.dequantize_4bit(theirs, state))
+    with torch.compiler.set_stance("force_eager"):  # bitsandbytes would compile its path for odd shapes, for 20 seconds
+        assert torch.equal(mine.dequantize().to(dtype), F.dequantize_4bit(theirs, state))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -54,16 +55,20 @@ def test_double_quantisation_is_read_as_bitsandbytes_reads_it(shape):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     theirs, state = quantised(w, True)
     same = NF4(theirs.view(-1), state.absmax, w.shape, 64, state.state2.absmax, state.offset)
-    assert torch.equal(same.dequantize(), F.dequantize_4bit(theirs, state))
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(same.dequantize(), F.dequantize_4bit(theirs, state))
 
 
-def test_double_quantisation_is_written_as_bitsandbytes_writes_it_but_at_the_middle_between_two_levels():
+def test_double_quantisation_is_written_as_bitsandbytes_writes_it_but_where_two_levels_are_as_good():
     w = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(2))
     mine, (theirs, state) = NF4.of(w), quantised(w, True)
     assert torch.equal(mine.packed, theirs.view(-1)) and torch.equal(mine.outer, state.state2.absmax) and torch.equal(mine.mean, state.offset)
-    step = (mine.scales.int() - state.absmax.int()).abs()
-    assert step.max() <= 1 and (step > 0).float().mean() < 5e-3
-    assert (mine.dequantize() - F.dequantize_4bit(theirs, state)).abs().max() < 0.02 * w.abs().max()
+    differ = mine.scales != state.absmax
+    value = (NF4.of(w, double=False).scales - mine.mean) / mine.outer.repeat_interleave(256)
+    off = [(value - dynamic_levels()[codes.long()]).abs() for codes in (mine.scales, state.absmax)]
+    assert differ.float().mean() < 5e-3 and (off[1] - off[0])[differ].min() > -1e-6 and (off[1] - off[0]).max() < 5e-5
+    apart = (dynamic_levels()[mine.scales.long()] - dynamic_levels()[state.absmax.long()]).abs().max() * mine.outer.max()
+    assert (mine.dequantize() - F.dequantize_4bit(theirs, state)).abs().max() <= 1.001 * apart
 
 
 def test_what_is_already_on_the_levels_does_not_move():
@@ -280,7 +285,7 @@ def test_a_step_of_q_lora_as_each_row_says_is_finite_and_an_overflow_is_left_out
     check_nf4(model.base_model.model, compute=p.stored, meant=[n for n, m in model.base_model.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)])
     trained = [q for q in model.parameters() if q.requires_grad]
     assert {q.dtype for q in trained} == {torch.float32}
-    optimizer, scaler = torch.optim.AdamW(trained, lr=1e-3), torch.amp.GradScaler("cpu", enabled=p.scaler)
+    optimizer, scaler = torch.optim.AdamW(trained, lr=1e-3), torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=p.scaler)
     batch = {"input_ids": torch.arange(20, 40)[None], "labels": torch.arange(20, 40)[None]}
 
     def step(factor):
