@@ -8,12 +8,11 @@ __all__ = ['CARDS', 'CUDA', 'Alive', 'step_bytes', 'shapes_only', 'Estimate', 's
 # %% ../../nbs/42_quant.memory.ipynb #16a062e9
 import re
 import weakref
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,7 +105,8 @@ def step_bytes(
     on = next(model.parameters()).device.type
     cast = lambda: nullcontext() if autocast is None else _Autocast(autocast) if on == "meta" else torch.autocast(on, dtype=autocast)  # noqa: E731
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False} | ({"context_fn": lambda: (cast(), cast())} if on == "meta" else {}))
+        how = {"use_reentrant": False} | ({"context_fn": lambda: (cast(), cast())} if on == "meta" else {})
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how)  # its older name goes with transformers 6
     model.train()
     known = [*model.parameters(), *model.buffers(), *(t for t in batch.values() if isinstance(t, torch.Tensor))]
     for state in filter(None, (getattr(p, "quant_state", None) for p in model.parameters())):
@@ -186,16 +186,14 @@ def shapes_of_batch(
     dtype: torch.dtype,
 ) -> tuple[dict, bool]:  # a batch on the meta device; whether its pictures go through the vision tower
     "A batch without content. Pictures are in it for MiniCPM-V's own classes; for other families the text alone, embedded."
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     labels = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     if not isinstance(inner, MiniCPMV) or not pictures:
         width = inner.config.get_text_config().hidden_size
         position = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
         return {"inputs_embeds": torch.empty(rows, tokens, width, dtype=dtype, device="meta"), "position_ids": position, "labels": labels}, False
     vision, queries = inner.config.vision_config, inner.config.query_num
-    side, n = vision.image_size // vision.patch_size, rows * pictures
-    if inner.config.version != 2.0:
-        side = min(side, 32)  # slices of 448 x 448 pixels
+    side, n = min(32, vision.image_size // vision.patch_size), rows * pictures  # a slice has 448 x 448 pixels
     if pictures * queries > tokens:
         raise InputError(f"{pictures} pictures are {pictures * queries} tokens, and a row has {tokens}", "estimate", "Lower pictures, or raise max_length")
     bound = torch.tensor([[i // pictures, (i % pictures) * queries, (i % pictures + 1) * queries] for i in range(n)])
@@ -203,10 +201,22 @@ def shapes_of_batch(
     return {"input_ids": labels, "pixel_values": pixels, "tgt_sizes": torch.tensor([[side, side]] * n), "image_bound": bound, "labels": labels}, True
 
 # %% ../../nbs/42_quant.memory.ipynb #b8bd60b7
+def _rows(model, weights, peak, tokens, stored):
+    "The account, line by line."
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logits = min(peak, 12 * tokens * model.config.get_text_config().vocab_size)  # in 16 bit, in 32, its softmax, and the gradient
+    packed = sum(r[2] for r in weights.rows if r[1] == "nf4")
+    replaced = 0 if hasattr(model, "get_base_model") else sum(p.numel() * stored.itemsize for p in model.parameters() if p.requires_grad)
+    return [("decoder in 4 bit", packed // 2), ("scales of the 4-bit layers", weights.of_kind("nf4") - packed // 2),
+            (f"other weights in {str(stored).removeprefix('torch.')}", weights.nbytes - weights.of_kind("nf4") - replaced),
+            ("trained weights, 32 bit", 4 * trained), ("optimizer (AdamW)", 8 * trained), ("logits and loss", logits),
+            ("activations, or gradients if larger", max(peak, 4 * trained) - logits), ("CUDA itself (assumed)", CUDA)]  # fmt: skip
+
+# %% ../../nbs/42_quant.memory.ipynb #36fb13a7
 def estimate(
     name: str,  # "lab", a folder, or the name of a published checkpoint
     plan: TuningPlan | None = None,
-    gpu: str | float | None = None,  # a card, or GiB
+    gpu: str | float | None = None,  # a card, or GiB; its types are those of chapter 18, without a card's name bfloat16
     four_bit: bool = True,
     batch_size: int = 1,
     tokens: int = 2048,  # of a row
@@ -220,27 +230,30 @@ def estimate(
     weights, half = Weights.predicted(empty, stored, take), Weights.predicted(empty, stored)
     model = shapes_only(apply_plan(empty.to(stored), plan))
     by_part = count(model, trainable=True)
-    trained = sum(by_part.values())
     batch, seen = shapes_of_batch(model, batch_size, tokens, pictures, stored)
     run = lambda ck: step_bytes(model, batch, precision.autocast, ck)  # noqa: E731
     kept = None if checkpointing else run(False)
     lean = run(True)
     peak = lean if checkpointing else kept
-    logits = 12 * batch_size * tokens * model.config.get_text_config().vocab_size
-    packed = sum(r[2] for r in weights.rows if r[1] == "nf4")
-    frozen_twice = 0 if isinstance(model, PeftModel) else sum(p.numel() * stored.itemsize for p in model.parameters() if p.requires_grad)
-    rows = [("decoder in 4 bit", packed // 2), ("scales of the 4-bit layers", weights.of_kind("nf4") - packed // 2),
-            (f"other weights in {str(stored).removeprefix('torch.')}", weights.nbytes - weights.of_kind("nf4") - frozen_twice),
-            ("trained weights, 32 bit", 4 * trained), ("optimizer (AdamW)", 8 * trained), ("logits and loss", min(logits, peak)),
-            ("activations, or gradients if larger", max(peak, 4 * trained) - min(logits, peak)), ("CUDA itself (assumed)", CUDA)]  # fmt: skip
-    changes = [(f"max_length {tokens // 2} in place of {tokens}", peak // 2)]
+    rows = _rows(model, weights, peak, batch_size * tokens, stored)
+    changes = [(f"max_length {tokens // 2} in place of {tokens}", 0.5, 0)]  # what, the share of the peak that is left, bytes saved elsewhere
     if not four_bit:
-        changes.append(("four_bit: true", half.nbytes - Weights.predicted(on_meta(name), stored, Packing.of(on_meta(name), plan).take).nbytes))
+        with suppress(InputError):  # a plan that contradicts 4 bit gets no such advice
+            changes.append(("four_bit: true", 1, half.nbytes - Weights.predicted(on_meta(name), stored, Packing.of(on_meta(name), plan).take).nbytes))
     if not checkpointing:
-        changes.append(("gradient checkpointing", kept - lean))
+        changes.append(("gradient checkpointing", lean / kept, 0))
     if batch_size > 1:
-        changes.append((f"batch_size 1 and accumulation {batch_size}", peak - peak // batch_size))
-    changes += [(f"{p}: lora in place of full", 12 * by_part[p]) for p in PARTS if any(r.word == "full" for r in plan.rules(p))]
+        changes.append((f"batch_size 1 and accumulation {batch_size}", 1 / batch_size, 0))
+    changes += [(f"{p}: lora in place of full", 1, 12 * by_part[p]) for p in PARTS if any(r.word == "full" for r in plan.rules(p))]
     notes = () if seen or not pictures else ("the activations of vision tower and connector are not in this number; they are for MiniCPM-V",)
     title = f"{name}: {batch_size} x {tokens} tokens, {pictures} pictures a row, {'checkpointing' if checkpointing else 'all activations kept'}"
-    return Estimate(title, tuple(r for r in rows if r[1]), room, tuple(sorted(changes, key=lambda c: -c[1])[:3]), notes)
+    return Estimate(title, tuple(r for r in rows if r[1]), room, _first_three(changes, peak), notes)
+
+
+def _first_three(changes, peak):
+    "The three changes that save most, each counted after those before it."
+    saved, left = [], 1.0
+    for what, share, elsewhere in sorted(changes, key=lambda c: (c[1] - 1) * peak - c[2])[:3]:
+        saved.append((what, int(peak * left * (1 - share)) + elsewhere))
+        left *= share
+    return tuple(saved)
