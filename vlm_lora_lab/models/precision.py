@@ -70,7 +70,7 @@ class Precision:
     def of(cls, row: Generation) -> "Precision":
         return cls(row.name, row.half or torch.float32, row.half, row.kernel)
 
-
+# %% ../../nbs/18_models.precision.ipynb #7f347944
 def precision_for(
     on: str | torch.device | tuple[int, int],  # "cpu", "cuda:0", a card such as "T4" or "RTX 4090", or a compute capability
 ) -> Precision:
@@ -104,7 +104,7 @@ def _of_device(device):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # PyTorch's word counts: other vendors' cards have other numbers
     return Precision.of(replace(row, half=torch.bfloat16 if bf16 else torch.float16))
 
-# %% ../../nbs/18_models.precision.ipynb #67602035
+# %% ../../nbs/18_models.precision.ipynb #5b95acd2
 def precision_of(
     model: nn.Module,  # loaded; trained parts perhaps already in float32
 ) -> Precision:

@@ -55,7 +55,7 @@ def _encode(x, levels, block):
 def _decode(codes, largest, levels, block):
     return levels[codes.long()] * largest.repeat_interleave(block)[: codes.numel()]
 
-
+# %% ../../nbs/40_quant.nf4.ipynb #eff6f19c
 @dataclass(frozen=True, eq=False)
 class NF4:
     "A tensor in NF4, as it lies in memory."
@@ -96,7 +96,7 @@ class NF4:
     def nbytes(self) -> int:  # of codes, scales and scales of scales; the tables of levels are shared
         return sum(t.numel() * t.element_size() for t in (self.packed, self.scales, self.outer, self.mean) if t is not None)
 
-# %% ../../nbs/40_quant.nf4.ipynb #c4460b13
+# %% ../../nbs/40_quant.nf4.ipynb #c862616a
 def bits_per_weight(
     block: int = 64,  # weights that share a scale
     double: bool = True,  # scales in 8 bits

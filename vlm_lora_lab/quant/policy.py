@@ -58,7 +58,7 @@ WHY = {
 BARE = "its weight is read without its forward"
 IN_FULL = "trained in full by the plan: integers have no gradient"
 
-
+# %% ../../nbs/41_quant.policy.ipynb #cbce53d2
 @dataclass(frozen=True)
 class Packing:
     "Which layers go into 4 bit under a plan, and why all others do not."
@@ -92,7 +92,7 @@ class Packing:
         reasons = Counter(self.keep.values())
         return "\n".join([f"{len(self.take):5} layers in 4 bit", *(f"{n:5} whole: {why}" for why, n in reasons.most_common())])
 
-# %% ../../nbs/41_quant.policy.ipynb #d6f88586
+# %% ../../nbs/41_quant.policy.ipynb #d5705798
 def four_bit_bytes(
     weights: int,  # of one layer
 ) -> int:  # bytes of codes, scales, scales of scales, their mean, and sixteen levels
@@ -100,7 +100,48 @@ def four_bit_bytes(
     blocks = -(-weights // 64)
     return -(-weights // 2) + blocks + 4 * -(-blocks // 256) + 4 + 16 * 4
 
+# %% ../../nbs/41_quant.policy.ipynb #cdddd723
+def _measured(model):
+    "(part, kind, weights, bytes) of every tensor, each storage once."
+    layout, seen = layout_of(model), set()
+    for name, p in model.named_parameters():
+        state = getattr(p, "quant_state", None)
+        tensors = [p, *([state.absmax, state.offset, state.code, state.state2.absmax] if state and state.nested else [state.absmax, state.code] if state else [])]
+        fresh = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.data_ptr() not in seen}
+        seen |= set(fresh)
+        weights = (state.shape.numel() if state else p.numel()) if p.data_ptr() in fresh else 0
+        yield layout.part_of(name), state.quant_type if state else str(p.dtype).removeprefix("torch."), weights, sum(fresh.values())
 
+
+def _on_shapes(model, dtype, take):
+    "The same from shapes alone; a tied tensor comes once."
+    layout = layout_of(model)
+    for name, p in model.named_parameters():
+        if name.removesuffix(".weight") in take:
+            yield layout.part_of(name), "nf4", p.numel(), four_bit_bytes(p.numel())
+        else:
+            yield layout.part_of(name), str(dtype).removeprefix("torch."), p.numel(), dtype.itemsize * p.numel()
+
+
+def _added(tensors):
+    "One row for each part and kind."
+    rows = {}
+    for part, kind, n, size in tensors:
+        row = rows.setdefault((part, kind), [0, 0])
+        row[0], row[1] = row[0] + n, row[1] + size
+    return tuple((part, kind, n, b) for part in PARTS for (q, kind), (n, b) in sorted(rows.items()) if q == part)
+
+
+def _as_text(cells):
+    widths = [max(len(row[i]) for row in cells) for i in range(5)]
+    return "\n".join("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells)
+
+
+def _as_html(head, *body):
+    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
+    return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
+
+# %% ../../nbs/41_quant.policy.ipynb #2eebbfd3
 @dataclass(frozen=True)
 class Weights:
     "What the weights of a model take. Prints as text, shows as a table in a notebook."
@@ -111,26 +152,13 @@ class Weights:
     def nbytes(self) -> int:
         return sum(r[3] for r in self.rows)
 
-    def of_part(self, part: str) -> int:  # bytes
-        return sum(r[3] for r in self.rows if r[0] == part)
-
     def of_kind(self, kind: str) -> int:  # bytes
         return sum(r[3] for r in self.rows if r[1] == kind)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Weights":
         "Measured: every storage once, also PEFT's frozen copies of what is trained in full."
-        layout, seen, rows = layout_of(model), set(), {}
-        for name, p in model.named_parameters():
-            state = getattr(p, "quant_state", None)
-            tensors = [p, *([state.absmax, state.offset, state.code, state.state2.absmax] if state and state.nested else [state.absmax, state.code] if state else [])]
-            fresh = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.data_ptr() not in seen}
-            seen |= set(fresh)
-            kind = state.quant_type if state else str(p.dtype).removeprefix("torch.")
-            row = rows.setdefault((layout.part_of(name), kind), [0, 0])
-            row[0] += (state.shape.numel() if state else p.numel()) if p.data_ptr() in fresh else 0
-            row[1] += sum(fresh.values())
-        return cls(tuple((part, kind, n, b) for part in PARTS for (q, kind), (n, b) in sorted(rows.items()) if q == part))
+        return cls(_added(_measured(model)))
 
     @classmethod
     def predicted(
@@ -140,13 +168,7 @@ class Weights:
         take: tuple[str, ...] = (),  # layers in 4 bit
     ) -> "Weights":
         "From shapes alone, before a plan is applied."
-        layout, rows, size = layout_of(model), {}, torch.finfo(dtype).bits // 8
-        for name, p in model.named_parameters():  # a tied tensor comes once
-            packed = name.removesuffix(".weight") in take
-            row = rows.setdefault((layout.part_of(name), "nf4" if packed else str(dtype).removeprefix("torch.")), [0, 0])
-            row[0] += p.numel()
-            row[1] += four_bit_bytes(p.numel()) if packed else size * p.numel()
-        return cls(tuple((part, kind, n, b) for part in PARTS for (q, kind), (n, b) in sorted(rows.items()) if q == part))
+        return cls(_added(_on_shapes(model, dtype, take)))
 
     def _cells(self):
         yield ("part", "kind", "weights", "MiB", "bits each")
@@ -154,16 +176,12 @@ class Weights:
             yield part, kind, f"{n:,}", f"{size / 2**20:,.2f}", f"{8 * size / max(n, 1):.3f}"
 
     def __repr__(self):
-        cells = list(self._cells())
-        widths = [max(len(row[i]) for row in cells) for i in range(5)]
-        return "\n".join("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells)
+        return _as_text(list(self._cells()))
 
     def _repr_html_(self):
-        head, *body = self._cells()
-        row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
-        return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
+        return _as_html(*self._cells())
 
-# %% ../../nbs/41_quant.policy.ipynb #01235d5c
+# %% ../../nbs/41_quant.policy.ipynb #9064814a
 def upcast_bytes(
     model: nn.Module,  # on the meta device
     take: tuple[str, ...] = (),  # layers in 4 bit
