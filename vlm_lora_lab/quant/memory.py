@@ -212,6 +212,15 @@ def _rows(model, weights, peak, tokens, stored):
             ("trained weights, 32 bit", 4 * trained), ("optimizer (AdamW)", 8 * trained), ("logits and loss", logits),
             ("activations, or gradients if larger", max(peak, 4 * trained) - logits), ("CUDA itself (assumed)", CUDA)]  # fmt: skip
 
+
+def _first_three(changes, peak):
+    "The three changes that save most, each counted after those before it."
+    saved, left = [], 1.0
+    for what, share, elsewhere in sorted(changes, key=lambda c: (c[1] - 1) * peak - c[2])[:3]:
+        saved.append((what, int(peak * left * (1 - share)) + elsewhere))
+        left *= share
+    return tuple(saved)
+
 # %% ../../nbs/42_quant.memory.ipynb #36fb13a7
 def estimate(
     name: str,  # "lab", a folder, or the name of a published checkpoint
@@ -248,12 +257,3 @@ def estimate(
     notes = () if seen or not pictures else ("the activations of vision tower and connector are not in this number; they are for MiniCPM-V",)
     title = f"{name}: {batch_size} x {tokens} tokens, {pictures} pictures a row, {'checkpointing' if checkpointing else 'all activations kept'}"
     return Estimate(title, tuple(r for r in rows if r[1]), room, _first_three(changes, peak), notes)
-
-
-def _first_three(changes, peak):
-    "The three changes that save most, each counted after those before it."
-    saved, left = [], 1.0
-    for what, share, elsewhere in sorted(changes, key=lambda c: (c[1] - 1) * peak - c[2])[:3]:
-        saved.append((what, int(peak * left * (1 - share)) + elsewhere))
-        left *= share
-    return tuple(saved)
