@@ -223,6 +223,17 @@ def _plan(o):
     print(Preview.of(on_meta(o.model), plan))
 
 
+def _estimate(o):
+    from vlm_lora_lab.plan import TuningPlan
+    from vlm_lora_lab.quant.memory import estimate
+
+    print("Running a step on shapes; for a large model this takes up to a minute …", file=sys.stderr)
+    plan = TuningPlan(**{f.name: getattr(o, f.name) for f in fields(TuningPlan) if hasattr(o, f.name)})
+    result = estimate(o.model, plan, o.gpu, not o.no_four_bit, o.batch_size, o.max_length, o.pictures, not o.no_checkpointing)
+    print(result)
+    return 1 if result.fits is False else 0
+
+
 def _flag(pair):
     "name=value, as on an old command line."
     name, equals, value = pair.removeprefix("--").partition("=")
@@ -490,6 +501,22 @@ def _parser(argv):
     p.add_argument("folder", help="an adapter, ours or any of PEFT's; or a whole model")
     p.add_argument("--base", metavar="MODEL", help='"lab", a folder, or the name of a published checkpoint (default: what the adapter names)')
     p.add_argument("--json", action="store_true", help="print everything as JSON")
+    p = command("estimate", _estimate, "will it fit? memory of a training step, by part, without weights and without a network",
+                "Predict what a training step takes: weights, scales, optimizer, activations, logits. Nothing is loaded; the step is run on shapes.\n"
+                "Exit status: 0 it fits, 1 it does not.\n\n"
+                "  vlm-lora-lab estimate openbmb/MiniCPM-V-2_6 --gpu T4 --pictures 10\n"
+                "  vlm-lora-lab estimate Qwen/Qwen2.5-VL-7B-Instruct --gpu 24 --rank 64 --batch-size 4")  # fmt: skip
+    p.add_argument("model", help='owner/name of a published checkpoint, "lab", or a folder with a config.json')
+    p.add_argument("--gpu", metavar="CARD", help="T4, V100, RTX 3090, RTX 4090, L4, A100, H100, H200, or GiB as a number (default: no verdict)")
+    p.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="conversations at once (default: 1)")
+    p.add_argument("--max-length", type=_positive, default=2048, metavar="N", help="tokens of a conversation (default: 2048)")
+    p.add_argument("--pictures", type=_seed, default=1, metavar="N", help="pictures of a conversation, slices counted (default: 1)")
+    p.add_argument("--no-four-bit", action="store_true", help="the base in 16 bit")
+    p.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    if argv[:1] == ["estimate"]:
+        from vlm_lora_lab.plan import TuningPlan
+
+        _add(p.add_argument_group("plan: one word per part"), TuningPlan)
 
     p = command("merge", _merge, "fold an adapter into a whole model",
                 "Fold an adapter into a whole model, tensor by tensor; memory for its largest matrices is enough.\n\n"

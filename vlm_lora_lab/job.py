@@ -26,6 +26,7 @@ from .models.files import save_vlm
 from .models.load import load_tokenizer, load_vlm, model_folder
 from .models.published import on_meta
 from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
+from .quant.policy import Packing
 from .style import save_figure
 from .train.run import Schedule, fit, last_checkpoint, mix
 
@@ -134,7 +135,7 @@ def train(
     output = _place(job, resume)
     tokenizer = load_tokenizer(job.model)
     empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
-    whole = full_modules(empty, job.plan)
+    whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
     lora_layers(empty, job.plan)
     processor = Processor.of(empty.config, tokenizer, job.schedule.max_length, job.reading.drop_turns)
     new = _checked(job.data, job, processor, "training data", say)

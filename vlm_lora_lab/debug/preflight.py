@@ -22,6 +22,7 @@ from .nan import diagnose
 from .trace import extents
 from ..errors import InputError
 from ..models.parts import layout_of
+from ..models.precision import precision_of
 from ..plan import PlanTable, TuningPlan, apply_plan
 from ..train.run import Schedule
 
@@ -115,13 +116,14 @@ def check_precision(
 ) -> Check:
     "Types, what the machine computes in, and how far activations are from fp16's limit."
     p = next(model.parameters())
-    bf16 = not p.is_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = precision_of(model)
+    half = str(precision.autocast).removeprefix("torch.") if precision.autocast else "float32"
     device = torch.cuda.get_device_name() if p.is_cuda else "CPU"
     trained = sorted({str(q.dtype).removeprefix("torch.") for q in model.parameters() if q.requires_grad})
     worst = min(extents(model, batch), key=lambda e: e.headroom)
-    says = f"{device}, computing in {'bfloat16' if p.is_cuda and bf16 else 'float16 with a gradient scaler' if p.is_cuda else 'float32'}; trained weights in {', '.join(trained)}\n"
+    says = f"{device}, computing in {half}{' with a gradient scaler' if precision.scaler else ''}; trained weights in {', '.join(trained)}\n"
     says += f"largest activation {worst.forward:.3g} in {worst.module}; fp16 ends {worst.headroom:.1f} powers of two above"
-    narrow = (not bf16 and worst.headroom < 4) or "float16" in trained or "bfloat16" in trained
+    narrow = (precision.scaler and worst.headroom < 4) or "float16" in trained or "bfloat16" in trained
     return Check("precision", "warning" if narrow else "ok", says + ("\ntrained weights in 16 bit lose small updates" if set(trained) - {"float32", "float64"} else ""))
 
 # %% ../../nbs/64_debug.preflight.ipynb #aea1c097

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from .precision import precision_of
 
 # %% ../../nbs/10_models.parts.ipynb #4d50ad98
 PARTS = ("vision", "connector", "language", "embeddings", "head")  # in the order in which a picture meets them
@@ -249,6 +250,5 @@ def mixed_precision(
     model: nn.Module,
 ):  # a context manager: autocast when 16- and 32-bit weights are mixed, nothing otherwise
     "What to call a model under, when some of its parts are in 32 bit and some in 16."
-    kinds = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16, torch.float32)}
-    half = kinds & {torch.float16, torch.bfloat16}
-    return torch.autocast(next(model.parameters()).device.type, dtype=half.pop()) if half and torch.float32 in kinds else nullcontext()
+    kinds = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16, torch.float32}
+    return precision_of(model).context(next(model.parameters()).device.type) if len(kinds) > 1 else nullcontext()

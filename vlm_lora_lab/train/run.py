@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..data.batch import ByLength, Collator, Samples
 from ..errors import InputError, explain_write_errors
 from ..models.parts import layout_of
+from ..models.precision import precision_of
 from ..plan import TuningPlan
 
 # %% ../../nbs/52_train.run.ipynb #b3664787
@@ -210,13 +211,15 @@ def fit(
 
     Raises `InputError` for a disk that fills up, or when there is nothing to resume."""
     on_gpu, tokenizer = next(model.parameters()).is_cuda, train.processor.tokenizer
-    bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = precision_of(model)
+    if precision.scaler and not on_gpu:
+        raise InputError("the weights are in float16, and training in it needs a GPU", "load_vlm", "Load the model with dtype=torch.float32 or torch.bfloat16")
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=schedule.epochs, max_steps=schedule.max_steps,
         per_device_train_batch_size=schedule.batch_size, per_device_eval_batch_size=schedule.batch_size,
         gradient_accumulation_steps=schedule.accumulation, learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=schedule.warmup, weight_decay=0.01, max_grad_norm=1.0,
-        bf16=bf16, fp16=on_gpu and not bf16, use_cpu=not on_gpu, seed=schedule.seed, data_seed=schedule.seed,
+        bf16=precision.autocast == torch.bfloat16, fp16=precision.scaler, use_cpu=not on_gpu, seed=schedule.seed, data_seed=schedule.seed,
         gradient_checkpointing=checkpoint_activations, gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="epoch" if evaluation is not None else "no", prediction_loss_only=True,
         save_strategy="steps" if save else "no", save_steps=schedule.save_every, save_total_limit=2,

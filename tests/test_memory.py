@@ -1,0 +1,89 @@
+"""The prediction of memory, against tensors that are really alive."""
+
+import pytest
+import torch
+from families import batch_of, tiny_config, tiny_model
+
+from vlm_lora_lab.cli import main
+from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.models.published import on_meta
+from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.quant.memory import CARDS, Alive, estimate, shapes_of_batch, shapes_only, step_bytes
+from vlm_lora_lab.models.precision import precision_for
+
+
+def test_what_is_alive_is_counted_once_and_let_go():
+    x = torch.zeros(1000)
+    with Alive([x]) as alive:
+        a = x.view(10, 100).t()  # of what was there before
+        b = a + 1
+        c, d = b[:5], b.detach()  # the same storage
+        assert alive.now == 4000
+        del b, c
+        assert alive.now == 4000
+        del d
+    assert alive.now == 0 and alive.peak == 4000
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("plan", [TuningPlan(rank=4, alpha=8), TuningPlan(vision="full", language="lora on 0, full on 1")], ids=["default", "mixed"])
+def test_a_step_on_shapes_keeps_alive_what_a_real_one_does(plan, autocast, checkpointing):
+    dtype, family = autocast or torch.float32, "minicpmv-2.6"
+    model = tiny_model(family).to(dtype)
+    batch = batch_of(family, model)
+    real = step_bytes(apply_plan(model, plan), batch, autocast, checkpointing)
+    shapes = {k: v if k in ("tgt_sizes", "image_bound") else v.to("meta") for k, v in batch.items()}
+    guess = step_bytes(shapes_only(apply_plan(on_meta(tiny_config(family)).to(dtype), plan)), shapes, autocast, checkpointing)
+    assert guess == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "idefics3", "llava", "gemma3", "internvl"])
+def test_the_text_of_other_families_is_predicted(family):
+    plan = TuningPlan(connector="freeze", rank=4, alpha=8)
+    guess_model = shapes_only(apply_plan(on_meta(tiny_config(family)), plan))
+    batch, seen = shapes_of_batch(guess_model, 2, 64, 1, torch.float32)
+    assert not seen
+    guess = step_bytes(guess_model, batch, None, False)
+    real = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch.items()} | {"position_ids": torch.arange(64).expand(2, -1)}
+    assert guess == pytest.approx(step_bytes(apply_plan(tiny_model(family), plan), real, None, False), rel=0.1)
+
+
+def test_the_account_adds_up_and_says_what_to_change():
+    small, large = estimate("lab", gpu="T4", tokens=128), estimate("lab", gpu=0.5, tokens=128, batch_size=4, four_bit=False, checkpointing=False)
+    assert small.fits and small.total == sum(b for _, b in small.rows) < large.total and "fits" in repr(small)
+    assert large.fits is False and len(large.changes) == 3
+    before = large.total
+    for _, saved in large.changes:
+        assert 0 < saved < before
+        before -= saved
+    assert "does not fit" in repr(large) and estimate("lab", tokens=128).fits is None
+
+
+def test_a_plan_without_lora_counts_its_weights_once():
+    plan = TuningPlan(vision="full", connector="full", language="full", embeddings="full", head="full")
+    rows = dict(estimate("lab", plan, tokens=128, four_bit=False).rows)
+    weights = sum(p.numel() for p in on_meta("lab").parameters())
+    assert "other weights in bfloat16" not in rows and rows["trained weights, 32 bit"] == 4 * weights and rows["optimizer (AdamW)"] == 8 * weights
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(dict(gpu="Voodoo"), "Voodoo"), (dict(plan=TuningPlan(language="full")), "no part gets LoRA"), (dict(pictures=1000), "1000 pictures are")],
+)
+def test_what_cannot_be_estimated_is_said(options, message):
+    with pytest.raises(InputError, match=message):
+        estimate("lab", **options)
+
+
+def test_every_card_has_a_row_of_precision():
+    for card in CARDS:
+        assert precision_for(card).autocast in (torch.float16, torch.bfloat16)
+
+
+def test_the_command(capsys):
+    assert main(["estimate", "lab", "--gpu", "T4", "--max-length", "128", "--rank", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "decoder in 4 bit" in out and "It fits into 15 GiB" in out
+    assert main(["estimate", "lab", "--gpu", "0.1", "--max-length", "128"]) == 1 and "does not fit" in capsys.readouterr().out
+    assert main(["estimate", "lab", "--gpu", "Voodoo"]) == 2 and "Write one of T4" in capsys.readouterr().err
