@@ -25,7 +25,8 @@ class Preview:
 
     plan: TuningPlan
     rows: tuple[tuple[str, str, int, int, str], ...]  # part, word, weights, trained weights, what is matched
-    near: tuple[str, ...]  # layers whose name looks like a target, in a part that does not get LoRA
+    near: tuple[str, ...]  # layers whose name looks like a target, and that do not get LoRA
+    bare: tuple[str, ...] = ()  # matrices under the word lora that belong to no layer, and stay frozen
 
     @property
     def trained(self) -> int:
@@ -50,11 +51,11 @@ class Preview:
         adapted, whole, rows = lora_layers(model, plan), full_modules(model, plan), []
         for part in PARTS:
             names = [n for n in adapted if layout.part_of(n) == part]
-            trained = sum(_lora_size(modules[n], adapted[n].rank, plan.variant) for n in names)
+            trained = sum(_lora_size(modules.get(n), model.get_parameter(n if n not in modules else f"{n}.weight"), adapted[n].rank, plan.variant) for n in names)
             trained += sum(p.numel() for n, p in model.named_parameters() if layout.part_of(n) == part and plan.rule(part, n).word == "full")
             matched = ", ".join([*_kinds(names), *_kinds(n for n in whole if any(layout.part_of(f"{n}.{p}") == part for p, _ in modules[n].named_parameters()))])
             rows.append((part, plan.words[part], total[part], trained, matched))
-        return cls(plan, tuple(rows), tuple(_near(model, adapted)))
+        return cls(plan, tuple(rows), tuple(_near(model, adapted)), tuple(_bare(model, plan, adapted)))
 
     def _cells(self):
         yield ("part", "mode", "weights", "trained", "matches")
@@ -66,6 +67,9 @@ class Preview:
         yield f"adapter on disk {_size(self.adapter_bytes)}; trained weights, gradients and AdamW {_size(self.training_bytes)} of memory"
         if self.near:
             yield f"not touched, although the name looks like a target: {', '.join(_kinds(self.near))}"
+        if self.bare:
+            packed = "name in_proj_weight as a target, or " if any(n.endswith(".in_proj_weight") for n in self.bare) else ""
+            yield f"under the word lora, but no layers, so they stay frozen: {', '.join(_kinds(self.bare))}; {packed}write full"
 
     def __repr__(self):
         cells = list(self._cells())
@@ -89,9 +93,9 @@ def _kinds(names):
     return [f"{k} ×{n}" if n > 1 else k for k, n in kinds.items()]
 
 
-def _lora_size(layer, rank, variant):
-    "Weights of LoRA beside a layer; DoRA adds a length for each output."
-    rows, cols = layer.weight.shape  # (outputs, inputs) of a linear layer, (tokens, width) of an embedding
+def _lora_size(layer, weight, rank, variant):
+    "Weights of LoRA beside a layer or a bare parameter; DoRA adds a length for each output."
+    rows, cols = weight.shape  # (outputs, inputs) of a linear layer, (tokens, width) of an embedding
     return rank * (rows + cols) + (variant == "dora") * (cols if isinstance(layer, nn.Embedding) else rows)
 
 
@@ -100,6 +104,15 @@ def _near(model, adapted):
     wanted = {n.rpartition(".")[2] for n in adapted}
     for names in linear_layers(model).values():
         yield from (n for n in names if n not in adapted and any(w in n.rpartition(".")[2] for w in wanted))
+
+
+def _bare(model, plan, adapted):
+    "Matrices that the word lora speaks of, and that LoRA does not reach."
+    part_of = layout_of(model).part_of
+    for prefix, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            names = [f"{prefix}.{n}" for n, p in module.named_parameters(recurse=False) if p.dim() == 2]
+            yield from (n for n in names if n not in adapted and plan.rule(part_of(n), n).word == "lora")
 
 
 def _size(n):

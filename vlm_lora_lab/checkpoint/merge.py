@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..models.files import no_bar_if_small, save_vlm
 from ..models.load import load_vlm, model_folder
 from ..models.parts import mixed_precision
+from ..plan import fold_lora
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #d537441e
 @torch.no_grad()
@@ -55,7 +56,7 @@ def merge_adapter(
             raise InputError(f"{str(base)!r} is published in 4 bit, so there is no original to merge onto", "merge, onto", "Write 'nf4'")
         start = dequantized(base)
     before = {n: _fingerprint(p) for n, p in start.named_parameters()}
-    merged = load_adapter(adapter, base, model=start).merge_and_unload(safe_merge=True)
+    merged = fold_lora(load_adapter(adapter, base, model=start))
     after = dict(merged.named_parameters())
     if set(before) != set(after):
         raise RuntimeError(f"The merged model has other parameters than the base: {sorted(set(before) ^ set(after))[:5]}.")

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError, complete_or_nothing, empty_folder, write_json
 from ..models.load import load_vlm, model_folder
 from ..models.published import on_meta, read_json
-from ..plan import TuningPlan, audit, full_modules
+from ..plan import TuningPlan, audit, full_modules, no_false_warning
 
 # %% ../../nbs/70_checkpoint.save.ipynb #96e314e5
 def fingerprint(
@@ -111,7 +111,8 @@ def load_adapter(
     model = load_vlm(base, four_bit=provenance["four_bit"], whole=_kept_whole(folder, base)) if model is None else model
     weights = load_peft_weights(str(folder), device="cpu")
     try:
-        adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        with no_false_warning():
+            adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
     except KeyError as e:
         raise InputError(f"keys do not match; {e} is missing in the file", folder, "Copy the whole folder again from where it was trained") from None
     wanted, found = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)), set(weights)
