@@ -105,17 +105,13 @@ def shows(page, **options):
 
 
 def press(page, part, word):
-    page.locator(".plan-explorer .widget-toggle-buttons", has_text=part).get_by_role("button", name=word, exact=True).click()
+    page.locator(f".plan-explorer .part-{part}").get_by_role("button", name=word, exact=True).click()
 
 
 def write(page, label, value):
     field = page.locator(".plan-explorer .widget-inline-hbox", has_text=label).locator("input").first
     field.fill(str(value))
     field.press("Enter")
-
-
-def row_of(page, part):
-    return page.locator(".plan-explorer .widget-box", has=page.locator(".widget-toggle-buttons", has_text=part)).last
 
 
 def refusal(model=MODEL, **options):
@@ -137,11 +133,11 @@ def test_a_word_and_a_rank_change_the_numbers_to_what_python_computes(page):
     expect(page.locator(".plan-explorer .widget-html")).to_contain_text(refusal(connector="lora", rank=0))
     expect(page.locator(".plan-explorer b.trained")).to_have_count(0)
     write(page, "rank", 16)
-    row = row_of(page, "language").locator("input")
+    row = page.locator(".plan-explorer .part-language input")
     row.fill("lora on 0-15, full on 16-27")
     row.press("Enter")
     shows(page, connector="lora", language="lora on 0-15, full on 16-27")
-    assert row_of(page, "language").get_by_role("button", name="freeze").is_disabled()
+    assert page.locator(".plan-explorer .part-language").get_by_role("button", name="freeze").is_disabled()
     row.fill("")
     row.press("Enter")
     press(page, "connector", "full")
@@ -165,10 +161,11 @@ def test_another_model_and_a_target_that_it_does_not_have(page):
 
 @pytest.mark.parametrize("width", [1280, 560])
 def test_the_picture_is_to_scale_and_fits(page, width, tmp_path):
-    page.set_viewport_size({"width": width, "height": 1000})
+    page.set_viewport_size({"width": width, "height": 1600})  # a picture shows what is in view, and all of it should be
     shows(page)
     box = page.locator(".plan-explorer")
-    assert box.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), "it does not fit its width"
+    wide = "e => [e, ...e.querySelectorAll('*')].filter(x => x.getBoundingClientRect().right > e.getBoundingClientRect().right + 1).map(x => x.outerHTML.slice(0, 80))"
+    assert box.evaluate(wide) == [], "it does not fit its width"
     file = Path(os.environ.get("KEEP_SCREENSHOTS", tmp_path)) / f"explorer-{width}.png"
     box.screenshot(path=file)
     pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)

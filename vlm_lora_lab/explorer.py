@@ -106,12 +106,12 @@ def _text_lines(look):
     yield f"{'':12}{'  '.join(f'{m} {w}' for w, (m, _) in MARKS.items())}"
 
 
-def _table(head, rows, numbers=()):
-    "Rows of cells that are HTML already; `numbers` are set to the right."
-    style = lambda i: f"text-align:{'right' if i in numbers else 'left'};padding:2px 12px 2px 0;vertical-align:top;background:none"  # noqa: E731
-    row = lambda tag, cells: "<tr>" + "".join(f'<{tag} style="{style(i)}">{c}</{tag}>' for i, c in enumerate(cells)) + "</tr>"  # noqa: E731
-    table = f'<table style="border-collapse:collapse;margin:0"><thead>{row("th", head)}</thead><tbody>{"".join(row("td", r) for r in rows)}</tbody></table>'
-    return f'<div style="overflow-x:auto">{table}</div>'
+def _table(head, rows):
+    "Rows of cells that are HTML already. It scrolls by itself where it is too wide."
+    style = "text-align:left;padding:2px 14px 2px 0;vertical-align:top;background:none"
+    row = lambda tag, cells: "<tr>" + "".join(f'<{tag} style="{style}">{c}</{tag}>' for c in cells) + "</tr>"  # noqa: E731
+    table = f'<table style="border-collapse:collapse;margin:0;line-height:1.3"><thead>{row("th", head)}</thead><tbody>{"".join(row("td", r) for r in rows)}</tbody></table>'
+    return f'<div style="overflow-x:auto;width:0;min-width:100%">{table}</div>'
 
 
 def _html(look):
@@ -119,15 +119,15 @@ def _html(look):
     if look.preview is None:
         return f'<p style="border-left:4px solid #d1603d;padding:4px 0 4px 10px;max-width:60em;line-height:1.4"><b>This cannot be.</b> {html.escape(look.error)}</p>'
     seen, plan = look.preview, look.preview.plan
-    bars = [(part, html.escape(line), f"{weights:,}", _paint(held), f"{learns:,}", _paint(learned)) for part, line, weights, learns, held, learned in _bars(look)]
+    bars = [(part, html.escape(line), f"{weights:,}<br>{_paint(held)}", f"{learns:,}<br>{_paint(learned)}") for part, line, weights, learns, held, learned in _bars(look)]
     scale = plan.alpha / (plan.rank**0.5 if plan.variant == "rslora" else plan.rank)
     notes = [f"rank {plan.rank}, and LoRA is scaled by {scale:.3g}", *list(seen._notes())[1:]] if "lora" in plan.said else list(seen._notes())[1:]
     matches = [f"<b>{part}</b>: {html.escape(matched)}" for part, _, _, _, matched in seen.rows if matched]
     lines = "".join(f'<pre style="user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0">{html.escape(line)}</pre>' for line in (look.python, look.command))
-    return (f'<p><b class="trained">{seen.trained:,}</b> of {sum(r[2] for r in seen.rows):,} weights trained ({seen.trained / sum(r[2] for r in seen.rows):.2%}) · '
+    return (f'<p style="line-height:1.4"><b class="trained">{seen.trained:,}</b> of {sum(r[2] for r in seen.rows):,} weights trained ({seen.trained / sum(r[2] for r in seen.rows):.2%}) · '
             f'adapter on disk <b class="adapter">{readable_bytes(seen.adapter_bytes)}</b> · trained weights, gradients and AdamW <b class="memory">{readable_bytes(seen.training_bytes)}</b></p>'
-            + _table(("part", "word", "weights", "", "trained", ""), bars, (2, 4))
-            + f"<ul>{''.join(f'<li>{m}</li>' for m in matches)}{''.join(f'<li>{html.escape(n)}</li>' for n in notes)}</ul><p>Copy me:</p>{lines}")  # fmt: skip
+            + _table(("part", "word", "weights", "trained"), bars)
+            + f"<ul style='line-height:1.4;overflow-wrap:anywhere'>{''.join(f'<li>{m}</li>' for m in matches)}{''.join(f'<li>{html.escape(n)}</li>' for n in notes)}</ul><p>Copy me:</p>{lines}")  # fmt: skip
 
 # %% ../nbs/36_explorer.ipynb #9e47af3f
 class PlanExplorer:
@@ -178,23 +178,23 @@ def _build(explorer):
 
     look, plan, row = explorer.look, TuningPlan.of(explorer.look.options), w.Layout(flex_flow="row wrap", width="100%")
     names = list(dict.fromkeys([look.model, *sorted(PUBLISHED), "lab"]))
-    f = {"model": w.Dropdown(options=names, value=look.model, description="model", layout=w.Layout(width="min(100%, 30em)"))}
+    f = {"model": w.Dropdown(options=names, value=look.model, description="model", layout=w.Layout(width="30em", max_width="98%"))}
     for part in PARTS:
         line = plan.words[part]
-        f[part] = w.ToggleButtons(options=WORDS, value=line if line in WORDS else "freeze", description=part, style={"button_width": "4.5em"})
-        f[f"{part} rules"] = w.Text(value="" if line in WORDS else line, placeholder="or rules: lora on 0-15, full on 16-23", continuous_update=False, layout=w.Layout(width="17em"))
+        f[part] = w.ToggleButtons(options=WORDS, value=line if line in WORDS else "freeze", style={"button_width": "5.5em"}, layout=w.Layout(width="auto"))
+        f[f"{part} rules"] = w.Text(value="" if line in WORDS else line, placeholder="or rules: lora on 0-15, full on 16-23", continuous_update=False, layout=w.Layout(flex="1 1 15em", max_width="24em"))
     small = w.Layout(width="11em")
     f["rank"] = w.IntText(value=plan.rank, description="rank", layout=small)
     f["alpha"] = w.FloatText(value=plan.alpha, description="alpha", layout=small)
     f["dropout"] = w.FloatText(value=plan.dropout, description="dropout", step=0.05, layout=small)
     f["variant"] = w.Dropdown(options=list(VARIANTS), value=plan.variant, description="variant", layout=w.Layout(width="12em"))
-    f["targets"] = w.Text(value=", ".join(plan.targets or ()), description="targets", placeholder="all linear ones; or q_proj, v_proj", continuous_update=False, layout=w.Layout(width="22em"))
+    f["targets"] = w.Text(value=", ".join(plan.targets or ()), description="targets", placeholder="all linear ones; or q_proj, v_proj", continuous_update=False, layout=w.Layout(width="22em", max_width="100%"))
     f["view"] = w.HTML(value=look._repr_html_())
     explorer.fields, built = f, {look.model}
     for name, widget in f.items():
         if name != "view":
             widget.observe(lambda change: _changed(explorer, built), names="value")
-    rows = [w.Box([f[part], f[f"{part} rules"]], layout=row) for part in PARTS]
+    rows = [w.Box([w.Label(part, layout=w.Layout(width="84px")), f[part], f[f"{part} rules"]], layout=row).add_class(f"part-{part}") for part in PARTS]
     numbers = w.Box([f[n] for n in ("rank", "alpha", "dropout", "variant", "targets")], layout=row)
     box = w.VBox([f["model"], *rows, numbers, f["view"]])
     _mute(f)
