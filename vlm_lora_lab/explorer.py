@@ -188,7 +188,7 @@ def _build(explorer):
     f["alpha"] = w.FloatText(value=plan.alpha, description="alpha", layout=small)
     f["dropout"] = w.FloatText(value=plan.dropout, description="dropout", step=0.05, layout=small)
     f["variant"] = w.Dropdown(options=list(VARIANTS), value=plan.variant, description="variant", layout=w.Layout(width="12em"))
-    f["targets"] = w.Text(value=", ".join(plan.targets or ()), description="targets", placeholder="all linear ones; or q_proj, v_proj", continuous_update=False, layout=w.Layout(width="22em", max_width="100%"))
+    f["targets"] = w.Text(value=", ".join(plan.targets or ()), description="targets", placeholder="all; or q_proj, v_proj", continuous_update=False, layout=w.Layout(width="22em", max_width="100%"))
     f["view"] = w.HTML(value=look._repr_html_())
     explorer.fields, built = f, {look.model}
     for name, widget in f.items():

@@ -246,7 +246,8 @@ def _packed_alone(model, plan, part, names):
         home = name.rpartition(".")[0]
         inside = [f"{home}.weight", *(f"{home}.{n}" for n, _ in model.get_submodule(home).named_parameters())]
         if other := [n for n in inside if plan.rule(part, n) != plan.rule(part, name)]:
-            raise InputError(f"{name} gets LoRA, and another rule speaks of {other[0]}", f"plan, {part}", f"Give all of {home} one rule, such as: lora(targets=in_proj_weight) on {home.rpartition('.')[2]}")
+            raise InputError(f"{name} gets LoRA, and another rule speaks of {other[0]}", f"plan, {part}",
+                             f"Give all of {home} one rule, such as: lora(targets=in_proj_weight) on {home.rpartition('.')[2]}")  # fmt: skip
         if plan.dropout or plan.variant in ("dora", "pissa"):
             what = f"dropout: {plan.dropout}" if plan.dropout else f"variant: {plan.variant}"
             raise InputError(f"{name} cannot have LoRA with {what}: PEFT adds LoRA to the weight there and sees no input, no lengths and no directions", f"plan, {part}",
