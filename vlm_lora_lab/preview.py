@@ -66,7 +66,7 @@ class Preview:
     def _notes(self):
         yield f"adapter on disk {readable_bytes(self.adapter_bytes)}; trained weights, gradients and AdamW {readable_bytes(self.training_bytes)} of memory"
         if self.near:
-            yield f"not touched, although the name looks like a target: {', '.join(_kinds(self.near))}"
+            yield f"no LoRA there, although the name looks like a target: {', '.join(_kinds(self.near))}"
         if self.bare:
             packed = "name in_proj_weight as a target, or " if any(n.endswith(".in_proj_weight") for n in self.bare) else ""
             yield f"under the word lora, but no layers, so they stay frozen: {', '.join(_kinds(self.bare))}; {packed}write full"
