@@ -16,8 +16,8 @@ FACTS = ConfigParser(delimiters=["="])
 FACTS.read(ROOT / "settings.ini", encoding="utf-8")
 FACTS = FACTS["DEFAULT"]
 # A module may import modules of a lower floor, and of its own room.
-FLOORS = {"errors": 0, "style": 0, "data": 1, "models": 1, "lora": 2, "plan": 3, "flags": 4, "preview": 4, "quant": 4, "train": 5, "debug": 6, "checkpoint": 6, "evaluate": 6,
-          "compare": 7, "job": 7, "tour": 7, "cli": 8}  # fmt: skip
+FLOORS = {"errors": 0, "style": 0, "data": 1, "models": 1, "lora": 2, "plan": 3, "flags": 4, "preview": 4, "quant": 4, "unfreeze": 4, "explorer": 5, "train": 5, "debug": 6, "checkpoint": 6,
+          "evaluate": 6, "compare": 7, "job": 7, "study": 7, "tour": 7, "cli": 8}  # fmt: skip
 
 
 def cells(path, kind):

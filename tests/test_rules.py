@@ -14,7 +14,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import PARTS, count, layout_of, linear_layers, plain_name
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import VARIANTS, Rule, TuningPlan, apply_plan, full_modules, layer_pattern, lora_layers, read_rules
+from vlm_lora_lab.plan import VARIANTS, Rule, TuningPlan, apply_plan, full_modules, layer_pattern, lora_layers, packed_projections, read_rules
 from vlm_lora_lab.preview import Preview
 from vlm_lora_lab.train.run import PartTrainer
 
@@ -52,8 +52,8 @@ def test_patterns_hit_what_is_meant_and_nothing_else():
         assert {n for n in names if re.fullmatch(layer_pattern(some, names), n)} == set(some)
 
 
-def random_line(part, layers, generator):
-    "One to three rules, now and then for layers by number or by name."
+def random_line(part, layers, generator, packed=()):
+    "One to three rules, now and then for layers by number or by name, or with targets, among them a packed `in_proj_weight`."
     numbers = sorted({int(m[1]) for n in layers if (m := re.search(r"\.(\d+)\.", n))})
     rules = []
     for i in range(generator.choice([1, 1, 1, 2, 3])):
@@ -64,13 +64,16 @@ def random_line(part, layers, generator):
             if on is None and layers:
                 on = generator.choice([n.rpartition(".")[2] for n in layers])
         lora = dict(rank=generator.choice([None, 2, 5]), lr=generator.choice([None, 3e-3])) if word == "lora" else {}
+        if lora and packed and generator.random() < 0.6:
+            ends = sorted({n.rpartition(".")[2] for n in layers})
+            lora["targets"] = ("in_proj_weight", *generator.sample(ends, generator.randint(0, len(ends))))
         rules.append(Rule(word, on, **lora))
     return ", ".join(map(str, rules))
 
 
 def random_plan(model, generator):
-    layers = linear_layers(model)
-    return TuningPlan(**{part: random_line(part, layers[part], generator) for part in PARTS}, rank=generator.choice([2, 4]), variant=generator.choice(["lora", "lora", "rslora"]))
+    layers, packed = linear_layers(model), packed_projections(model)
+    return TuningPlan(**{part: random_line(part, layers[part], generator, packed[part]) for part in PARTS}, rank=generator.choice([2, 4]), variant=generator.choice(["lora", "lora", "rslora"]))
 
 
 def step(model, batch, plan):
@@ -87,7 +90,7 @@ def step(model, batch, plan):
 @pytest.mark.parametrize("family", SIX)
 def test_two_hundred_random_plans(family):
     "1,200 in all: what is applied is what was previewed and written; every tenth also trains, and exactly the promised tensors move."
-    generator, applied, refused, trained = random.Random(family), 0, 0, 0
+    generator, applied, refused, trained, reached = random.Random(family), 0, 0, 0, 0
     template = tiny_model(family)
     state, empty = template.state_dict(), on_meta(tiny_config(family))
     while applied < 200:
@@ -103,6 +106,7 @@ def test_two_hundred_random_plans(family):
         model.load_state_dict(state)
         model = apply_plan(model.train(), plan)
         applied += 1
+        reached += bool(getattr(model, "peft_config", None) and model.peft_config["default"].target_parameters)
         part_of = layout_of(model).part_of
         assert {r[0]: r[3] for r in seen.rows} == count(model, trainable=True), plan
         for name, p in model.named_parameters():
@@ -115,7 +119,7 @@ def test_two_hundred_random_plans(family):
             unseen = {n for n in promised - moved if "embed" in n or "wte" in n}  # LoRA on tokens that the batch does not hold
             assert moved <= promised and promised - moved == unseen, (plan, promised ^ moved)
             trained += 1
-    assert trained == 20
+    assert trained == 20 and (reached >= 10) == any(packed_projections(template).values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

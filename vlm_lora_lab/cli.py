@@ -54,7 +54,7 @@ def _add(group, cls, names=None):
                 kind |= {"action": argparse.BooleanOptionalAction}
             elif name == "targets":
                 kind |= {"type": lambda s: tuple(s.split(",")), "metavar": "q_proj,v_proj"}
-            elif isinstance(default, (int, float)) or name == "full_learning_rate":
+            elif isinstance(default, (int, float)) or name in ("full_learning_rate", "lora_plus"):
                 kind |= {"type": _number, "metavar": "N"}
             else:
                 kind |= {"metavar": "freeze|lora|full" if cls.__name__ == "TuningPlan" else "stop|skip|rollback" if name == "nan" else "NAME" if name == "metric" else "PATH"}

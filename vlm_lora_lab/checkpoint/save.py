@@ -32,7 +32,7 @@ from ..errors import InputError, complete_or_nothing, empty_folder, write_json
 from ..models.files import stored_in
 from ..models.load import load_vlm, model_folder
 from ..models.published import on_meta, read_json
-from ..plan import TuningPlan, audit
+from ..plan import TuningPlan, audit, no_false_warning
 
 # %% ../../nbs/70_checkpoint.save.ipynb #b51981fe
 def fingerprint(
@@ -387,7 +387,8 @@ def _wrap(model, config, weights, folder):
     if packed := [n for n in _kept_whole(weights) if hasattr(model.get_submodule(n).weight if n in dict(model.named_modules()) else None, "quant_state")]:
         raise InputError(f"{packed[0]} is in 4 bit, and the adapter holds it in full", folder, "Leave the base to load_adapter, or load it with whole=[…]")
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        with no_false_warning():
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as e:  # PEFT's, about layers that are not there
         raise InputError(f"this adapter does not fit the model ({e})", folder, "Give the base that it was trained on") from None
 
