@@ -26,6 +26,7 @@ from ..data.batch import ByLength, Collator, Samples
 from ..errors import InputError, explain_write_errors
 from ..models.parts import layout_of
 from ..plan import TuningPlan
+from .loss import label_only
 
 # %% ../../nbs/52_train.run.ipynb #b3664787
 @dataclass(frozen=True)
@@ -94,6 +95,18 @@ class PartTrainer(Trainer):
         if getattr(data, "lengths", None) is None:
             return super()._get_train_sampler(train_dataset)
         return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, data.lengths, self.args.seed)
+
+    def train(self, *args, **kwargs):
+        "As the Trainer does it, with logits only where there are labels (chapter 50), evaluation and callbacks included."
+        with label_only(self.model):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        "The loss, without the logits. Raises `InputError` for a metric that wants to see them."
+        if not self.args.prediction_loss_only:
+            raise InputError("this evaluation would collect logits, and none are computed", "PartTrainer", "Set prediction_loss_only=True; ask for answers with generate_answers")
+        with label_only(self.model):
+            return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         "AdamW over the trainable parameters, in groups by rate and weight decay."
