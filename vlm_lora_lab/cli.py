@@ -57,7 +57,7 @@ def _add(group, cls, names=None):
             elif isinstance(default, (int, float)) or name == "full_learning_rate":
                 kind |= {"type": _number, "metavar": "N"}
             else:
-                kind |= {"metavar": "freeze|lora|full" if cls.__name__ == "TuningPlan" else "stop|skip|rollback" if name == "nan" else "PATH"}
+                kind |= {"metavar": "freeze|lora|full" if cls.__name__ == "TuningPlan" else "stop|skip|rollback" if name == "nan" else "auto|off|memory|disk" if name == "vision_cache" else "PATH"}
             shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
             group.add_argument(flag, dest=name, help=(comment + shown).replace("%", "%%"), **kind)
 

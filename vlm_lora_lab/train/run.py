@@ -14,6 +14,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from ..data.batch import ByLength, Collator, Samples
 from ..errors import InputError, explain_write_errors
 from ..models.parts import layout_of
 from ..plan import TuningPlan
+from .cache import VisionCache
 from .loss import label_only
 
 # %% ../../nbs/52_train.run.ipynb #b3664787
@@ -218,6 +220,7 @@ def fit(
     save: bool = True,  # write checkpoints
     plan: TuningPlan | None = None,  # for learning rates of its own
     callbacks: Sequence[TrainerCallback] = (),  # such as chapter 61's `NanDoctor`
+    cache: VisionCache | None = None,  # what a frozen vision tower saw (chapter 51); None: it looks every time
 ) -> Fitted:
     """Train in place with Hugging Face's `Trainer`.
 
@@ -251,7 +254,7 @@ def fit(
     if resume and checkpoint is None:
         raise InputError("there is no complete checkpoint to resume from", folder, "Start the training again without --resume, into an empty folder")
     try:
-        with explain_write_errors(folder):
+        with explain_write_errors(folder), cache.at(model) if cache else nullcontext():
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except InputError:
         for partial in Path(folder).glob("checkpoint-*"):
