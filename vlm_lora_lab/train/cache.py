@@ -394,14 +394,15 @@ class VisionCache(_Account):
     def __init__(
         self,
         folder: str | Path | None = None,  # on disk; None: in memory
-        limit: int | None = None,  # bytes; None: a quarter of what is free
+        limit: int | None = None,  # bytes; None: a quarter of what is free, shared by the processes of this machine
         check_every: int = 100,  # batches with something remembered, from one that is computed again and compared to the next
         say: Callable = print,  # called with each line of the account
     ):
         self.store = _InMemory() if folder is None else _OnDisk(folder)
         self.used = 0 if folder is None else self.store.size()
         free = (psutil.virtual_memory().available if folder is None else shutil.disk_usage(_existing(folder)).free) + self.used
-        self.limit, self.check_every, self.say = free // 4 if limit is None else limit, check_every, say
+        sharers = 4 * (1 if folder else int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.limit, self.check_every, self.say = free // sharers if limit is None else limit, check_every, say
         if not isinstance(self.limit, int) or self.limit < 0 or not isinstance(check_every, int) or check_every < 1:
             raise InputError(f"limit is {limit!r} and check_every is {check_every!r}", "vision cache", "Write a number of bytes, and a number of batches above 0")
         self.asked, self.found, self.full, self.warned = 0, 0, False, False
