@@ -32,7 +32,7 @@ from .. import __version__
 from ..errors import InputError
 from ..models.parts import layout_of
 
-# %% ../../nbs/51_train.cache.ipynb #d5c79655
+# %% ../../nbs/51_train.cache.ipynb #c333e7f0
 class Seam:
     "Where the vision tower of a transformers model hands over: pictures come as (pictures, 3, H, W), results as a `ModelOutput`."
 
@@ -76,7 +76,7 @@ class _Layers(dict):
     def __missing__(self, i):
         raise InputError(f"layer {i} of the vision tower is asked for, and {sorted(self)} are kept", "vision cache", "Set vision_feature_layer in the model's configuration")
 
-# %% ../../nbs/51_train.cache.ipynb #a54bb22e
+# %% ../../nbs/51_train.cache.ipynb #6033602a
 class StripSeam(Seam):
     "MiniCPM-V: strips of patches, padded on the right, and the grid of each."
 
@@ -117,7 +117,7 @@ class SquareSeam(Seam):
 SEAMS = {"minicpmv": StripSeam, "minicpmo": StripSeam, "qwen": SquareSeam}
 SEAMS |= dict.fromkeys(("llava", "llava_onevision", "internvl", "gemma3", "paligemma", "idefics2", "idefics3", "smolvlm"), Seam)
 
-# %% ../../nbs/51_train.cache.ipynb #6033602a
+# %% ../../nbs/51_train.cache.ipynb #6a12ca36
 def why_not(
     model: nn.Module,  # with a plan applied, or plain
 ) -> str | None:  # None: its vision tower is a constant
@@ -146,7 +146,7 @@ def _eyes(base, layout):
     named = ((f"{root}.{n}".rstrip("."), m) for n, m in base.get_submodule(root).named_modules())
     return [(n, m) for n, m in named if layout.part_of(n) == "vision"]
 
-# %% ../../nbs/51_train.cache.ipynb #962294f4
+# %% ../../nbs/51_train.cache.ipynb #c0085e57
 def is_random(
     samples,  # rows by number
     rows: int = 4,  # with pictures, that are prepared twice
@@ -168,7 +168,7 @@ def is_random(
     np.random.set_state(numpys)
     return False
 
-# %% ../../nbs/51_train.cache.ipynb #b3ee15fb
+# %% ../../nbs/51_train.cache.ipynb #6940f3cc
 class _InMemory:
     def __init__(self):
         self.entries, self.damaged = {}, 0
@@ -195,7 +195,7 @@ def _checksum(key, kept):
 def _bytes(t):
     return t.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
 
-# %% ../../nbs/51_train.cache.ipynb #46f3948c
+# %% ../../nbs/51_train.cache.ipynb #b0b0e1e7
 class _OnDisk:
     "One safetensors file for each picture."
 
@@ -236,7 +236,7 @@ class _OnDisk:
     def __str__(self):
         return f"on disk in {self.folder}"
 
-# %% ../../nbs/51_train.cache.ipynb #b0b0e1e7
+# %% ../../nbs/51_train.cache.ipynb #9c4f174a
 def fingerprint(
     modules: Sequence[tuple[str, nn.Module]],  # each with its name; their children are not looked into
 ) -> str:
@@ -261,14 +261,14 @@ def _precision(device):
     "Autocast, or nothing."
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
 
-# %% ../../nbs/51_train.cache.ipynb #9c4f174a
+# %% ../../nbs/51_train.cache.ipynb #0e6cce9e
 def _kept_as(t, precision, tower):
     "The type in which a result is kept, and its value in that type."
     half = precision != "none" or next(tower.parameters()).dtype in (torch.float16, torch.bfloat16)
     small = t.half() if half and t.dtype == torch.float32 else t
     return (small if small.isfinite().all() else t).to("cpu", copy=True)
 
-# %% ../../nbs/51_train.cache.ipynb #0e6cce9e
+# %% ../../nbs/51_train.cache.ipynb #e8816c09
 class _Account:
     "Entries that can be believed, up to a limit."
 
@@ -303,7 +303,7 @@ class _Account:
         damaged = f", {self.store.damaged} damaged" if self.store.damaged else ""
         return f"{self.found:,} of {self.asked:,} pictures from the cache, {self.used / 1e6:.1f} MB {self.store}{damaged}"
 
-# %% ../../nbs/51_train.cache.ipynb #e8816c09
+# %% ../../nbs/51_train.cache.ipynb #b13ff06f
 class _Keys:
     "What the result for a picture depends on, and the result."
 
@@ -337,7 +337,7 @@ class _Keys:
         precision = _precision(args[0].device.type)
         return {k: _kept_as(t, precision, self.seam.tower) for k, t in kept.items()} | {f"type.{k}": torch.empty(0, dtype=t.dtype) for k, t in kept.items()}
 
-# %% ../../nbs/51_train.cache.ipynb #462b9c84
+# %% ../../nbs/51_train.cache.ipynb #a8e9b048
 VERSIONS = [torch.__version__, transformers.__version__, __version__]
 
 
@@ -385,7 +385,7 @@ class _Looking(_Keys):
         self.cache.say("Vision cache: the vision tower's weights were changed; what it saw before is not used any more.")
         return False
 
-# %% ../../nbs/51_train.cache.ipynb #b13ff06f
+# %% ../../nbs/51_train.cache.ipynb #563c9a2d
 class VisionCache(_Account):
     """What a frozen vision tower saw, remembered in memory or on disk.
 
@@ -435,7 +435,7 @@ def _existing(folder):
     folder = Path(folder).absolute()
     return next(p for p in (folder, *folder.parents) if p.exists())
 
-# %% ../../nbs/51_train.cache.ipynb #47d44d72
+# %% ../../nbs/51_train.cache.ipynb #a5b99d3f
 CHOICES = ("auto", "off", "memory", "disk")
 
 

@@ -185,8 +185,10 @@ def label_only(
 
     Raises `InputError`, also later at the call, for a model whose loss is not the plain cross-entropy of the next token."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    place = layout_of(model).head[0]
-    owner, head = base.get_submodule(place.rpartition(".")[0]), base.get_submodule(place)
+    place, modules = layout_of(model).head[0], dict(base.named_modules(remove_duplicate=False))
+    if place not in modules:
+        raise InputError(f"{type(base).__name__} has no module {place!r}, where its layout puts the head", "label_only", "Register its layout, see chapter 10")
+    owner, head = modules[place.rpartition(".")[0]], modules[place]
     if isinstance(owner.__dict__.get("forward"), _Model):  # a block within a block
         yield
         return
