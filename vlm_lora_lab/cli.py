@@ -57,7 +57,8 @@ def _add(group, cls, names=None):
             elif isinstance(default, (int, float)) or name in ("full_learning_rate", "lora_plus"):
                 kind |= {"type": _number, "metavar": "N"}
             else:
-                kind |= {"metavar": "freeze|lora|full" if cls.__name__ == "TuningPlan" else "stop|skip|rollback" if name == "nan" else "NAME" if name == "metric" else "PATH"}
+                choices = {"nan": "stop|skip|rollback", "metric": "NAME", "vision_cache": "auto|off|memory|disk"}
+                kind |= {"metavar": "freeze|lora|full" if cls.__name__ == "TuningPlan" else choices.get(name, "PATH")}
             shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
             group.add_argument(flag, dest=name, help=(comment + shown).replace("%", "%%"), **kind)
 

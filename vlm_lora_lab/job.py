@@ -28,6 +28,7 @@ from .models.published import on_meta
 from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
 from .style import save_figure
+from .train.cache import CHOICES, choose_cache
 from .train.run import Schedule, fit, last_checkpoint, mix
 
 # %% ../nbs/94_job.ipynb #5d1e6638
@@ -45,6 +46,7 @@ class Job:
     four_bit: bool = True  # NF4 for the language model's decoder layers (Q-LoRA); False: plain LoRA
     mix_data: str | None = None  # JSON file of old samples to mix in; "drawn": the lab model's own
     mix_share: float = 0.3  # of old samples, when `mix_data` is given
+    vision_cache: str = "auto"  # remember what a frozen vision tower saw: off, memory, disk, or auto (memory, where it pays)
     nan: str = "stop"  # at a step that is not finite: stop, skip (leave it out and count), or rollback (to a healthy copy, at half the rate)
     plan: TuningPlan = field(default_factory=TuningPlan)
     schedule: Schedule = field(default_factory=Schedule)
@@ -70,6 +72,9 @@ class Job:
         if values.get("nan", "stop") not in POLICIES:
             raise InputError(f"nan is {values['nan']!r}", where, f"Write one of {', '.join(POLICIES)}")
         metric_of(values.get("metric", "exact"))
+        values["vision_cache"] = "off" if values.get("vision_cache") is False else values.get("vision_cache", "auto")  # YAML reads off as false
+        if values["vision_cache"] not in CHOICES:
+            raise InputError(f"vision_cache is {values['vision_cache']!r}", where, f"Write one of {', '.join(CHOICES)}")
         for name in ("four_bit", "allow_pickle"):
             if not isinstance(values.get(name, True), bool):
                 raise InputError(f"{name} is {values[name]!r}", where, "Write true or false")
@@ -79,6 +84,8 @@ class Job:
                 values[name] = make(section)
             elif not isinstance(section, (TuningPlan, Schedule, Reading)):
                 raise InputError(f"{name} is {section!r:.60}", where, f"Write {name}: {{key: value, …}}")
+        if values["vision_cache"] in ("memory", "disk") and (word := values.get("plan", TuningPlan()).vision) != "freeze":
+            raise InputError(f"vision_cache is {values['vision_cache']}, but the plan says vision: {word}", where, "Write vision_cache: off, or vision: freeze")
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -163,12 +170,16 @@ def train(
         write_json(output / "job.json", job.to_dict())
         if held_out:
             write_json(output / "before.json", generate_answers(model, processor, held_out, desc="asking before"))
+    passes = job.schedule.epochs if job.schedule.max_steps < 0 else job.schedule.max_steps * job.schedule.batch_size * job.schedule.accumulation / len(new.conversations)
+    cache = choose_cache(job.vision_cache, model, new.samples(processor, job.reading), passes, say)
     held_samples, doctor = held.samples(processor, job.reading) if held else None, NanDoctor(job.nan, output / "nan", say=say)
     try:
-        run = fit(model, new.samples(processor, job.reading), job.schedule, output / "checkpoints", held_samples, resume, plan=job.plan, callbacks=[doctor])
+        run = fit(model, new.samples(processor, job.reading), job.schedule, output / "checkpoints", held_samples, resume, plan=job.plan, callbacks=[doctor], cache=cache)
     except NonFiniteStep as e:
         say(f"Stopped before the weights were lost, at {e}")
         return {"not_finite_at_step": doctor.bad_steps[-1][0]}
+    if cache:
+        say(f"Vision cache: {cache}.")
     if run.stopped:
         say(f"Stopped after step {run.steps}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}

@@ -177,10 +177,10 @@ class QwenVisual(nn.Module):
         self.ln_post = nn.LayerNorm(out, eps=1e-6)
         self.proj = nn.Parameter(out**-0.5 * torch.randn(out, out))
 
-    def forward(
+    def see(
         self,
         pixel_values: torch.Tensor,  # (pictures, 3, H, H), normalised with CLIP's means and deviations
-    ) -> torch.Tensor:  # (pictures, n_queries, D)
+    ) -> torch.Tensor:  # (pictures, patches, V): the vision tower's result, before the connector
         "See each picture. Raises `InputError` for pictures that are not square."
         if pixel_values.ndim != 4 or pixel_values.shape[2] != pixel_values.shape[3] or pixel_values.shape[2] % self.conv1.stride[0]:
             remedy = f"Give (pictures, 3, H, H) with H a multiple of {self.conv1.stride[0]}"
@@ -189,7 +189,11 @@ class QwenVisual(nn.Module):
         x = self.ln_pre(x + resize_positions(self.positional_embedding, x.shape[1]))
         for block in self.transformer["resblocks"]:
             x = block(x)
-        return self.ln_post(self.attn_pool(x).to(self.proj.dtype)) @ self.proj
+        return x
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # (pictures, 3, H, H) -> (pictures, n_queries, D)
+        "Vision tower, connector, last projection."
+        return self.ln_post(self.attn_pool(self.see(pixel_values)).to(self.proj.dtype)) @ self.proj
 
 # %% ../../nbs/13_models.qwenvl.ipynb #8efa2f1f
 def ntk_alpha(

@@ -14,6 +14,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from ..errors import InputError, explain_write_errors
 from ..models.parts import layout_of
 from ..models.precision import precision_of
 from ..plan import TuningPlan
+from .cache import VisionCache
+from .loss import label_only
 
 # %% ../../nbs/52_train.run.ipynb #b3664787
 @dataclass(frozen=True)
@@ -95,6 +98,18 @@ class PartTrainer(Trainer):
         if getattr(data, "lengths", None) is None:
             return super()._get_train_sampler(train_dataset)
         return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, data.lengths, self.args.seed)
+
+    def train(self, *args, **kwargs):
+        "As the Trainer does it, with logits only where there are labels (chapter 50), evaluation and callbacks included."
+        with label_only(self.model):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        "The loss, without the logits. Raises `InputError` for a metric that wants to see them."
+        if not self.args.prediction_loss_only:
+            raise InputError("this evaluation would collect logits, and none are computed", "PartTrainer", "Set prediction_loss_only=True; ask for answers with generate_answers")
+        with label_only(self.model):
+            return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         "AdamW over the trainable parameters, in groups by rate and weight decay."
@@ -206,6 +221,7 @@ def fit(
     save: bool = True,  # write checkpoints
     plan: TuningPlan | None = None,  # for learning rates of its own
     callbacks: Sequence[TrainerCallback] = (),  # such as chapter 61's `NanDoctor`
+    cache: VisionCache | None = None,  # what a frozen vision tower saw (chapter 51); None: it looks every time
 ) -> Fitted:
     """Train in place with Hugging Face's `Trainer`.
 
@@ -241,7 +257,7 @@ def fit(
     if resume and checkpoint is None:
         raise InputError("there is no complete checkpoint to resume from", folder, "Start the training again without --resume, into an empty folder")
     try:
-        with explain_write_errors(folder):
+        with explain_write_errors(folder), cache.at(model) if cache else nullcontext():
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except InputError:
         for partial in Path(folder).glob("checkpoint-*"):
