@@ -95,6 +95,13 @@ class PartTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, data.lengths, self.args.seed)
 
+    def _run_epoch(self, *args, **kwargs):
+        "The Trainer's, unless all steps are done: resumed from its very last checkpoint, a run would take one step more."
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def create_optimizer(self, model=None):
         "AdamW over the trainable parameters, in groups by rate and weight decay."
         if self.optimizer is None:
