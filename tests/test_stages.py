@@ -207,13 +207,13 @@ def losses(done):
 
 
 class At(TrainerCallback):
-    "Does something when a step is done, and remembers the optimizer."
+    "Does something in the middle of a step."
 
     def __init__(self, step, do=lambda: None):
         self.step, self.do = step, do
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
             self.do()
 
 
@@ -225,7 +225,7 @@ def terminate():
 def test_a_run_stopped_in_any_stage_ends_where_an_unbroken_one_ends(stage, step, unbroken, tmp_path):
     "A real SIGTERM, also in the last step of a stage."
     stopped, _ = staged(tmp_path, callbacks=lambda number: [At(step, terminate)] if number == stage else [])
-    assert stopped.stopped and len(stopped.runs) == stage and stopped.moved is None
+    assert stopped.stopped and len(stopped.runs) == stage and stopped.runs[-1].steps == step and stopped.moved is None
     done, said = staged(tmp_path, resume=True)
     assert not done.stopped and done.plan == unbroken.plan and [r.steps for r in done.runs] == [4, 4, 4]
     a, b = state(unbroken.model), state(done.model)
@@ -413,9 +413,9 @@ def test_a_staged_job_goes_on_after_a_signal(tmp_path, monkeypatch, capsys):
     import vlm_lora_lab.job as job
 
     class Doctor(job.NanDoctor):
-        def on_step_end(self, args, state, control, **kwargs):
-            super().on_step_end(args, state, control, **kwargs)
-            if state.max_steps == 4 and state.global_step == 2:
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+            if state.max_steps == 4 and state.global_step == 1:
                 terminate()
 
     with monkeypatch.context() as m:
