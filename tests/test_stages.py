@@ -28,6 +28,7 @@ from vlm_lora_lab.plan import TuningPlan, apply_plan, audit, lora_layers
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint
 from vlm_lora_lab.train.stages import (
     BOUND,
+    BOUND_16,
     Stage,
     as_one_plan,
     bound_of,
@@ -82,8 +83,8 @@ def state(model):
 
 @pytest.mark.parametrize("i, name", list(enumerate(PAIRS)), ids=list(PAIRS))
 def test_a_change_of_stage_keeps_the_model_and_trains_what_the_plan_says(i, name):
-    "Every pair on three families of seven, so that each family meets several."
-    for family in (SOME[i % len(SOME)], SOME[(i + 2) % len(SOME)], SOME[(i + 5) % len(SOME)]):
+    "Every pair on two families of seven, so that each family meets several."
+    for family in (SOME[i % len(SOME)], SOME[(i + 3) % len(SOME)]):
         model, stages = tiny_model(family), PAIRS[name]
         batch, way, lora = batch_of(family, model), route(model, stages), {}
         before = logits(model, batch)
@@ -145,6 +146,25 @@ def test_a_merge_out_of_four_bit_is_the_layer_that_was_trained():
     assert 0 < moved(before, probe_logits(model, train), BOUND, "merge") < 1e-4
     layer = lambda i: model.get_base_model().llm.model.layers[i].mlp.up_proj  # noqa: E731
     assert type(layer(0)) is torch.nn.Linear and layer(0).weight.dtype == torch.float32 and hasattr(layer(3).weight, "quant_state")
+
+
+def test_over_16_bit_what_was_learned_stays_in_32():
+    stages = (Stage(TuningPlan(language="lora on 0-1", connector="full", rank=4), lora="merge"), Stage(TuningPlan(language="lora on 3", connector="freeze", rank=4)))
+    way, model, train = route(on_meta("lab"), stages), load_vlm("lab", dtype=torch.bfloat16), samples()
+    model = enter_stage(model, way.turns[0], {})
+    torch.manual_seed(0)
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.data += 0.01 * torch.randn_like(p)
+    before = probe_logits(model, train)
+    model, lora = leave_stage(model)
+    query = model.resampler.query.clone()
+    model = enter_stage(model, way.turns[1], lora)
+    assert 0 < moved(before, probe_logits(model, train), bound_of(model, way.turns[1].folded), "stage 2") < BOUND_16
+    base = model.get_base_model()
+    folded = base.llm.model.layers[0].mlp.up_proj.weight
+    assert folded.dtype == torch.float32 and not torch.equal(folded, folded.bfloat16().float())  # 16 bit could not hold it
+    assert base.resampler.query.dtype == torch.float32 and torch.equal(base.resampler.query, query) and not base.resampler.query.requires_grad
+    assert base.llm.model.layers[4].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 def samples(n=12):
@@ -232,6 +252,19 @@ def test_a_run_stopped_in_any_stage_ends_where_an_unbroken_one_ends(stage, step,
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert losses(done) == losses(unbroken)
     assert any(f"Stage {stage} of 3" in line for line in said) and not any(f"Stage {stage - 1} of 3" in line for line in said)
+
+
+BARE = (Stage(TuningPlan(language="freeze", connector="full"), steps=3), Stage(TuningPlan(language="lora", connector="lora", rank=2), steps=3))
+PACKED = (Stage(TuningPlan(language="lora on 0-2", rank=2), steps=3, lora="merge"), Stage(TuningPlan(language="lora", connector="freeze", rank=2), steps=3))
+
+
+@pytest.mark.parametrize("stages, four_bit, stage", [(BARE, False, 1), (BARE, False, 2), (PACKED, True, 2)], ids=["no wrapper", "after no wrapper", "merged out of 4 bit"])
+def test_a_resume_without_a_wrapper_and_in_four_bit(stages, four_bit, stage, tmp_path):
+    whole, _ = staged(tmp_path / "a", stages, four_bit=four_bit)
+    assert staged(tmp_path / "b", stages, callbacks=lambda number: [At(2, terminate)] if number == stage else [], four_bit=four_bit)[0].stopped
+    done, _ = staged(tmp_path / "b", stages, resume=True, four_bit=four_bit)
+    a, b = state(whole.model), state(done.model)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.mark.parametrize("stage, step", [(2, 2), (3, 4)])
@@ -398,6 +431,8 @@ def test_stages_from_a_file_by_the_command_line(tmp_path, capsys):
     (tmp_path / "job.yaml").write_text(json.dumps({"data": data, "output": str(tmp_path / "b"), "stages": stages, "schedule": {"max_steps": 9}}))
     assert main(["train", str(tmp_path / "job.yaml")]) == 2 and "each stage says its own length" in capsys.readouterr().err
     assert main(["train", "--resume", "--output", str(tmp_path / "a")]) == 2 and "finished" in capsys.readouterr().err
+    assert main(["doctor", "--data", data, "--stages", str(tmp_path / "stages.json")]) == 0
+    assert "The first of 2 stages is examined" in capsys.readouterr().out
     (tmp_path / "stages.json").write_text('{"plan": {}}')
     assert main([*common, "--output", str(tmp_path / "c"), "--stages", str(tmp_path / "stages.json")]) == 2
     assert "expected a list" in capsys.readouterr().err and not (tmp_path / "c").exists()
@@ -459,11 +494,36 @@ def test_stages_that_cannot_be_are_refused_before_a_weight_is_loaded(stages, mes
     assert "stages" in str(caught.value) or "plan" in str(caught.value)
 
 
+def test_a_stage_s_plan_starts_from_the_job_s():
+    first, second = read_stages([{"plan": {"connector": "freeze"}, "epochs": 2}, {"steps": 5, "warmup": 0.5}], {"rank": 4, "vision": "lora"})
+    assert (first.plan.rank, first.plan.vision, first.plan.connector, second.plan.connector) == (4, "lora", "freeze", "full")
+    whole = Schedule(max_steps=50, learning_rate=1e-3, seed=7)
+    a, b = first.schedule(whole, 0), second.schedule(whole, 1)
+    assert (a.epochs, a.max_steps, a.seed, a.warmup) == (2, -1, 7, whole.warmup) and (b.max_steps, b.seed, b.warmup, b.learning_rate) == (5, 8, 0.5, 1e-3)
+    assert Stage(LORA).schedule(whole, 0) == whole  # no length of its own: the schedule's
+    with pytest.raises(InputError, match="Write a list"):
+        read_stages([])
+
+
 def test_tied_embeddings_are_refused():
     model = tiny_model("gemma3")
     for stages in ([Stage(TuningPlan(embeddings="full"))], [Stage(TuningPlan(embeddings="lora"), lora="merge"), Stage(LORA)]):
         with pytest.raises(InputError, match="one tensor"):
             route(model, stages)
+
+
+def test_another_run_s_stages_are_not_written_over(tmp_path):
+    (tmp_path / "stage-1").mkdir()
+    with pytest.raises(InputError, match="stage-1 of another run"):
+        staged(tmp_path)
+    with pytest.raises(InputError, match="no stage to resume from"):
+        staged(tmp_path, resume=True)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process"):
+        staged(tmp_path)
 
 
 def test_a_model_that_moves_at_a_change_is_an_error():

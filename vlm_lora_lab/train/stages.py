@@ -283,7 +283,7 @@ def timeline(
                 ax.bar(left, k * height, lengths[i], bottom, align="edge", color=STATES[state][0], hatch=STATES[state][1], edgecolor="white", linewidth=0.5)
                 bottom += k * height
     ax.set_yticks(range(len(PARTS)), list(reversed(PARTS)))
-    ax.set(xlabel="steps", xlim=(0, sum(lengths)))
+    ax.set(xlabel="steps" if all(t.stage.steps for t in way.turns) else "length of the stages", xlim=(0, sum(lengths)))
     ax.grid(False)
     handles = [Patch(facecolor=color, hatch=hatch, edgecolor="white", label=state) for state, (color, hatch) in STATES.items()]
     ax.legend(handles=handles, ncols=5, loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=7, handlelength=1.2, columnspacing=1)
@@ -522,6 +522,8 @@ def where_stopped(
 
 def _beginning(model, way, train, folder, resume):
     "Where to start, and with what: the stage from 0, LoRA, moments, the stages that are done, and what the model says."
+    if not resume and (there := sorted(p.name for p in Path(folder).glob("stage-*"))):
+        raise InputError(f"there is {there[0]} of another run", folder, "Go on with it (resume), or choose another folder")
     at = where_stopped(folder) if resume else (0, None)
     if at is None:
         raise InputError("there is no stage to resume from", folder, "Start the training again without --resume, into an empty folder")
