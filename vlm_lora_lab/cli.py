@@ -63,8 +63,8 @@ def _add(group, cls, names=None):
             group.add_argument(flag, dest=name, help=(comment + shown).replace("%", "%%"), **kind)
 
 
-def _configuration(path):
-    "Read a YAML or JSON file into a dictionary."
+def _configuration(path, kind=dict):
+    "Read a YAML or JSON file into a dictionary, or a list."
     import yaml
 
     path = Path(path)
@@ -79,8 +79,10 @@ def _configuration(path):
     except (yaml.YAMLError, UnicodeDecodeError, PermissionError) as e:
         mark = getattr(e, "problem_mark", None)
         raise InputError(f"this is neither YAML nor JSON: {getattr(e, 'problem', e)}", f"{path}, line {mark.line + 1}" if mark else path) from None
-    if not isinstance(values, dict):
-        raise InputError(f"expected 'key: value' lines, found {type(values).__name__}", path)
+    if kind is list and isinstance(values, dict) and set(values) == {"stages"}:
+        values = values["stages"]
+    if not isinstance(values, kind):
+        raise InputError(f"expected {'a list' if kind is list else repr('key: value') + ' lines'}, found {type(values).__name__}", path)
     return values
 
 
@@ -105,6 +107,16 @@ A file may hold the same options as flags, with the sections plan, schedule and 
   plan: {connector: full, language: lora, rank: 16}
   schedule: {epochs: 3, batch_size: 8, learning_rate: 0.0002}
   reading: {workers: 4, group_by_length: true}
+
+Several plans one after the other: --stages FILE, or the section stages of the file. Each is
+shown before it starts; LoRA stays beside its layers, or is folded in (lora: merge). What a
+stage's plan leaves out is taken from plan, and each stage says how long it is:
+
+  stages:
+    - {plan: {connector: freeze}, epochs: 2}
+    - {plan: {connector: full, language: "lora, full on 24-27"}, steps: 200, learning_rate: 0.0001}
+
+  vlm-lora-lab plan lab --stages stages.yaml              what that means for a model, beforehand
 """
 
 
@@ -152,6 +164,8 @@ def _job(options):
             if not isinstance(values.get(section) or {}, dict):
                 raise InputError(f"{section} is {values[section]!r:.60}", options.config, f"Write {section}: {{key: value, …}}")
             values[section] = (values.get(section) or {}) | flags
+    if "stages" in given:
+        given = given | {"stages": _configuration(given["stages"], list)}
     return Job.of(values | {f.name: given[f.name] for f in fields(Job) if f.name in given}, str(options.config or "flags"))
 
 # %% ../nbs/95_cli.ipynb #6b028e97
@@ -221,6 +235,11 @@ def _plan(o):
         was = from_flags(script, **dict(_flag(p) for p in pairs))
         print(f"{was}\n")
         plan = was.plan
+    if o.stages:
+        from vlm_lora_lab.train.stages import read_stages, route
+
+        print(route(on_meta(o.model), read_stages(_configuration(o.stages, list), given if not o.flags else plan.to_dict())))
+        return
     print(Preview.of(on_meta(o.model), plan))
 
 
@@ -490,6 +509,7 @@ def _parser(argv):
                 "  vlm-lora-lab plan openbmb/MiniCPM-V-2_6 --flags minicpmv use_lora=true tune_llm=false    flags of an older script")  # fmt: skip
     p.add_argument("model", help='owner/name of a published checkpoint, "lab", or a folder with a config.json')
     p.add_argument("--flags", nargs="+", metavar="SCRIPT", help="minicpmv, qwenvl, qwen3vl, llamafactory or swift, and its flags as name=value")
+    p.add_argument("--stages", metavar="FILE", help="a YAML or JSON list of stages: show what each would train, and what would be saved")
     if argv[:1] == ["plan"]:
         from vlm_lora_lab.plan import TuningPlan
 

@@ -8,7 +8,7 @@ __all__ = ['Job', 'train', 'examine']
 # %% ../nbs/94_job.ipynb #d8f5762b
 import json
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from .quant.policy import Packing
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache
 from .train.run import Schedule, fit, last_checkpoint, mix
+from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 
 # %% ../nbs/94_job.ipynb #5d1e6638
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Job:
     plan: TuningPlan = field(default_factory=TuningPlan)
     schedule: Schedule = field(default_factory=Schedule)
     reading: Reading = field(default_factory=Reading)
+    stages: tuple[Stage, ...] = ()  # plans one after the other; as a flag: a YAML or JSON file with the list
 
     @classmethod
     def of(cls, values: dict, where: str = "configuration") -> "Job":
@@ -78,12 +80,15 @@ class Job:
         for name in ("four_bit", "allow_pickle"):
             if not isinstance(values.get(name, True), bool):
                 raise InputError(f"{name} is {values[name]!r}", where, "Write true or false")
+        values["stages"] = _stages(values) if values.get("stages") else ()
         for name, make in (("plan", TuningPlan.of), ("schedule", _schedule), ("reading", Reading.of)):
             section = values.get(name) or {}
             if isinstance(section, dict):
                 values[name] = make(section)
             elif not isinstance(section, (TuningPlan, Schedule, Reading)):
                 raise InputError(f"{name} is {section!r:.60}", where, f"Write {name}: {{key: value, …}}")
+        if values["vision_cache"] in ("memory", "disk") and values["stages"]:
+            raise InputError(f"vision_cache is {values['vision_cache']}, and stages have none", where, "Write vision_cache: off")
         if values["vision_cache"] in ("memory", "disk") and (word := values.get("plan", TuningPlan()).vision) != "freeze":
             raise InputError(f"vision_cache is {values['vision_cache']}, but the plan says vision: {word}", where, "Write vision_cache: off, or vision: freeze")
         return cls(**values)
@@ -96,6 +101,16 @@ def _schedule(values):
     if unknown := sorted(map(str, set(values) - {f.name for f in fields(Schedule)})):
         raise InputError(f"{', '.join(unknown)} is unknown", "schedule", f"Known are {', '.join(f.name for f in fields(Schedule))}")
     return Schedule(**values)
+
+
+def _stages(values):
+    "The stages of a job; what their plans leave out comes from the job's own. Raises `InputError` for a length that no stage would heed."
+    plan, schedule = values.get("plan") or {}, values.get("schedule") or {}
+    stages = read_stages(values["stages"], plan.to_dict() if isinstance(plan, TuningPlan) else plan if isinstance(plan, dict) else {})
+    was, asked = asdict(Schedule()), asdict(schedule) if isinstance(schedule, Schedule) else schedule if isinstance(schedule, dict) else {}
+    if all(s.steps or s.epochs for s in stages) and (said := [k for k in ("epochs", "max_steps") if asked.get(k, was[k]) != was[k]]):
+        raise InputError(f"{said[0]} is {asked[said[0]]!r}, and each stage says its own length", f"schedule, {said[0]}", "Say it in one of the two places")
+    return stages
 
 
 def _checked(path, job, processor, desc, say):
@@ -113,7 +128,7 @@ def _checked(path, job, processor, desc, say):
 def _place(job, resume):
     "Check the output folder: new or empty, or holding a run that can be resumed. Nothing is touched."
     output, made_by_us = Path(job.output), {"job.json", "before.json", "checkpoints", "nan"}
-    checkpoint = last_checkpoint(output / "checkpoints")
+    checkpoint = last_checkpoint(output / "checkpoints") or where_stopped(output / "checkpoints")
     if (output / "report.json").exists() and resume:
         raise InputError("this run is finished, so there is nothing to resume", output, "Start a new one in another folder")
     if checkpoint is None and resume:
@@ -142,8 +157,11 @@ def train(
     output = _place(job, resume)
     tokenizer = load_tokenizer(job.model)
     empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
-    whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
-    lora_layers(empty, job.plan)
+    if job.stages:
+        whole = route(empty, job.stages, job.four_bit).whole
+    else:
+        whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
+        lora_layers(empty, job.plan)
     processor = Processor.of(empty.config, tokenizer, job.schedule.max_length, job.reading.drop_turns)
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
@@ -156,10 +174,12 @@ def train(
         added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
         new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
     torch.manual_seed(job.schedule.seed)
-    model = apply_plan(load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=whole), job.plan)
-    say(str(PlanTable.of(model, job.plan)))
+    model = load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=whole)
+    if not job.stages:
+        model = apply_plan(model, job.plan)
+        say(str(PlanTable.of(model, job.plan)))
     if resume:
-        say(f"Resuming from {last_checkpoint(output / 'checkpoints')}.")
+        say(f"Resuming from {last_checkpoint(output / 'checkpoints') or where_stopped(output / 'checkpoints')[1]}.")
         for leftover in ("adapter", "model"):  # of an attempt that failed after training; written anew below
             shutil.rmtree(output / leftover, ignore_errors=True)
     else:
@@ -170,24 +190,37 @@ def train(
         write_json(output / "job.json", job.to_dict())
         if held_out:
             write_json(output / "before.json", generate_answers(model, processor, held_out, desc="asking before"))
-    passes = job.schedule.epochs if job.schedule.max_steps < 0 else job.schedule.max_steps * job.schedule.batch_size * job.schedule.accumulation / len(new.conversations)
-    cache = choose_cache(job.vision_cache, model, new.samples(processor, job.reading), passes, say)
-    held_samples, doctor = held.samples(processor, job.reading) if held else None, NanDoctor(job.nan, output / "nan", say=say)
+    held_samples, doctors, samples, plan, cache = held.samples(processor, job.reading) if held else None, [], new.samples(processor, job.reading), job.plan, None
+
+    def doctor(number=1):
+        doctors.append(NanDoctor(job.nan, output / "nan", say=say))
+        return [doctors[-1]]
+
     try:
-        run = fit(model, new.samples(processor, job.reading), job.schedule, output / "checkpoints", held_samples, resume, plan=job.plan, callbacks=[doctor], cache=cache)
+        if job.stages:
+            run = fit_stages(model, job.stages, samples, job.schedule, output / "checkpoints", resume, doctor, say, evaluation=held_samples)
+            model, plan = run.model, run.plan
+        else:
+            passes = job.schedule.epochs if job.schedule.max_steps < 0 else job.schedule.max_steps * job.schedule.batch_size * job.schedule.accumulation / len(new.conversations)
+            cache = choose_cache(job.vision_cache, model, samples, passes, say)
+            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache)
     except NonFiniteStep as e:
         say(f"Stopped before the weights were lost, at {e}")
-        return {"not_finite_at_step": doctor.bad_steps[-1][0]}
+        return {"not_finite_at_step": doctors[-1].bad_steps[-1][0]}
     if cache:
         say(f"Vision cache: {cache}.")
     if run.stopped:
-        say(f"Stopped after step {run.steps}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
+        where = f"in stage {len(run.runs)}, after its step {run.runs[-1].steps}" if job.stages else f"after step {run.steps}"
+        say(f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
     report = {"job": job.to_dict(), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
+    if job.stages:
+        report["stages"] = [r.to_dict() for r in run.runs]
+        report["logits_moved_at_the_end"] = run.moved
     if left_out:
         report["skipped_rows"] = {str(path): [asdict(s) for s in rows] for path, rows in left_out.items()}
-    if doctor.bad_steps:
-        report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for step, d in doctor.bad_steps]
+    if any(d.bad_steps for d in doctors):
+        report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
     if held_out:
         results = {"before": json.loads((output / "before.json").read_text(encoding="utf-8")),
                    "after": generate_answers(model, processor, held_out, desc="asking after")}  # fmt: skip
@@ -202,7 +235,7 @@ def train(
     if isinstance(model, PeftModel):
         data = {p: file_sha256(p) for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"}
         metrics = {k: report[k] for k in ("steps", "loss", "exact_match") if k in report}
-        report["adapter"] = str(save_adapter(model, output / "adapter", job.plan, job.model, tokenizer, job.four_bit, data=data, metrics=metrics))
+        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, tokenizer, job.four_bit, data=data, metrics=metrics))
     else:
         save_vlm(model, output / "model", model_folder(job.model))
         report["model"] = str(output / "model")
@@ -221,6 +254,10 @@ def examine(
         conversations = Conversations.open(job.data, job.image_root, job.reading.allow_outside, job.reading.allow_urls)
     except InputError as e:
         return Preflight((Check("data", "error", str(e)), *(Check(n, "not reached", "") for n in ("plan", "gradients", "precision", "longest"))))
-    torch.manual_seed(job.schedule.seed)
-    model = load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=full_modules(empty, job.plan))
-    return preflight(model, job.plan, conversations, processor, job.schedule)
+    plan, schedule = (job.stages[0].plan, job.stages[0].schedule(job.schedule, 0)) if job.stages else (job.plan, job.schedule)
+    whole = route(empty, job.stages, job.four_bit).whole if job.stages else full_modules(empty, plan)
+    torch.manual_seed(schedule.seed)
+    model = load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=whole)
+    found = preflight(model, plan, conversations, processor, schedule)
+    later = f"The first of {len(job.stages)} stages is examined; that the others fit together was checked from names and shapes."
+    return replace(found, checks=(*found.checks, Check("stages", "ok", later))) if job.stages else found

@@ -295,12 +295,13 @@ def _tied(model):
 def apply_plan(
     model: nn.Module,  # whole or in 4 bit, not yet wrapped
     plan: TuningPlan,
+    kept: dict[str, Rule] | None = None,  # layers that hold LoRA of an earlier stage (chapter 54): it stays beside them, frozen
 ) -> nn.Module:  # wrapped by PEFT, or the model itself when no part gets LoRA
     """Make a model trainable as the plan says, and prove it.
 
     Raises `InputError` for a plan that this model cannot follow, `RuntimeError` if the audit fails."""
     layout, four_bit = layout_of(model), getattr(model, "is_loaded_in_4bit", False)
-    adapted, whole = lora_layers(model, plan), full_modules(model, plan)
+    adapted, whole = {**(kept or {}), **lora_layers(model, plan)}, full_modules(model, plan)
     packed = [n for n, p in model.named_parameters() if numel(p) != p.numel() and plan.rule(layout.part_of(n), n).word == "full"]
     if packed:
         raise InputError(f"{packed[0]} is in 4 bit and should be trained in full; integers have no gradient", f"plan, {layout.part_of(packed[0])}",
@@ -317,10 +318,13 @@ def apply_plan(
     for name, p in model.named_parameters():
         if plan.rule(layout.part_of(name), plain_name(name)).word == "full" and ".original_module." not in name and numel(p) == p.numel():
             p.requires_grad_(True)
+    for name, p in model.named_parameters():
+        if kept and ".lora_" in name and plain_name(name.partition(".lora_")[0]) in kept:
+            p.requires_grad_(False)
     for p in model.parameters():
         if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
             p.data = p.data.float()  # 16 bit cannot hold small updates, and fp16 gradients cannot be unscaled
-    audit(model, plan)
+    audit(model, plan, kept or ())
     return model
 
 
@@ -359,6 +363,7 @@ def fold_lora(
 def audit(
     model: nn.Module,  # after `apply_plan`
     plan: TuningPlan,
+    kept=(),  # layers whose LoRA of an earlier stage stays frozen
 ) -> None:
     "Compare every parameter with the plan. Raises `RuntimeError` naming those that disagree."
     wrong, layout, trained = [], layout_of(model), set()
@@ -366,7 +371,7 @@ def audit(
         part = layout.part_of(name)
         rule = plan.rule(part, plain_name(name))
         is_lora, is_copy = ".lora_" in name, ".original_module." in name
-        should = is_lora if rule.word == "lora" else rule.word == "full" and not is_copy
+        should = is_lora and plain_name(name.partition(".lora_")[0]) not in kept if rule.word == "lora" else rule.word == "full" and not is_copy
         if p.requires_grad != should:
             wrong.append(f"{plain_name(name)} is {'trained' if p.requires_grad else 'frozen'} under the word {rule.word!r}")
         if p.requires_grad and p.dtype != torch.float32:

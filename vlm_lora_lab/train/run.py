@@ -111,6 +111,13 @@ class PartTrainer(Trainer):
         with label_only(self.model):
             return super().evaluate(*args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        "The Trainer's, unless all steps are done: resumed from its very last checkpoint, a run would take one step more."
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def create_optimizer(self, model=None):
         "AdamW over the trainable parameters, in groups by rate and weight decay."
         if self.optimizer is None:
