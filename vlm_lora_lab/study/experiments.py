@@ -210,7 +210,8 @@ class Results:
                 ax.plot([100 * v for v in m.values], [y] * len(m.values), ".", ms=4, color=COLORS[0], alpha=0.5)
                 if math.isfinite(m.half):
                     ax.errorbar(100 * m.mean, y, xerr=100 * m.half, fmt="|", color=COLORS[1], capsize=3)
-            ax.set(yticks=range(len(arms)), yticklabels=list(reversed(arms)) if i == 0 else [], xlabel=f"{what} {task}, % right" if what == "new" else "old questions, % right")
+            ax.set(yticks=range(len(arms)), yticklabels=list(reversed(arms)) if i == 0 else [], xlabel=f"new {task}, % right" if what == "new" else f"old questions after new {task}, % right",
+                   **({"xlim": (0, 103)} if len(self.tasks) > 1 else {}))  # fmt: skip
         fig.suptitle(title or self.question)
         return fig
 
