@@ -118,6 +118,7 @@ class Lora:
 
     config: LoraConfig  # of this layer alone
     keys: dict[str, str]  # lora_A, lora_B, lora_embedding_A, lora_embedding_B, lora_magnitude_vector -> key in the file
+    tensor: str = "weight"  # of the module; in_proj_weight where it belongs to no layer (chapter 32)
 
     @property
     def scale(self) -> float:
@@ -146,11 +147,13 @@ class Adapter:
         if self.config.init_lora_weights not in _STARTS or self.config.lora_bias or self.config.layer_replication or self.config.use_qalora:
             raise InputError(f"init_lora_weights={self.config.init_lora_weights!r}, lora_bias={self.config.lora_bias}: this variant is not merged here",
                              self.folder / "adapter_config.json", "Merge it with PEFT's merge_and_unload")  # fmt: skip
+        if other := [p for p in self.config.target_parameters or () if not p.endswith(".in_proj_weight")]:
+            raise InputError(f"LoRA on the parameter {other[0]} is not merged here", self.folder / "adapter_config.json", "Merge it with PEFT's merge_and_unload")
         layers, self.full = {}, {}
         for key in self.reader.places:
             name = key.removeprefix("base_model.model.")
             if m := re.fullmatch(_LORA, name):
-                layers.setdefault(m[1], {})[m[2] or m[3]] = key
+                layers.setdefault(m[1].replace(".base_layer.", "."), {})[m[2] or m[3]] = key  # PEFT nests a layer inside an attention whose parameter has LoRA
             elif name == key or ".lora_" in name or "token_adapter" in name:
                 raise InputError(f"the key {key} means nothing here", file, "Give an adapter of LoRA and modules_to_save")
             else:
@@ -164,14 +167,16 @@ def _layer(adapter, module, keys):
     first, second = sorted(k for k in keys if k != "lora_magnitude_vector") if len(keys) > 1 else (None, None)
     if first not in ("lora_A", "lora_embedding_A") or second != first[:-1] + "B" or ("lora_magnitude_vector" in keys) != bool(c.use_dora):
         raise InputError(f"of LoRA for {module} there is only {', '.join(sorted(keys))}", adapter.folder, remedy)
-    r = c.rank_pattern.get(get_pattern_key(c.rank_pattern, module), c.r)
-    alpha = c.alpha_pattern.get(get_pattern_key(c.alpha_pattern, module), c.lora_alpha)
+    tensor = "in_proj_weight" if f"{module}.in_proj_weight" in (c.target_parameters or ()) else "weight"
+    named = module if tensor == "weight" else f"{module}.{tensor}"
+    r = c.rank_pattern.get(get_pattern_key(c.rank_pattern, named), c.r)
+    alpha = c.alpha_pattern.get(get_pattern_key(c.alpha_pattern, named), c.lora_alpha)
     found = adapter.reader.places[keys[first]][2][0]
     if found != r and c.init_lora_weights != "pissa":  # PiSSA has no more directions than the matrix
         raise InputError(f"adapter_config.json gives {module} rank {r}, and the file {found}", adapter.folder, remedy)
     start = "pissa" if c.init_lora_weights == "pissa" else False
     alone = LoraConfig(r=r, lora_alpha=alpha, target_modules=["layer"], use_rslora=c.use_rslora, use_dora=c.use_dora, init_lora_weights=start)
-    return Lora(alone, keys)
+    return Lora(alone, keys, tensor)
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #0919849b
 def by_peft(
@@ -276,7 +281,7 @@ def changes(
         result[names[name]] = Change(names[name], rounded=True)
     wanted = {n: {"full": k} for n, k in adapter.full.items()}
     for module, lora in adapter.loras.items():
-        wanted.setdefault(f"{module}.weight", {})["lora"] = lora
+        wanted.setdefault(f"{module}.{lora.tensor}", {})["lora"] = lora
     tied, apart = getattr(model, "all_tied_weights_keys", None) or {}, False
     for head, embeddings in tied.items():
         if not {head, embeddings} & set(wanted):

@@ -222,7 +222,7 @@ def _language(targets=None, rank=8, **words):
 
 def _targets():
     "Every choice at rank 8, and every one with as many parameters as all layers have at rank 8."
-    lab, factors = load_vlm("lab"), (1 / 3, 1.0, 3.0)
+    lab, factors = load_vlm("lab"), (1 / 3, 1.0, 3.0, 9.0)
     budget = {name: rank_for(lab, targets, like=CHOICES["all"], rank=8) for name, targets in CHOICES.items()}
     equal = {f"{name}, rank 8": Arm(_language(targets, 8), factors) for name, targets in CHOICES.items()}
     return equal | {f"{name}, rank {budget[name]}": Arm(_language(targets, budget[name]), factors) for name, targets in CHOICES.items() if name != "all"}
