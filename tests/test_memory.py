@@ -87,3 +87,14 @@ def test_the_command(capsys):
     assert "decoder in 4 bit" in out and "It fits into 15 GiB" in out
     assert main(["estimate", "lab", "--gpu", "0.1", "--max-length", "128"]) == 1 and "does not fit" in capsys.readouterr().out
     assert main(["estimate", "lab", "--gpu", "Voodoo"]) == 2 and "Write one of T4" in capsys.readouterr().err
+
+
+def test_the_account_knows_the_pieces_of_the_loss():
+    from vlm_lora_lab.quant.memory import PIECE
+    from vlm_lora_lab.train.loss import AT_ONCE
+
+    assert PIECE == AT_ONCE
+    found = estimate("openbmb/MiniCPM-V-2_6", tokens=2048)
+    spared = 12 * (2048 * 151_666 - PIECE) / 2**30
+    assert any(f"up to {spared:.1f} GiB less" in note for note in found.notes), found.notes
+    assert not any("GiB less" in note for note in estimate("lab", tokens=512).notes)

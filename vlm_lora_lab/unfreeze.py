@@ -49,7 +49,7 @@ class Snapshot:
             rows[layout.part_of(name)][1] += 1
         return Moved({part: (moved, total) for part, (moved, total) in rows.items() if total})
 
-
+# %% ../nbs/33_unfreeze.ipynb #ff87bb4e
 @dataclass(frozen=True)
 class Moved:
     "How many tensors of each part are not what they were."

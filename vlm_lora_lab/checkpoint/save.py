@@ -34,7 +34,7 @@ from ..models.load import load_vlm, model_folder
 from ..models.published import on_meta, read_json
 from ..plan import TuningPlan, audit, no_false_warning
 
-# %% ../../nbs/70_checkpoint.save.ipynb #b51981fe
+# %% ../../nbs/70_checkpoint.save.ipynb #879ec5c1
 def fingerprint(
     name: str | Path,  # "lab", or a model folder
 ) -> str:  # hexadecimal SHA-256
@@ -52,7 +52,7 @@ def fingerprint(
                 digest.update(raw.read(64))
     return digest.hexdigest()
 
-# %% ../../nbs/70_checkpoint.save.ipynb #852088bb
+# %% ../../nbs/70_checkpoint.save.ipynb #033e8b1b
 def tensor_hashes(
     file: Path,  # safetensors
 ) -> dict[str, str]:  # name -> SHA-256 of its type, shape and bytes
@@ -77,7 +77,7 @@ def tensor_hashes(
             raise
         raise InputError(f"this file is truncated or damaged ({e})", file, "Fetch it again") from None
 
-# %% ../../nbs/70_checkpoint.save.ipynb #879ec5c1
+# %% ../../nbs/70_checkpoint.save.ipynb #15fd6ee8
 def base_sha256(
     name: str | Path,  # "lab", or a model folder
 ) -> str:  # hexadecimal SHA-256
@@ -106,7 +106,7 @@ def file_sha256(
             digest.update(block)
     return digest.hexdigest()
 
-# %% ../../nbs/70_checkpoint.save.ipynb #68769743
+# %% ../../nbs/70_checkpoint.save.ipynb #d1ed76c2
 _SEAL = re.compile(r'"seal": "([0-9a-f]{64})"')
 
 
@@ -122,7 +122,7 @@ def seal(
     write_json(path, value | {"seal": file_sha256(path)})
     return path
 
-# %% ../../nbs/70_checkpoint.save.ipynb #90f77b14
+# %% ../../nbs/70_checkpoint.save.ipynb #ff6dbb65
 def broken_seals(
     folder: str | Path,  # with a provenance.json
 ) -> dict[str, str] | None:  # file -> what is wrong with it; None: the folder was never sealed
@@ -151,7 +151,7 @@ def _read_text(path):
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"this file cannot be read ({e})", path, "Copy the whole folder again from where it was trained") from None
 
-# %% ../../nbs/70_checkpoint.save.ipynb #ff6dbb65
+# %% ../../nbs/70_checkpoint.save.ipynb #d793e085
 def _unwrapped(model):
     "The PEFT model inside whatever distributes or compiles it."
     while not isinstance(model, PeftModel):
@@ -188,7 +188,7 @@ def kept_tensors(
     hand = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in stored and not others.search(n)}
     return state | hand, list(hand)
 
-# %% ../../nbs/70_checkpoint.save.ipynb #d793e085
+# %% ../../nbs/70_checkpoint.save.ipynb #1f0fdffe
 def _collected(state, given, names):
     "The tensors on the CPU, whole, each in memory of its own; and the keys of those that are not here. Every process must call it."
     found, empty, seen = {}, [], set()
@@ -222,7 +222,7 @@ def _first_process_only(write):
         if said[0]:
             raise RuntimeError(f"The first process could not save the adapter. {said[0]}")
 
-# %% ../../nbs/70_checkpoint.save.ipynb #1f0fdffe
+# %% ../../nbs/70_checkpoint.save.ipynb #65ce2788
 def _compare(folder, state, base):
     "What was written, read back as bytes and through plain PEFT."
     bits = lambda t: t.contiguous().flatten().view(torch.uint8)  # noqa: E731 (NaN is not equal to itself, its bits are)
@@ -250,7 +250,7 @@ def _write_beside(folder, base, tokenizer, plan, text):
         write_json(folder / "plan.json", plan.to_dict())
     (folder / "README.md").write_text(text, encoding="utf-8")
 
-# %% ../../nbs/70_checkpoint.save.ipynb #65ce2788
+# %% ../../nbs/70_checkpoint.save.ipynb #91b92b07
 def save_adapter(
     model: nn.Module,  # trained, wrapped by PEFT; also inside DDP, FSDP2 or torch.compile
     folder: str | Path,  # must not exist, or be empty
@@ -289,7 +289,7 @@ def save_adapter(
     _first_process_only(lambda: _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base))
     return folder
 
-# %% ../../nbs/70_checkpoint.save.ipynb #cdc3fd43
+# %% ../../nbs/70_checkpoint.save.ipynb #4838840f
 def _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base):
     "Everything into a folder beside the right one, compared and sealed; then one rename."
     if empty:
@@ -319,7 +319,7 @@ model = load_adapter("{name}")
 ```
 """
 
-# %% ../../nbs/70_checkpoint.save.ipynb #4838840f
+# %% ../../nbs/70_checkpoint.save.ipynb #ea4f25ac
 def read_provenance(
     folder: str | Path,  # of an adapter written by `save_adapter`
 ) -> dict:  # base, base_fingerprint, four_bit, versions, and in newer folders more
@@ -357,7 +357,7 @@ def _check_base(folder, base, provenance, verify):
     if not (base_sha256(base) == full if full and (verify or not quick) else quick):
         raise InputError(f"this adapter was trained on another base than {str(base)!r}", folder, f"It was trained on {provenance['base']!r}; give that model")
 
-# %% ../../nbs/70_checkpoint.save.ipynb #0dffee6d
+# %% ../../nbs/70_checkpoint.save.ipynb #d4eaaaf9
 def _kept_whole(weights):
     "The modules whose own weights an adapter holds, and which therefore cannot be in 4 bit."
     plain = (k.removeprefix("base_model.model.").replace(".base_layer.", ".") for k, t in weights.items() if ".lora_" not in k and t.dim() == 2)
@@ -392,7 +392,7 @@ def _wrap(model, config, weights, folder):
     except ValueError as e:  # PEFT's, about layers that are not there
         raise InputError(f"this adapter does not fit the model ({e})", folder, "Give the base that it was trained on") from None
 
-# %% ../../nbs/70_checkpoint.save.ipynb #ea4f25ac
+# %% ../../nbs/70_checkpoint.save.ipynb #8831fb60
 def load_adapter(
     folder: str | Path,  # written by `save_adapter`
     base: str | Path | None = None,  # another place of the same base; None: the one it was trained on

@@ -55,7 +55,7 @@ def new_names(seed: int) -> Conversation:
     colour, shape = content[place]
     return ask(f"What is at the {place}?", f"a {_LETTERS[colour]} {shape}", image, id=f"names-{seed}")
 
-
+# %% ../../nbs/90_study.shifts.ipynb #32ed44d1
 class Made(Sequence):
     "Conversations made on demand from their seeds."
 
