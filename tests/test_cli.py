@@ -216,7 +216,7 @@ def test_other_errors_are_not_dressed_up(tmp_path):
 
 def test_help_does_not_load_torch():
     script = "import sys, vlm_lora_lab.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()[-1].split()
     assert "argparse" in loaded and "torch" not in loaded and "transformers" not in loaded
 
 

@@ -254,6 +254,8 @@ def _check_lora(seen, config):
         zero += [keys[k] for k in _UP & set(keys) if seen[keys[k]].zero]
         rank = seen[down].shape[0] if seen[down].shape else 0
         name = plain_name(module)
+        packed = f"{name}.in_proj_weight"  # a parameter without a layer of its own, chapter 32
+        name = packed if packed in (config.get("target_parameters") or ()) else name
         said = [config.get(p, {}).get(get_pattern_key(config.get(p, {}), name), config.get(v)) for p, v in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))]
         ranks[module] = (rank, said[1])
         if said[0] != rank:
@@ -301,7 +303,8 @@ def _check_plan(seen, plan, base, layout):
         there = {(_part(layout, k), "lora" if ".lora_" in k else "full") for k in seen}
         lost = {f"{p} ({word})" for p, word in promised - there}
         return [_say("error", lost, "parts that plan.json promises and the file does not hold", "Train again, and save with save_adapter")] if layout and lost else []
-    lacking = {n for n in lora_layers(base.empty, plan) if not any(m.startswith(f"{n}.lora_") or m == n for m in modules)}
+    beside = {n: n.removesuffix(".in_proj_weight") for n in lora_layers(base.empty, plan)}  # PEFT names the module of a packed projection
+    lacking = {n for n, of in beside.items() if not any(m.startswith(f"{of}.lora_") or m == of for m in modules)}
     wholes = full_modules(base.empty, plan)
     lacking |= {n for w in wholes for n, _ in base.empty.get_submodule(w).named_parameters(prefix=w) if n not in full}
     return [_say("error", lacking, "layers that plan.json promises and the file does not hold", "Train again, and save with save_adapter")] if lacking else []

@@ -419,7 +419,7 @@ def load_adapter(
     config.base_model_name_or_path = provenance["base"]
     places = _places(adapted, weights, folder)
     for key, t in weights.items():  # in the type of the file: PEFT would round it to the base's
-        places[key].data = t.to(places[key].device)
+        places[key].data = t.to(places[key].device, copy=True)  # out of the mapped file, whose bytes lie where they lie
     trained = {id(places[k]) for k in set(weights) - set(provenance.get("not_trained", ()))}
     for p in adapted.parameters():
         if p.is_floating_point():

@@ -7,6 +7,7 @@ __all__ = ['UNUSABLE', 'PUBLISHED', 'model_config', 'model_class', 'Published', 
 
 # %% ../../nbs/16_models.published.ipynb #38bd9979
 import json
+from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
@@ -39,7 +40,7 @@ def model_config(
         raise InputError(f"model_type is {kind!r}, which is no vision-language model known here", where,
                          f"Known are {', '.join(ours)} and what transformers implements as image-text-to-text, such as qwen2_vl, llava or gemma3")  # fmt: skip
     try:
-        return (ours.get(kind) or CONFIG_MAPPING[kind]).from_dict({k: v for k, v in values.items() if k != "auto_map"})
+        return (ours.get(kind) or CONFIG_MAPPING[kind]).from_dict(deepcopy({k: v for k, v in values.items() if k != "auto_map"}))  # it takes pieces out of what it is given
     except InputError:
         raise
     except UNUSABLE as e:
