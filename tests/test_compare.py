@@ -330,3 +330,11 @@ def test_ctrl_c_in_the_command_says_how_to_go_on(made, tmp_path, monkeypatch, ca
     assert main(["evaluate", "lab", "--data", str(made / "data.json"), "--output", str(tmp_path / "out")]) == 130
     out, err = capsys.readouterr()
     assert "goes on from there" in out and not err
+
+
+def test_an_adapter_that_was_unfrozen_by_hand_has_no_plan_to_show(tmp_path):
+    torch.manual_seed(0)
+    model = apply_plan(load_vlm("lab"), TuningPlan(connector="freeze", rank=2))
+    model.get_base_model().resampler.requires_grad_(True)
+    folder = save_adapter(model, tmp_path / "adapter", None, "lab", load_tokenizer("lab"), four_bit=False)
+    assert Checkpoint.of(folder).told["plan"] is None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from vlm_lora_lab.checkpoint import merge
 from vlm_lora_lab.checkpoint.merge import CHUNK, Reader, merge_adapter, merge_into, merge_memory, noise_checkpoint, save_merged
-from vlm_lora_lab.checkpoint.save import load_adapter, save_adapter
+from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance, save_adapter, seal
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.files import INDEX, stored_in, weight_files
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
@@ -128,6 +128,36 @@ def test_a_tied_head_is_what_it_was_in_training(family, word, tmp_path):
     torch.testing.assert_close(logits(load_vlm(again), batch), logits(model_again, batch), rtol=0, atol=0)
 
 
+def test_a_tied_base_that_stores_its_head_as_well_gets_both(tmp_path):
+    base, plan = tmp_path / "base", TuningPlan(connector="freeze", embeddings="full", rank=4)
+    tiny_model("gemma3").save_pretrained(base)
+    stored = load_file(base / "model.safetensors")
+    embeddings = next(n for n in stored if "embed_tokens" in n)
+    save_file(stored | {"lm_head.weight": stored[embeddings].clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    model, adapter = made(base, tmp_path / "adapter", plan, False)
+    done = merge_into(adapter, tmp_path / "merged", dtype=torch.float32)
+    after = tensors(done.folder)
+    assert torch.equal(after["lm_head.weight"], after[embeddings]) and not torch.equal(after[embeddings], stored[embeddings])
+    batch = batch_of("gemma3", model)
+    want = logits(model, batch)
+    torch.testing.assert_close(logits(load_vlm(done.folder, dtype=torch.float32), batch), want, rtol=0, atol=1e-4 * want.std().item())
+
+
+def test_tied_embeddings_unfrozen_by_hand_stay_one_tensor(tmp_path):
+    base = tmp_path / "base"
+    tiny_model("gemma3").save_pretrained(base)
+    model = apply_plan(load_vlm(base, dtype=torch.float32), TuningPlan(connector="freeze", rank=4))
+    weight = model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
+    with torch.no_grad():
+        weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    adapter = save_adapter(model, tmp_path / "adapter", None, base, load_tokenizer("lab"), False)
+    done = merge_into(adapter, tmp_path / "merged", dtype=torch.float32)
+    batch = batch_of("gemma3", model)
+    want = logits(model, batch)
+    assert not done.apart
+    torch.testing.assert_close(logits(load_vlm(done.folder, dtype=torch.float32), batch), want, rtol=0, atol=1e-4 * want.std().item())
+
+
 def test_a_head_trained_alone_leaves_tied_embeddings_alone(tmp_path):
     base = tmp_path / "base"
     tiny_model("gemma3").bfloat16().save_pretrained(base)
@@ -135,6 +165,9 @@ def test_a_head_trained_alone_leaves_tied_embeddings_alone(tmp_path):
     file, learned = adapter / "adapter_model.safetensors", load_file(adapter / "adapter_model.safetensors")
     new = torch.randn(320, 64)
     save_file(learned | {"base_model.model.lm_head.weight": new}, file)
+    with pytest.raises(InputError, match="adapter_model.safetensors"):
+        merge_into(adapter, tmp_path / "no")  # a sealed folder that was changed
+    seal(adapter, read_provenance(adapter))
     done = merge_into(adapter, tmp_path / "merged", dtype=torch.float32)
     model = load_vlm(done.folder)
     assert done.apart and torch.equal(model.lm_head.weight, new)
@@ -179,6 +212,7 @@ def edited(adapter, folder, edit):
     weights = load_file(folder / "adapter_model.safetensors")
     edit(weights, folder)
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "adapter_model.safetensors")
+    seal(folder, read_provenance(folder))  # else the seal would be what is broken
     return folder
 
 
@@ -218,6 +252,9 @@ def test_an_adapter_with_a_flaw_is_refused_and_leaves_nothing(edit, says, lab, t
 def test_damaged_files_and_a_wrong_base_are_refused(lab, tmp_path):
     cut = shutil.copytree(lab, tmp_path / "cut")
     (cut / "adapter_model.safetensors").write_bytes((cut / "adapter_model.safetensors").read_bytes()[:-10])
+    with pytest.raises(InputError, match="bytes, and .* were written"):
+        merge_into(cut, tmp_path / "merged")
+    seal(cut, read_provenance(cut))
     with pytest.raises(InputError, match="truncated"):
         merge_into(cut, tmp_path / "merged")
     other = shutil.copytree(lab_folder(), tmp_path / "other")

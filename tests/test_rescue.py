@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import warnings
 from errno import ENOSPC
 from pathlib import Path
 
@@ -459,3 +460,30 @@ def test_the_command_line(copied, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["rescue", "--help"])
     assert "lost for good" in capsys.readouterr().out and set(PARTS) >= set(LOST["qwenvl"])
+
+
+def test_an_embedding_that_left_its_tie_is_refused_and_one_that_stayed_comes_back(tmp_path):
+    base, batch = tmp_path / "base", None
+    tiny_model("gemma3").save_pretrained(base)
+    for tying in (False, True):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=".*vision.*", modules_to_save=["embed_tokens"], ensure_weight_tying=tying, task_type="CAUSAL_LM")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT speaks of the tie
+            model = get_peft_model(load_vlm(base, dtype=torch.float32), config)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    p += 0.05 * torch.randn(p.shape)
+        folder = tmp_path / f"trained-{tying}"
+        model.save_pretrained(folder, save_embedding_layers=False)
+        if not tying:
+            with pytest.raises(InputError, match="apart from"):
+                rescue(folder, base, tmp_path / "no")
+            assert not (tmp_path / "no").exists()
+            continue
+        rescue(folder, base, tmp_path / "yes")
+        batch = batch_of("gemma3", model)
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        with torch.no_grad():
+            assert torch.equal(load_adapter(tmp_path / "yes")(**inputs).logits, model.eval()(**inputs).logits)

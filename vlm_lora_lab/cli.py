@@ -277,8 +277,9 @@ def _ask(o):
     question = ask(o.question, "", *map(Path, o.image), id="of the command line")
     if o.allow_pickle:
         model_folder(base, allow_pickle=True)
+    tokenizer = load_tokenizer(base)
     model = load_adapter(o.adapter, base) if o.adapter else load_vlm(base)
-    print(generate_answers(model, Processor.of(model.config, load_tokenizer(base)), [question], max_new_tokens=o.max_new_tokens)[0])
+    print(generate_answers(model, Processor.of(model.config, tokenizer), [question], max_new_tokens=o.max_new_tokens)[0])
 
 
 def _inspect(o):

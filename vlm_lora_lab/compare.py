@@ -206,7 +206,8 @@ class Checkpoint:
         name = str(name)
         if (Path(name) / "adapter_config.json").is_file():
             known = read_provenance(name)
-            told = {"trained_with": known["versions"], "plan": read_json(Path(name) / "plan.json")}
+            plan = Path(name) / "plan.json"  # there is none for a model that was unfrozen by hand
+            told = {"trained_with": known["versions"], "plan": read_json(plan) if plan.is_file() else None}
             return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told)
         model_folder(name, weights=False)
         return cls(name, name, four_bit)

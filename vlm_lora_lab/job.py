@@ -234,7 +234,7 @@ def train(
         save_figure(loss_curve(run.history), output / "loss.png")
     if isinstance(model, PeftModel):
         data = {p: file_sha256(p) for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"}
-        metrics = {k: report[k] for k in ("steps", "loss", "exact_match") if k in report}
+        metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
         report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, tokenizer, job.four_bit, data=data, metrics=metrics))
     else:
         save_vlm(model, output / "model", model_folder(job.model))

@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
 from ..models.published import lab_folder, on_meta, read_json
-from ..plan import TuningPlan, full_modules, lora_layers
+from ..plan import TuningPlan, full_modules, lora_layers, no_false_warning
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #eb8b7edd
 LEVELS = ("error", "warning", "note")
@@ -281,7 +281,8 @@ def _check_keys(seen, folder, base):
     try:
         peft = PeftConfig.from_pretrained(str(folder))
         peft.base_model_name_or_path = None
-        wrapped = get_peft_model(base.empty, peft, low_cpu_mem_usage=True)
+        with no_false_warning():
+            wrapped = get_peft_model(base.empty, peft, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as e:
         return [Finding("error", f"PEFT cannot put this adapter on the base {base.name!r} ({' '.join(str(e).split())[:200]})", "Name the base it was trained on: --base")]
     wanted = get_peft_model_state_dict(wrapped, state_dict=wrapped.state_dict(keep_vars=True), save_embedding_layers=False)

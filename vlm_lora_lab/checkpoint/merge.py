@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
-from .save import fingerprint, read_provenance
+from .save import check_seals, fingerprint, read_provenance
 from ..errors import InputError, complete_or_nothing, empty_folder, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
@@ -138,6 +138,7 @@ class Adapter:
 
     def __init__(self, folder: str | Path):  # written by `save_adapter`
         self.folder, self.provenance, file = Path(folder), read_provenance(folder), Path(folder) / "adapter_model.safetensors"
+        check_seals(self.folder)
         try:
             with safe_open(file, framework="pt"):  # it looks at the whole header, and at the length of the file
                 self.reader = Reader(file)
@@ -286,10 +287,14 @@ def changes(
     for head, embeddings in tied.items():
         if not {head, embeddings} & set(wanted):
             continue
-        if adapter.config.ensure_weight_tying:  # the two stayed one tensor, which PEFT stores twice
+        by_hand = {k.removeprefix("base_model.model.") for k in adapter.provenance.get("by_hand") or ()}
+        if adapter.config.ensure_weight_tying or (embeddings in by_hand and head not in adapter.full):  # the two stayed one tensor, which PEFT stores twice
             if any("lora" in wanted[n] for n in {head, embeddings} & set(wanted)):
                 raise InputError("ensure_weight_tying is set, and tied embeddings have LoRA", adapter.folder, "Merge it with PEFT's merge_and_unload")
-            wanted.pop(head, None)
+            learned = wanted.get(embeddings) or wanted[head]
+            wanted |= {n: learned for n in (head, embeddings) if n in names}  # a base may store it twice as well
+            if head not in names:
+                wanted.pop(head, None)
             continue
         apart, names[head] = True, names.get(head) or as_stored(head)
         result[names[head]] = Change(names[embeddings], packed=result[names[embeddings]].packed)

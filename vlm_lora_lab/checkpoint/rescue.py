@@ -189,7 +189,7 @@ def recognise(
     if not folder.is_dir():
         raise InputError("there is no such folder", folder, "Give the folder that the training script wrote")
     names, inside = {f.name for f in folder.iterdir() if f.is_file()}, sorted(f.name for f in folder.iterdir() if f.is_dir())
-    if {"plan.json", "provenance.json", "adapter_config.json"} <= names:
+    if {"provenance.json", "adapter_config.json"} <= names and "base_fingerprint" in read_json(folder / "provenance.json"):
         raise InputError("this adapter was written by this package and needs no rescue", folder, "Load it with load_adapter, or ask vlm-lora-lab inspect")
     config = read_json(folder / "adapter_config.json") if "adapter_config.json" in names else None
     settings = _settings(folder, names)
@@ -798,14 +798,26 @@ def _four_bit(found):
 _OF_TEXT = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "chat_template*", "*processor_config.json")
 
 
+def _refuse_apart(found, model, got):
+    "In training, `modules_to_save` takes an embedding out of a tie; a plan keeps the two together."
+    config = found.config or {}
+    saved = () if config.get("ensure_weight_tying") else config.get("modules_to_save") or ()
+    for head, embeddings in model.owner.items():
+        if embeddings in got.full and any(f".{m}." in f".{embeddings}" for m in saved):
+            raise InputError(f"{embeddings} was trained apart from {head}, which is the same tensor in this base and stayed as it was", found.folder,
+                             "No plan can say that. PEFT loads this adapter as it is, and its merge_and_unload keeps the two apart")  # fmt: skip
+
+
 def _write(result, model, got, output, four_bit):
     "Write what was rescued, and read it back."
     if result.plan is None:
         return replace(result, written=_write_whole(model, got, output))
+    _refuse_apart(result.found, model, got)
     wrapped = apply_plan(on_meta(model.folder), result.plan)
     wanted, state = get_peft_model_state_dict(wrapped, save_embedding_layers=False), {}
     for key, like in wanted.items():
         name, kind, _ = plain_key(key)
+        name = model.owner.get(name, name)  # a tied head is the embeddings, and PEFT stores them twice
         value = got.lora[name][kind] if kind else got.full[name] if name in got.full else model.base[name]
         state[key] = value.float().contiguous().clone()
         if state[key].shape != like.shape:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROCESSOR_FILES', 'fingerprint', 'tensor_hashes', 'base_sha256', 'file_sha256', 'seal', 'broken_seals',
-           'kept_tensors', 'save_adapter', 'read_provenance', 'load_adapter']
+           'kept_tensors', 'save_adapter', 'read_provenance', 'check_seals', 'load_adapter']
 
 # %% ../../nbs/70_checkpoint.save.ipynb #fb68ba3f
 import copy
@@ -337,8 +337,10 @@ def read_provenance(
     return provenance
 
 
-def _check_seals(folder):
-    "Every file as it was written."
+def check_seals(
+    folder: Path,  # with a provenance.json
+) -> None:
+    "Every file as it was written, if the folder is sealed. Raises `InputError` naming the first that is not."
     if wrong := broken_seals(folder):
         file, what = next(iter(wrong.items()))
         raise InputError(f"{file} {what}" + (f" ({len(wrong)} files in all)" if len(wrong) > 1 else ""), folder,
@@ -405,7 +407,7 @@ def load_adapter(
 
     Raises `InputError` when a file is not as it was written, when the base is not the one that the adapter was trained on, or when keys do not match."""
     folder, provenance = Path(folder), read_provenance(folder)
-    _check_seals(folder)
+    check_seals(folder)
     base = base or provenance["base"]
     _check_base(folder, base, provenance, verify)
     try:

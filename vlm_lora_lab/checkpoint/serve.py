@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from .merge import Adapter, Merged, Reader, _Shard, merge_into
+from .merge import Adapter, Merged, _Shard, merge_into
 from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors
 from ..models.files import account, shape_of, stored_in
 from ..models.load import load_tokenizer, model_folder

@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..models.parts import layout_of
 from ..models.precision import precision_of
 from ..plan import PlanTable, TuningPlan, apply_plan
+from ..train.loss import label_only
 from ..train.run import Schedule
 
 # %% ../../nbs/64_debug.preflight.ipynb #a2817676
@@ -151,7 +152,7 @@ def check_longest(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        with undisturbed(model):
+        with undisturbed(model), label_only(model):  # as `fit` computes it, chapter 50
             model.train()
             loss = loss_of(model, batch)
             loss.backward()

@@ -19,7 +19,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..data.batch import Processor, Samples
 from ..data.drawn import Drawn
