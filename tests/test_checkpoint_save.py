@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_rules import random_plan
 
 from vlm_lora_lab.checkpoint.inspect import inspect_adapter
+from vlm_lora_lab.checkpoint.merge import merge_into
 from vlm_lora_lab.checkpoint.save import base_sha256, broken_seals, fingerprint, load_adapter, read_provenance, save_adapter
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
@@ -219,6 +220,8 @@ def test_a_base_that_lost_a_shard_or_changed_is_refused(tmp_path):
     shards = sorted((tmp_path / "cut").glob("*.safetensors"))
     assert len(shards) > 2 and fingerprint(tmp_path / "cut") != fingerprint("lab") and base_sha256(tmp_path / "cut") == base_sha256("lab")
     load_adapter(folder, tmp_path / "cut", verify=True)  # the same weights in other files
+    merge_into(folder, tmp_path / "merged", tmp_path / "cut")
+    assert not [f for f in inspect_adapter(folder, tmp_path / "cut").findings if "is not the base" in f.text]
     kept = shards[1].read_bytes()
     shards[1].unlink()
     with pytest.raises(InputError, match=shards[1].name):
@@ -228,6 +231,9 @@ def test_a_base_that_lost_a_shard_or_changed_is_refused(tmp_path):
     shards[1].write_bytes(spoilt)
     with pytest.raises(InputError, match="another base"):
         load_adapter(folder, tmp_path / "cut")
+    with pytest.raises(InputError, match="another base"):
+        merge_into(folder, tmp_path / "merged again", tmp_path / "cut")
+    assert [f for f in inspect_adapter(folder, tmp_path / "cut").findings if "is not the base" in f.text]
     with pytest.raises(InputError, match="base=FOLDER"):
         load_adapter(folder, tmp_path / "nowhere")
     _, unhashed = adapter(tmp_path, "unhashed", hash_base=False)

@@ -9,10 +9,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlm_lora_lab.cli import main
+from vlm_lora_lab.data.batch import Collator, Processor
+from vlm_lora_lab.data.drawn import Drawn
 from vlm_lora_lab.data.records import samples_folder
+from vlm_lora_lab.debug.preflight import check_longest
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job, examine, train
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
+from vlm_lora_lab.plan import TuningPlan, apply_plan
 
 HANDWRITING = samples_folder() / "handwriting"
 
@@ -88,9 +92,18 @@ def test_a_job_that_blows_up_stops_with_a_case_and_exit_status_1(data, tmp_path,
     assert replay(case).cause == json.loads((case / "case.json").read_text())["diagnosis"]["cause"]
 
 
-def test_skipped_steps_stand_in_the_report(data, tmp_path, monkeypatch):
-    from vlm_lora_lab.data.batch import Processor
+def test_the_longest_batch_is_computed_as_training_computes_it():
+    model = apply_plan(load_vlm("lab"), TuningPlan())
+    processor = Processor.of(model.config, load_tokenizer("lab"))
+    batch = Collator(processor.tokenizer.pad_token_id)([processor(Drawn(0, 8)[i]) for i in range(8)])
+    called, layer = [], model.get_submodule("base_model.model.llm.model.layers.0.mlp")
+    layer.register_forward_pre_hook(lambda *_: called.append(torch.is_grad_enabled()))
+    assert check_longest(model, batch).verdict == "ok"
+    assert called.count(True) == 4  # twice in the measured pass, twice in the one that is traced: activations were not kept
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
+
+def test_skipped_steps_stand_in_the_report(data, tmp_path, monkeypatch):
     plain = Processor.__call__
 
     def corrupt(self, conversation, answer=True):

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .save import broken_seals, fingerprint
+from .save import broken_seals, is_base
 from ..errors import InputError
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
@@ -357,7 +357,7 @@ def _check_beside(folder, provenance, base, adapter=True):
         found += [Finding("error", f"{name} {what}", "Copy the whole folder again from where it was trained") for name, what in (broken or {}).items()]
     elif adapter:
         found.append(Finding("note", "there is no provenance.json: data, versions and the base's hash are not known, and a flipped byte would go unnoticed"))
-    if provenance.get("base_fingerprint") and base.folder is not None and fingerprint(base.folder) != provenance["base_fingerprint"]:
+    if provenance.get("base_fingerprint") and base.folder is not None and not is_base(base.folder, provenance):
         found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; names, types or a sample of its bytes differ", "Name the right one: --base"))
     if provenance.get("other_adapters"):
         found.append(Finding("note", f"the model had other adapters, which are not in here: {', '.join(provenance['other_adapters'])}"))

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
-from .save import check_seals, fingerprint, read_provenance
+from .save import check_seals, fingerprint, is_base, read_provenance
 from ..errors import InputError, complete_or_nothing, empty_folder, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
@@ -405,7 +405,7 @@ def merge_into(
         raise InputError(f"onto is {onto!r}", "merge", "Write 'nf4' or 'original'")
     opened = Adapter(adapter)
     source = model_folder(base or opened.provenance["base"])
-    if fingerprint(source) != opened.provenance["base_fingerprint"]:
+    if not is_base(source, opened.provenance):
         raise InputError(f"this adapter was trained on another base than {str(source)!r}", adapter, f"It was trained on {opened.provenance['base']!r}; give that model")
     plan, apart = changes(opened, source, onto, keep)
     sums, kinds = _Sums(), Counter()

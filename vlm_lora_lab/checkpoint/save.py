@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROCESSOR_FILES', 'fingerprint', 'tensor_hashes', 'base_sha256', 'file_sha256', 'seal', 'broken_seals',
-           'kept_tensors', 'save_adapter', 'read_provenance', 'check_seals', 'load_adapter']
+           'kept_tensors', 'save_adapter', 'read_provenance', 'check_seals', 'is_base', 'load_adapter']
 
 # %% ../../nbs/70_checkpoint.save.ipynb #fb68ba3f
 import copy
@@ -347,16 +347,25 @@ def check_seals(
                          "Copy the whole folder again from where it was trained; after a change on purpose, call seal(folder, read_provenance(folder))")  # fmt: skip
 
 
+def is_base(
+    base: str | Path,  # "lab", or a model folder
+    provenance: dict,  # of an adapter, from `read_provenance`
+    verify: bool = False,  # hash every byte, also where the samples agree
+) -> bool:
+    "Is this the base that an adapter was trained on? Other shards or another place do not matter; where the samples differ, every byte is hashed."
+    quick, full = fingerprint(base) == provenance["base_fingerprint"], provenance.get("base_sha256")
+    return base_sha256(base) == full if full and (verify or not quick) else quick
+
+
 def _check_base(folder, base, provenance, verify):
     "The base that the adapter was trained on, wherever it lies now."
+    if verify and provenance.get("base_sha256") is None:
+        raise InputError("the full hash of the base was not stored, so it cannot be verified", folder, "Load without verify; names, shapes and a sample are compared")
     try:
-        quick = fingerprint(base) == provenance["base_fingerprint"]
+        same = is_base(base, provenance, verify)
     except InputError as e:
         raise InputError(f"the base cannot be looked at ({e.found})", base, f"It was trained on {provenance['base']!r}; say where that is: base=FOLDER") from None
-    full = provenance.get("base_sha256")
-    if verify and full is None:
-        raise InputError("the full hash of the base was not stored, so it cannot be verified", folder, "Load without verify; names, shapes and a sample are compared")
-    if not (base_sha256(base) == full if full and (verify or not quick) else quick):
+    if not same:
         raise InputError(f"this adapter was trained on another base than {str(base)!r}", folder, f"It was trained on {provenance['base']!r}; give that model")
 
 # %% ../../nbs/70_checkpoint.save.ipynb #d4eaaaf9

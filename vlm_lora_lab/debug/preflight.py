@@ -11,6 +11,7 @@ import html
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +142,17 @@ def _memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@contextmanager
+def _as_in_training(model):
+    "Logits only where there are labels (chapter 50) and activations computed again in the backward pass: as `fit` does it."
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        with label_only(model):
+            yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
 def check_longest(
     model: nn.Module,
     batch: dict,  # the longest rows
@@ -152,22 +164,23 @@ def check_longest(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        with undisturbed(model), label_only(model):  # as `fit` computes it, chapter 50
+        with undisturbed(model), _as_in_training(model):
             model.train()
             loss = loss_of(model, batch)
             loss.backward()
             value = loss.item()
-        seconds = time.perf_counter() - start
+            seconds, peak = time.perf_counter() - start, _memory(device)
+            diagnosis = diagnose(model, batch)
     except (torch.cuda.OutOfMemoryError, MemoryError) as e:
         return Check("longest", "error", f"{rows} rows of {tokens} tokens do not fit: {str(e)[:200]}\nLower batch_size and raise accumulation by the same factor")
-    says = f"{rows} rows of {tokens} tokens: loss {value:.3f}, {seconds:.2f} s, {_memory(device) / 2**30:.2f} GiB at the peak"
+    says = f"{rows} rows of {tokens} tokens: loss {value:.3f}, {seconds:.2f} s, {peak / 2**30:.2f} GiB at the peak"
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # AdamW's two, in 32 bit; they come with the first step
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     says += (f" of {total / 2**30:.0f}" if total else " of this process") + f"; AdamW will add {moments / 2**30:.3f}"
-    if total and _memory(device) + moments > 0.95 * total:
-        return Check("longest", "warning", f"{says}\nThat is close to all there is. Lower batch_size and raise accumulation by the same factor")
-    if (diagnosis := diagnose(model, batch)) is not None:
+    if diagnosis is not None:
         return Check("longest", "error", f"{says}\n{diagnosis}")
+    if total and peak + moments > 0.95 * total:
+        return Check("longest", "warning", f"{says}\nThat is close to all there is. Lower batch_size and raise accumulation by the same factor")
     return Check("longest", "ok", says)
 
 # %% ../../nbs/64_debug.preflight.ipynb #24c594d8
