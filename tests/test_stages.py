@@ -470,7 +470,7 @@ def test_a_staged_job_goes_on_after_a_signal(tmp_path, monkeypatch, capsys):
     [
         ({"plan": {}}, "Write a list"),
         ([5], "stages, 1: 5 is not a stage"),
-        ([{"plans": {}}], "stages, 1: plans is unknown"),
+        ([{"plans": {}}], "stages, 1: 'plans' is unknown. 'plans': did you mean 'plan'"),
         ([{"plan": {}, "epochs": 1, "steps": 5}], "how long the stage is once"),
         ([{"plan": {}, "steps": 0}], "whole number from 1"),
         ([{"plan": {}, "steps": 2.5}], "whole number from 1"),

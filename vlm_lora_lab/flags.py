@@ -9,7 +9,7 @@ __all__ = ['SCRIPTS', 'Translation', 'from_flags']
 import html
 from dataclasses import dataclass
 
-from .errors import InputError
+from .errors import InputError, nearest
 from .models.parts import PARTS
 from .plan import TuningPlan
 
@@ -149,7 +149,8 @@ def from_flags(
         raise InputError(f"there is no script {script!r}", "flags", f"Known are {', '.join(SCRIPTS)}")
     translate, defaults = SCRIPTS[script]
     if unknown := sorted(set(flags) - set(defaults)):
-        raise InputError(f"{', '.join(unknown)} is no flag of {script} that decides what is trained", "flags", f"Known are {', '.join(defaults)}")
+        near = "".join(f"{n!r}: did you mean {m!r}? " for n in unknown if (m := nearest(n, defaults)))
+        raise InputError(f"{', '.join(unknown)} is no flag of {script} that decides what is trained", "flags", f"{near}Known are {', '.join(defaults)}")
     for name, value in flags.items():
         if isinstance(defaults[name], bool) and not isinstance(value, bool):
             raise InputError(f"{name} is {value!r}", f"flags, {script}", "Write true or false")

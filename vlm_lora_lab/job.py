@@ -20,7 +20,7 @@ from .data.drawn import Drawn
 from .data.records import Conversations
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, preflight
-from .errors import InputError, empty_folder, explain_write_errors, write_json
+from .errors import InputError, empty_folder, explain_write_errors, unknown_keys, write_json
 from .evaluate import ExactMatch, Score, check_truths, generate_answers, loss_curve, metric_of
 from .models.files import save_vlm
 from .models.load import load_tokenizer, load_vlm, model_folder
@@ -59,7 +59,7 @@ class Job:
         "From nested dictionaries. Raises `InputError` for unknown, missing or ill-typed keys."
         known = {f.name: f for f in fields(cls)}
         if unknown := sorted(map(str, set(values) - set(known))):
-            raise InputError(f"{', '.join(map(repr, unknown))} is unknown", where, f"Known are {', '.join(known)}")
+            raise _misplaced(unknown, where) or unknown_keys(unknown, known, where)
         values = dict(values)
         for name in ("data", "output"):
             if not isinstance(values.get(name), str):
@@ -97,9 +97,17 @@ class Job:
         return asdict(self)
 
 # %% ../nbs/94_job.ipynb #beeeddd4
+def _misplaced(names, where):
+    "The error for a key that belongs into a section; None where there is no such key."
+    for section, cls in SECTIONS.items():
+        if inside := [n for n in names if n in {f.name for f in fields(cls)}]:
+            return InputError(f"{inside[0]!r} is unknown here", where, f"It belongs into a section: {section}: {{{inside[0]}: …}}")
+    return None
+
+
 def _schedule(values):
     if unknown := sorted(map(str, set(values) - {f.name for f in fields(Schedule)})):
-        raise InputError(f"{', '.join(unknown)} is unknown", "schedule", f"Known are {', '.join(f.name for f in fields(Schedule))}")
+        raise unknown_keys(unknown, [f.name for f in fields(Schedule)], "schedule")
     return Schedule(**values)
 
 

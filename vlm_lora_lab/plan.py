@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from .errors import InputError
+from .errors import InputError, unknown_keys
 from .models.parts import PARTS, count, layout_of, linear_layers, numel, plain_name
 
 # %% ../nbs/32_plan.ipynb #5e3c1cb8
@@ -164,7 +164,7 @@ class TuningPlan:
         "From a dictionary; raises `InputError` for a key that is none of ours."
         known = [f.name for f in fields(cls)]
         if unknown := sorted(map(str, set(values) - set(known))):
-            raise InputError(f"{', '.join(unknown)} is unknown", "plan", f"Known are {', '.join(known)}")
+            raise unknown_keys(unknown, known, "plan")
         return cls(**values)
 
     def to_dict(self) -> dict:

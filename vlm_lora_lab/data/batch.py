@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .records import Conversation
 from .slicing import cut_of, load_image, picture_size, to_patches, to_square
 from .tokens import FAMILIES, IGNORE, Encoded, Family, drop_turns, encode, family_of
-from ..errors import InputError
+from ..errors import InputError, unknown_keys
 
 # %% ../../nbs/23_data.batch.ipynb #37d3dc65
 def _wants(config):
@@ -205,7 +205,7 @@ class Reading:
     def of(cls, values: dict) -> "Reading":
         "From a dictionary. Raises `InputError` for unknown keys."
         if unknown := sorted(map(str, set(values) - {f.name for f in fields(cls)})):
-            raise InputError(f"{', '.join(unknown)} is unknown", "reading", f"Known are {', '.join(f.name for f in fields(cls))}")
+            raise unknown_keys(unknown, [f.name for f in fields(cls)], "reading")
         return cls(**values)
 
 

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..data.batch import Collator, Samples
-from ..errors import InputError, complete_or_nothing, write_json
+from ..errors import InputError, complete_or_nothing, unknown_keys, write_json
 from ..models.parts import PARTS, layout_of, linear_layers, mixed_precision, numel, plain_name
 from ..plan import WORDS, PlanTable, Rule, TuningPlan, apply_plan, full_modules, lora_layers
 from ..style import COLORS, figure
@@ -80,7 +80,7 @@ def _stage(values, plan, where):
         raise InputError(f"{values!r:.60} is not a stage", where, "Write {plan: {language: lora}, steps: 200}")
     known = [f.name for f in fields(Stage)]
     if unknown := sorted(map(str, set(values) - set(known))):
-        raise InputError(f"{', '.join(unknown)} is unknown", where, f"Known are {', '.join(known)}")
+        raise unknown_keys(unknown, known, where)
     if not isinstance(values.get("plan") or {}, dict):
         raise InputError(f"plan is {values['plan']!r:.60}", where, "Write plan: {part: word, …}")
     try:
