@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from . import __version__
-from .errors import InputError, explain_write_errors
+from .errors import InputError, explain_write_errors, nearest
 
 # %% ../nbs/95_cli.ipynb #8238ab28
 def _options(cls):
@@ -100,13 +100,14 @@ OpenAI messages; check it first with vlm-lora-lab check-data. Picture paths are 
     "conversations": [{"role": "user", "content": "<image>\\nWhat is this?"},
                       {"role": "assistant", "content": "a cat"}]}]
 
-A file may hold the same options as flags, with the sections plan, schedule and reading:
+A file may hold the same options as flags, with the sections plan, schedule, reading and watch:
 
   data: train.json
   output: runs/first
   plan: {connector: full, language: lora, rank: 16}
   schedule: {epochs: 3, batch_size: 8, learning_rate: 0.0002}
   reading: {workers: 4, group_by_length: true}
+  watch: {questions: 50, every: 100, tensorboard: true}
 
 Several plans one after the other: --stages FILE, or the section stages of the file. Each is
 shown before it starts; LoRA stays beside its layers, or is folded in (lora: merge). What a
@@ -134,12 +135,14 @@ def _train_parser(parser):
     from vlm_lora_lab.plan import TuningPlan
     from vlm_lora_lab.job import Job
     from vlm_lora_lab.train.run import Schedule
+    from vlm_lora_lab.train.watch import Watch
 
     parser.add_argument("config", nargs="?", help="a YAML or JSON file with the options below")
-    _add(parser.add_argument_group("what"), Job, [f.name for f in fields(Job) if f.name not in ("plan", "schedule", "reading")])
+    _add(parser.add_argument_group("what"), Job, [f.name for f in fields(Job) if f.name not in ("plan", "schedule", "reading", "watch")])
     _add(parser.add_argument_group("plan: one word per part"), TuningPlan)
     _add(parser.add_argument_group("schedule"), Schedule)
     _add(parser.add_argument_group("reading: how data files are read"), Reading)
+    _add(parser.add_argument_group("watch: what is looked at during training"), Watch)
 
 
 def _job(options):
@@ -148,6 +151,7 @@ def _job(options):
     from vlm_lora_lab.plan import TuningPlan
     from vlm_lora_lab.job import Job
     from vlm_lora_lab.train.run import Schedule
+    from vlm_lora_lab.train.watch import Watch
 
     values = _configuration(options.config) if options.config else {}
     if options.resume and not options.config:
@@ -158,7 +162,7 @@ def _job(options):
             raise InputError("there is no run in this folder to resume", output, "Start the training without --resume")
         values = _configuration(Path(output) / "job.json")
     given = vars(options)
-    for section, cls in (("plan", TuningPlan), ("schedule", Schedule), ("reading", Reading)):
+    for section, cls in (("plan", TuningPlan), ("schedule", Schedule), ("reading", Reading), ("watch", Watch)):
         flags = {f.name: given[f.name] for f in fields(cls) if f.name in given}
         if flags:
             if not isinstance(values.get(section) or {}, dict):
@@ -576,6 +580,17 @@ def _parser(argv):
     return parser
 
 
+def _options_of(parser, argv):
+    "Parsed, or an exit with the nearest flag for one that is not known."
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+        flags = [s for a in commands[options.command]._actions for s in a.option_strings]
+        near = [f"{u.partition('=')[0]}: did you mean {m}?" for u in unknown if u.startswith("--") and (m := nearest(u.partition("=")[0], flags))]
+        commands[options.command].error(" ".join([f"unrecognized arguments: {' '.join(unknown)}.", *near]))
+    return options
+
+
 def _merging(p):
     "Options of what folds an adapter into a base."
     p.add_argument("--model", metavar="FOLDER", help="another place of the same base model")
@@ -590,7 +605,7 @@ def main(
 ) -> int:  # exit status: 0 done, 1 warnings or a step that was not finite, 2 bad input, 130 stopped
     "The command `vlm-lora-lab`."
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = _parser(argv).parse_args(argv)
+    options = _options_of(_parser(argv), argv)
     try:
         os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written, never shown
         return options.run(options) or 0

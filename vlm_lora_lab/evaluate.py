@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SPOKEN', 'ANLS_THRESHOLD', 'Box', 'METRICS', 'RESAMPLES', 'Answer', 'why_not_together', 'answer_all',
            'generate_answers', 'Mark', 'Metric', 'edit_distance', 'read_boxes', 'iou', 'metric_of', 'check_truths',
-           'ExactMatch', 'bootstrap', 'middle', 'Score', 'text_table', 'html_table', 'ScoreTable', 'gallery',
-           'loss_curve']
+           'ExactMatch', 'bootstrap', 'middle', 'Score', 'text_table', 'html_table', 'ScoreTable', 'gallery']
 
 # %% ../nbs/80_evaluate.ipynb #28edc1cc
 import html
@@ -487,20 +486,3 @@ def _show(ax, conversation, before, after, metric, long, width):
     change = metric.better(now.value, was.value)
     good = change > 0 or (change == 0 and now.value == best)
     ax.set_title("\n→ ".join(parts) if long else " → ".join(parts), fontsize=6.5 if long else 8, color=COLORS[2] if good else COLORS[1])
-
-# %% ../nbs/80_evaluate.ipynb #1b9965d8
-def loss_curve(
-    history: list[dict],  # the Trainer's `state.log_history`
-):  # a matplotlib figure
-    "Training loss by step, with the mean of the last tenth written on it."
-    points = [(row["step"], row["loss"]) for row in history if "loss" in row]
-    fig, ax = figure()
-    ax.plot(*zip(*points), marker="." if len(points) < 30 else "", label="training")
-    held = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
-    if held:
-        ax.plot(*zip(*held), marker="o", ms=3, label="validation")
-        ax.legend()
-    tail = [loss for _, loss in points[-max(1, len(points) // 10) :]]
-    ax.set(xlabel="step", ylabel="loss per answer token", ylim=(0, None))
-    ax.set_title(f"Did it learn? Loss {points[0][1]:.2f} at first, {sum(tail) / len(tail):.2f} at the end")
-    return fig

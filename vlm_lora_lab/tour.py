@@ -20,11 +20,12 @@ from .data.batch import Collator, Processor, Samples
 from .data.drawn import HELD_OUT, Drawn
 from .data.records import read_conversations, samples_folder
 from .errors import empty_folder, explain_write_errors, write_json
-from .evaluate import ExactMatch, gallery, generate_answers, loss_curve
+from .evaluate import ExactMatch, gallery, generate_answers
 from .models.load import load_vlm, load_tokenizer
 from .plan import PlanTable, TuningPlan, apply_plan
 from .style import save_figure
 from .train.run import Schedule, fit, mix
+from .train.watch import training_curve
 
 # %% ../nbs/00_tour.ipynb #2feb8d0e
 DEMO_PLAN = TuningPlan(vision="lora", connector="full", language="lora", rank=16)
@@ -95,7 +96,7 @@ def demo(
         "threads": torch.get_num_threads(), "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
     }  # fmt: skip
     with explain_write_errors(output):
-        save_figure(loss_curve(run.history), output / "loss.png")
+        save_figure(training_curve(run.history), output / "loss.png")
         save_figure(gallery(questions["handwriting"], before["handwriting"], after["handwriting"]), output / "before_after.png")
     write_json(output / "report.json", report)
     say(f"\n{report['seconds']:.0f} s, {report['peak_memory_gib']:.1f} GiB. Written to {output}/: adapter/, merged/, loss.png, before_after.png, report.json")

@@ -1,0 +1,85 @@
+"""Asking during training changes nothing; what was seen is in the log, in TensorBoard's files and in the report."""
+
+import json
+import sys
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vlm_lora_lab.cli import main
+from vlm_lora_lab.data.batch import Processor, Samples
+from vlm_lora_lab.data.drawn import HELD_OUT, Drawn
+from vlm_lora_lab.data.records import samples_folder
+from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.evaluate import ExactMatch, generate_answers
+from vlm_lora_lab.models.load import load_tokenizer, load_vlm
+from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.train.run import Schedule, fit
+from vlm_lora_lab.train.watch import LivePlot, Watch, tensorboard, training_curve
+
+
+def test_a_run_learns_the_same_whether_it_is_asked_or_not(tmp_path):
+    few, ends, asked = [Drawn(HELD_OUT, 8)[i] for i in range(8)], [], []
+    for way in ("silent", "asked"):
+        torch.manual_seed(0)
+        model = apply_plan(load_vlm("lab", four_bit=True), TuningPlan(dropout=0.1))
+        processor = Processor.of(model.config, load_tokenizer("lab"))
+
+        def ask(model):
+            asked.append(generate_answers(model, processor, few))
+            torch.rand(7)  # somebody who asks may draw random numbers
+            return {"exact": ExactMatch.of(asked[-1], few).rate}
+
+        run = fit(model, Samples(Drawn(0, 64), processor), Schedule(max_steps=6, batch_size=4), tmp_path / way, Samples(few, processor),
+                  evaluate_every=2, ask=ask if way == "asked" else None, save=False)  # fmt: skip
+        assert [r["step"] for r in run.history if "eval_exact" in r] == ([2, 4, 6] if way == "asked" else [])
+        ends.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert len(asked) == 3 and all(torch.equal(ends[0][n], p) for n, p in ends[1].items())
+    assert generate_answers(model, processor, few) == asked[-1]  # the last questions met the model as it is now
+
+
+def test_a_job_asks_logs_and_reports(tmp_path):
+    data = samples_folder() / "handwriting"
+    records = json.loads((data / "test.json").read_text())[:6]
+    (tmp_path / "test.json").write_text(json.dumps(records))
+    flags = ["--data", str(data / "validation.json"), "--eval-data", str(tmp_path / "test.json"), "--image-root", str(data)]
+    flags += ["--max-steps", "4", "--batch-size", "4", "--questions", "4", "--every", "2", "--tensorboard", "--metric", "cer", "--output", str(tmp_path / "out")]
+    assert main(["train", *flags]) == 0
+    watched = json.loads((tmp_path / "out" / "report.json").read_text())["watched"]
+    assert [w["step"] for w in watched] == [2, 4] and all(0 <= w["cer_low"] <= w["cer"] <= w["cer_high"] and w["loss"] > 0 for w in watched)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [(e.step, round(e.value, 5)) for e in events.Scalars("eval/cer")] == [(w["step"], round(w["cer"], 5)) for w in watched]
+
+
+def test_a_resumed_run_takes_back_what_it_repeats(tmp_path):
+    for begin, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        writer = tensorboard(tmp_path, begin).tb_writer
+        for step in steps:
+            writer.add_scalar("loss", 10 * begin + step, step)
+        writer.close()
+    assert [(e.step, e.value) for e in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+
+
+def test_without_tensorboard_there_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        tensorboard(tmp_path)
+
+
+def test_outside_of_a_notebook_the_plot_is_quiet(capsys):
+    LivePlot().on_log(None, None, None)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_curve_shows_what_was_asked():
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}, {"step": 2, "eval_exact": 0.5, "eval_exact_low": 0.2, "eval_exact_high": 0.8}]
+    fig = training_curve(history)
+    assert len(fig.axes) == 2 and [line.get_label() for line in fig.axes[1].lines] == ["exact"]
+    assert len(training_curve(history[:2]).axes) == 1
+
+
+@pytest.mark.parametrize("values", [{"questions": -1}, {"every": 1.5}, {"tensorboard": 1}])
+def test_what_cannot_be_watched_is_said(values):
+    with pytest.raises(InputError, match=f"watch, {next(iter(values))}"):
+        Watch.of(values)
