@@ -26,7 +26,7 @@ setup(
     # data_samples/ lies at the top of a checkout and travels inside the package in a wheel.
     packages=find_packages(include=[lib, f"{lib}.*"]) + [f"{lib}.data_samples"],
     package_dir={f"{lib}.data_samples": "data_samples"},
-    package_data={lib: ["lab/*", "models/*.json", "study/results/*.json"], f"{lib}.data_samples": ["*", "*/*", "*/*/*"]},
+    package_data={lib: ["lab/*", "models/*.json", "study/results/*.json", "train/configs/*.yaml"], f"{lib}.data_samples": ["*", "*/*", "*/*/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -180,10 +180,21 @@ def _demo(o):
 
 
 def _train(o):
+    from vlm_lora_lab.train.devices import agreeing, meet
+
+    meet()
+    with agreeing():
+        job = _job(o)
     from vlm_lora_lab.job import train
 
-    result = train(_job(o), o.resume)
+    result = train(job, o.resume)
     return 130 if "stopped_at_step" in result else 1 if "not_finite_at_step" in result else 0
+
+
+def _config(o):
+    from vlm_lora_lab.train.devices import config_file
+
+    print(config_file(o.name))
 
 
 def _doctor(o):
@@ -483,6 +494,11 @@ def _parser(argv):
         _train_parser(p)
         p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
 
+    p = command("config", _config, "where a configuration for several devices lies: ddp, fsdp2, zero2 or zero3",
+                'Print the path of a configuration for accelerate launch.\n\n'
+                '  accelerate launch --config_file "$(vlm-lora-lab config ddp)" --num_processes 4 -m vlm_lora_lab train job.yaml')  # fmt: skip
+    p.add_argument("name", help="ddp, fsdp2, zero2 or zero3")
+
     p = command("doctor", _doctor, "look at a training job before hours are spent", DOCTOR_HELP)
     if argv[:1] == ["doctor"]:
         _train_parser(p)
@@ -605,6 +621,8 @@ def main(
 ) -> int:  # exit status: 0 done, 1 warnings or a step that was not finite, 2 bad input, 130 stopped
     "The command `vlm-lora-lab`."
     argv = sys.argv[1:] if argv is None else list(argv)
+    if int(os.environ.get("RANK", "0")):
+        os.environ["TQDM_DISABLE"] = "1"  # of several processes only the first one draws bars
     options = _options_of(_parser(argv), argv)
     try:
         os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written, never shown

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from .checkpoint.save import file_sha256, save_adapter
 from .data.batch import Checked, Processor, Reading, check_rows
@@ -29,6 +31,7 @@ from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache
+from .train.devices import agreeing, check_devices, meet, split_up
 from .train.run import Schedule, fit, last_checkpoint, mix
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, tensorboard, training_curve
@@ -188,16 +191,28 @@ def _place(job, resume):
         empty_folder(output)  # what lets an earlier run of ours pass is that it ended before its first checkpoint
     return output
 
-# %% ../nbs/94_job.ipynb #cb02816a
-def train(
-    job: Job,
-    resume: bool = False,  # go on with the run in `job.output`
-    say=print,  # called with each line of the account
-) -> dict:  # what `report.json` holds
-    """Run a job from data to a saved adapter.
+# %% ../nbs/94_job.ipynb #a0d9b4a4
+@dataclass(frozen=True)
+class _Given:
+    "What a run starts from, looked through."
 
-    Raises `InputError` before anything is written when something that was given cannot be used."""
+    output: Path
+    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
+    new: Checked  # rows to learn, old ones mixed in
+    held: Checked | None  # rows to be asked about
+    left_out: dict  # file -> rows that cannot be used
+    model: nn.Module
+
+    @property
+    def held_out(self):
+        return self.held.conversations if self.held else None
+
+
+def _prepare(job, resume, say, here):
+    "Look at everything that was given; nothing is written."
     output = _place(job, resume)
+    check_devices(here, job.four_bit, job.stages, job.plan)
     tokenizer = load_tokenizer(job.model)
     empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
     if job.stages:
@@ -210,7 +225,7 @@ def train(
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     if held:
         check_truths(metric_of(job.metric), held.conversations)
-    held_out, left_out = held.conversations if held else None, {p: c.skipped for p, c in ((job.data, new), (job.eval_data, held)) if c and c.skipped}
+    left_out = {p: c.skipped for p, c in ((job.data, new), (job.eval_data, held)) if c and c.skipped}
     if job.mix_data:
         old = Drawn(0, 1_000_000) if job.mix_data == "drawn" else _checked(job.mix_data, job, processor, "old samples", say).conversations
         mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
@@ -221,24 +236,95 @@ def train(
     if not job.stages:
         model = apply_plan(model, job.plan)
         say(str(PlanTable.of(model, job.plan)))
+    return _Given(output, tokenizer, processor, new, held, left_out, model)
+
+
+def _begin(job, resume, given, here, say):
+    "Make the folder ready, by the first process alone, and ask the questions once before anything is learned."
+    output, asked = given.output, given.held and not resume and not here.sharded
     if resume:
         say(f"Resuming from {last_checkpoint(output / 'checkpoints') or where_stopped(output / 'checkpoints')[1]}.")
-        for leftover in ("adapter", "model"):  # of an attempt that failed after training; written anew below
-            shutil.rmtree(output / leftover, ignore_errors=True)
-    else:
+    if here.first:
         with explain_write_errors(output):
             output.mkdir(parents=True, exist_ok=True)
-            for leftover in ("checkpoints", "nan"):
-                shutil.rmtree(output / leftover, ignore_errors=True)
-        write_json(output / "job.json", job.to_dict())
-        if held_out:
-            write_json(output / "before.json", generate_answers(model, processor, held_out, desc="asking before"))
-    held_samples, doctors, samples, plan, cache = held.samples(processor, job.reading) if held else None, [], new.samples(processor, job.reading), job.plan, None
+        for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):  # of an attempt that failed; written anew below
+            shutil.rmtree(output / leftover, ignore_errors=True)
+        if not resume:
+            write_json(output / "job.json", job.to_dict())
+    answers = _ask_all(given, given.model, "asking before") if asked else None
+    if asked and here.first:
+        write_json(output / "before.json", answers)
 
-    watch = {"evaluate_every": job.watch.every, "ask": _asker(job, processor, held_out)}
+
+def _ask_all(given, model, desc):
+    "Answers to all questions, by all processes together."
+    return split_up(lambda some: generate_answers(model, given.processor, some, desc=desc), given.held_out)
+
+
+def _quiet(line):
+    "What other processes than the first one say."
+
+# %% ../nbs/94_job.ipynb #3c6141c4
+def _finish(job, run, given, model, plan, doctors, here, say):
+    "Ask again, save, and write down what was done."
+    output = given.output
+    report = {"job": job.to_dict(), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
+    if watched := _watched(run.history):
+        report["watched"] = watched
+    if job.stages:
+        report["stages"] = [r.to_dict() for r in run.runs]
+        report["logits_moved_at_the_end"] = run.moved
+    if given.left_out:
+        report["skipped_rows"] = {str(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
+    if any(d.bad_steps for d in doctors):
+        report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
+    if given.held and here.sharded:
+        say(f"Nothing was asked: under {here.sharded} no process holds the whole model. Ask the adapter: vlm-lora-lab evaluate {output / 'adapter'} --data {job.eval_data}")
+    elif held_out := given.held_out:
+        results = {"before": json.loads((output / "before.json").read_text(encoding="utf-8")), "after": _ask_all(given, model, "asking after")}
+        scores = {when: ExactMatch.of(answers, held_out) for when, answers in results.items()}
+        report["exact_match"] = {when: score.to_dict() for when, score in scores.items()}
+        if job.metric != "exact":
+            scores = {when: Score.of(job.metric, answers, held_out) for when, answers in results.items()}
+            report["score"] = {"metric": job.metric, "higher_is_better": scores["after"].metric.higher_is_better} | {w: s.to_dict() for w, s in scores.items()}
+        say("\n".join(f"{when:6} {score}" for when, score in scores.items()))
+    if here.first:
+        with explain_write_errors(output):
+            save_figure(training_curve(run.history), output / "loss.png")
+    if isinstance(model, PeftModel):
+        data = {p: file_sha256(p) for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"}
+        metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
+        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.tokenizer, job.four_bit, data=data, metrics=metrics, state=run.state if not job.stages else None))
+    else:
+        if here.first:
+            save_vlm(model, output / "model", model_folder(job.model))
+        report["model"] = str(output / "model")
+    if here.first:
+        write_json(output / "report.json", report)
+    say(f"Written: {report.get('adapter') or report['model']}, {output / 'loss.png'}, {output / 'report.json'}")
+    return report
+
+# %% ../nbs/94_job.ipynb #cb02816a
+def train(
+    job: Job,
+    resume: bool = False,  # go on with the run in `job.output`
+    say=print,  # called with each line of the account
+) -> dict:  # what `report.json` holds
+    """Run a job from data to a saved adapter.
+
+    Raises `InputError` before anything is written when something that was given cannot be used."""
+    here = meet()
+    say = say if here.first else _quiet
+    with agreeing():
+        given = _prepare(job, resume, say, here)
+    with agreeing():
+        _begin(job, resume, given, here, say)
+    output, model, new, held, processor = given.output, given.model, given.new, given.held, given.processor
+    held_samples, doctors, samples, plan, cache = held.samples(processor, job.reading) if held else None, [], new.samples(processor, job.reading), job.plan, None
+    watch = {"evaluate_every": job.watch.every, "ask": None if here.sharded else _asker(job, processor, given.held_out)}
 
     def doctor(number=1):
-        doctors.append(NanDoctor(job.nan, output / "nan", say=say))
+        doctors.append(NanDoctor(job.nan, output / "nan" / ("" if here.first else f"process-{here.rank}"), say=say))
         at = last_checkpoint(output / "checkpoints") if resume else None
         return [doctors[-1], LivePlot(), *([tensorboard(output / "tensorboard" / (f"stage-{number}" if job.stages else ""), int(at.name.split("-")[1]) if at else 0)] if job.watch.tensorboard else [])]
 
@@ -248,10 +334,10 @@ def train(
             model, plan = run.model, run.plan
         else:
             passes = job.schedule.epochs if job.schedule.max_steps < 0 else job.schedule.max_steps * job.schedule.batch_size * job.schedule.accumulation / len(new.conversations)
-            cache = choose_cache(job.vision_cache, model, samples, passes, say)
+            cache = None if here.sharded else choose_cache(job.vision_cache, model, samples, passes, say)
             run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, **watch)
     except NonFiniteStep as e:
-        say(f"Stopped before the weights were lost, at {e}")
+        (say if here.first or doctors[-1].cause == "unknown" else print)(f"Stopped before the weights were lost, at {e}")
         return {"not_finite_at_step": doctors[-1].bad_steps[-1][0]}
     if cache:
         say(f"Vision cache: {cache}.")
@@ -259,37 +345,7 @@ def train(
         where = f"in stage {len(run.runs)}, after its step {run.runs[-1].steps}" if job.stages else f"after step {run.steps}"
         say(f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
-    report = {"job": job.to_dict(), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
-    if watched := _watched(run.history):
-        report["watched"] = watched
-    if job.stages:
-        report["stages"] = [r.to_dict() for r in run.runs]
-        report["logits_moved_at_the_end"] = run.moved
-    if left_out:
-        report["skipped_rows"] = {str(path): [asdict(s) for s in rows] for path, rows in left_out.items()}
-    if any(d.bad_steps for d in doctors):
-        report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
-    if held_out:
-        results = {"before": json.loads((output / "before.json").read_text(encoding="utf-8")),
-                   "after": generate_answers(model, processor, held_out, desc="asking after")}  # fmt: skip
-        scores = {when: ExactMatch.of(answers, held_out) for when, answers in results.items()}
-        report["exact_match"] = {when: score.to_dict() for when, score in scores.items()}
-        if job.metric != "exact":
-            scores = {when: Score.of(job.metric, answers, held_out) for when, answers in results.items()}
-            report["score"] = {"metric": job.metric, "higher_is_better": scores["after"].metric.higher_is_better} | {w: s.to_dict() for w, s in scores.items()}
-        say("\n".join(f"{when:6} {score}" for when, score in scores.items()))
-    with explain_write_errors(output):
-        save_figure(training_curve(run.history), output / "loss.png")
-    if isinstance(model, PeftModel):
-        data = {p: file_sha256(p) for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"}
-        metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
-        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, tokenizer, job.four_bit, data=data, metrics=metrics))
-    else:
-        save_vlm(model, output / "model", model_folder(job.model))
-        report["model"] = str(output / "model")
-    write_json(output / "report.json", report)
-    say(f"Written: {report.get('adapter') or report['model']}, {output / 'loss.png'}, {output / 'report.json'}")
-    return report
+    return _finish(job, run, given, model, plan, doctors, here, say)
 
 # %% ../nbs/94_job.ipynb #3d5c95eb
 def examine(

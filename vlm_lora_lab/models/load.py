@@ -238,7 +238,7 @@ def _from_pretrained(cls, folder, config, dtype, device, quantization, aside):
 def _device(name):
     "The device of a name, or the GPU if there is one. Raises `InputError` for one that this machine has not."
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"))  # of several, the one of this process
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise InputError(f"the device {name!r} cannot be used ({str(e).splitlines()[0]})", "load_vlm", "Write 'cpu', or 'cuda' where there is a GPU") from None

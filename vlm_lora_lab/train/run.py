@@ -32,6 +32,7 @@ from ..models.parts import layout_of
 from ..models.precision import precision_of
 from ..plan import TuningPlan
 from .cache import VisionCache
+from .devices import any_of, devices
 from .loss import label_only
 
 # %% ../../nbs/52_train.run.ipynb #b3664787
@@ -106,7 +107,7 @@ class PartTrainer(Trainer):
         data = train_dataset if train_dataset is not None else self.train_dataset
         if getattr(data, "lengths", None) is None:
             return super()._get_train_sampler(train_dataset)
-        return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, data.lengths, self.args.seed)
+        return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size, data.lengths, self.args.seed)
 
     def train(self, *args, **kwargs):
         "As the Trainer does it, with logits only where there are labels (chapter 50), evaluation and callbacks included."
@@ -125,6 +126,11 @@ class PartTrainer(Trainer):
             self.log(said)
             metrics |= said
         return metrics
+
+    def _save_rng_state(self, output_dir):
+        "Every process keeps its random numbers before the first one writes that the checkpoint is complete."
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, *args, **kwargs):
         "The Trainer's, unless all steps are done: resumed from its very last checkpoint, a run would take one step more."
@@ -148,13 +154,13 @@ class PartTrainer(Trainer):
 
 
 class Progress(TrainerCallback):
-    "A bar with the loss on it."
+    "A bar with the loss on it, of the first process."
 
     def __init__(self, desc: str = "training"):
         self.desc, self.bar = desc, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.desc, leave=False, dynamic_ncols=True)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.desc, leave=False, dynamic_ncols=True, **({} if state.is_world_process_zero else {"disable": True}))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -179,7 +185,7 @@ class StopOnSignal(TrainerCallback):
 
     def _handle(self, number, frame):
         self.stopped = True
-        for s in self.SIGNALS:
+        for s in self.SIGNALS if devices().world == 1 else ():  # a launcher sends one signal after the other; none may cut the saving short
             signal.signal(s, self.old[s])
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -188,6 +194,7 @@ class StopOnSignal(TrainerCallback):
             self.old = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.stopped = any_of(self.stopped)
         if self.stopped:
             control.should_save, control.should_training_stop = self.save, True
 
@@ -278,6 +285,7 @@ class Fitted:
     steps: int  # optimizer steps done in all
     seconds: float  # of this run
     stopped: bool  # by Ctrl-C or SIGTERM, with a checkpoint
+    state: dict | None = None  # all tensors, gathered, where the weights are cut in pieces by ZeRO-3
 
     @property
     def losses(self) -> list[float]:
@@ -349,10 +357,11 @@ def fit(
     finally:
         stop.restore()
         progress.close()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if devices().sharded == "ZeRO-3" else None
     if checkpoint_activations:
         model.disable_input_require_grads()
         model.gradient_checkpointing_disable()
-    return Fitted(trainer.state.log_history, trainer.state.global_step, result.metrics["train_runtime"], stop.stopped)
+    return Fitted(trainer.state.log_history, trainer.state.global_step, result.metrics["train_runtime"], stop.stopped, state)
 
 # %% ../../nbs/52_train.run.ipynb #8c61a5e0
 def mix(
