@@ -15,8 +15,8 @@ BADGE = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\((https://colab\.research[^)]*)\)"
 PRAGMA = re.compile(r"(?:fmt|noqa|type)\b")
 
 
-def read(text):
-    "From the text of a notebook to the notebook that the site shows."
+def read(text, front):
+    "From the text of a notebook to the notebook that the site shows; front is the title of the front page."
     notebook = nbformat.reads(text, as_version=4)
     module, exported, shown = None, [], []
     for cell in notebook.cells:
@@ -30,14 +30,14 @@ def read(text):
                 module = said["default_exp"].split()[-1]
             if "export" in said:
                 exported.append(cell.source)
-            if "hide" in said or not cell.source or "google.colab" in cell.source.split("\n", 2)[-1] and "eval" in said:
+            if "hide" in said or not cell.source or ("eval" in said and "'google.colab' in sys.modules" in cell.source):
                 continue
             cell.metadata["tags"] = sorted({"export", "slow", "gpu"} & set(said))
         shown.append(cell)
     if module and (reference := "\n\n".join(_reference("\n\n".join(exported)))):
         title = f"## Reference\n\n```{{py:module}} vlm_lora_lab.{module}\n:synopsis: {_promise(shown)}\n```\n\n"
         shown.append(nbformat.v4.new_markdown_cell(f"{title}What this chapter exports, as `vlm_lora_lab.{module}`:\n\n{reference}"))
-    elif not module:
+    elif shown[0].source.startswith(f"# {front}\n"):
         shown.append(nbformat.v4.new_markdown_cell("## Reference\n\n{ref}`Every function and class <genindex>` · {ref}`every module <modindex>`"))
     notebook.cells = shown
     return notebook

@@ -19,7 +19,7 @@ suppress_warnings = ["etoc.glob"]  # a part of the book without chapters is left
 add_module_names = False
 
 nb_execution_mode = "off"
-nb_custom_formats = {".ipynb": "chapters.read"}
+nb_custom_formats = {".ipynb": ["chapters.read", {"front": facts["title"]}]}
 nb_ipywidgets_js = {}  # a widget without a kernel is dead; its table is shown instead
 nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/png", 1)]
 myst_enable_extensions = ["dollarmath"]

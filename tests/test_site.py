@@ -95,8 +95,14 @@ def test_links_resolve_and_nothing_is_loaded_from_elsewhere(pages, site):
 
 def test_the_machinery_of_notebooks_stays_behind_the_scenes(pages):
     for name, page in pages.items():
-        assert "#|" not in page.code and "google.colab" not in page.code, name
+        assert not re.search(r"^#\|", page.code, re.M) and "'google.colab' in sys.modules" not in page.code, name
     assert "TuningPlan" in pages["32_plan.html"].code and "assert answer == question.answer" not in pages["index.html"].code
+
+
+def test_the_front_page_leads_to_every_name_and_to_the_other_language(pages):
+    assert {"genindex.html", "py-modindex.html", "index_zh.html"} <= {urldefrag(link)[0] for link in pages["index.html"].links}
+    assert "index.html" in {urldefrag(link)[0] for link in pages["index_zh.html"].links}
+    assert {f"{name}.html" for name in CHAPTERS if "/" not in name} <= {urldefrag(link)[0] for link in pages["index_zh.html"].links}
 
 
 def test_every_exported_name_has_an_entry_with_its_comments(pages, site):

@@ -217,20 +217,20 @@ def plan_picture(
     from vlm_lora_lab.style import figure
 
     sizes, total = plan_bytes(model, plan, four_bit), count(model)
-    fig, ax = figure(width=6.2, height=3.2)
+    fig, ax = figure(width=5.2, height=3)
     for y, part in enumerate(PARTS):
         left, whole = 0, 2 * total[part] / 2**30
         for kind, (color, hatch) in PAINT.items():
             ax.barh(y, sizes[part][kind] / 2**30, 0.62, left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0)
             left += sizes[part][kind] / 2**30
         ax.barh(y, whole, 0.62, fill=False, edgecolor="#555555", linestyle="--", linewidth=0.8)
-        ax.text(max(left, whole) + 0.15, y, f"{total[part] / 1e6:,.0f} M weights, {left:.1f} GiB", va="center", fontsize=8.5)
+        ax.text(max(left, whole) + 0.15, y, f"{total[part] / 1e6:,.0f} M, {left:.1f} GiB", va="center", fontsize=8.5)
     ax.set_yticks(range(len(PARTS)), [f"{part}\n{plan.words[part]}" for part in PARTS])
-    ax.invert_yaxis(); ax.grid(False); ax.set_xlabel("GiB"); ax.set_xlim(0, 1.42 * 2 * max(total.values()) / 2**30)  # fmt: skip
+    ax.invert_yaxis(); ax.grid(False); ax.set_xlabel("GiB; beside the bars, millions of weights"); ax.set_xlim(0, 1.42 * 2 * max(total.values()) / 2**30)  # fmt: skip
     keys = [plt.Rectangle((0, 0), 1, 1, facecolor=c, hatch=h, edgecolor="white", linewidth=0) for c, h in PAINT.values()]
     frame = plt.Rectangle((0, 0), 1, 1, fill=False, edgecolor="#555555", linestyle="--", linewidth=0.8)
     ax.legend([*keys, frame], [*PAINT, "all in 16 bit"], loc="lower right", fontsize=8, handlelength=2.2, handleheight=1.1)
-    ax.set_title(f"{name}: what does each part do in training, and what does it take?", fontsize=10)
+    ax.set_title(f"What does each part of {name} take in training?", fontsize=10)
     return fig
 
 # %% ../../nbs/41_quant.policy.ipynb #9064814a
