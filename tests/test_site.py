@@ -189,7 +189,7 @@ def test_search_finds_the_resampler(tab):
     found.first.wait_for()
     page.wait_for_function("() => /found \\d+ pages?/.test(document.querySelector('#search-results').innerText)")
     targets = {urldefrag(a.get_attribute("href"))[0].split("?")[0] for a in found.all()}
-    assert "11_models.resampler.html" in targets and "33_unfreeze.html" in targets
+    assert {"11_models.resampler.html", "33_unfreeze.html", "13_models.qwenvl.html"} <= targets and len(targets) > 10  # by title, and by what they say
 
 
 @browser_needed
