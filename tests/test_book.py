@@ -67,6 +67,12 @@ def test_an_issue_s_first_chapter_speaks_of_it():
     assert len(rows) > 20 and not silent, silent
 
 
+def test_the_readme_s_links_to_the_site_are_made_from_the_settings():
+    for name in ("README.md", "README.zh.md"):
+        links = re.findall(r"https://[\w.-]+\.github\.io[^)]*", (ROOT / name).read_text(encoding="utf-8"))
+        assert links and all(link.startswith(f"{FACTS['doc_host']}{FACTS['doc_baseurl']}/") for link in links), links
+
+
 def test_the_readme_s_picture_is_the_chapter_s():
     notebook = json.loads((ROOT / "nbs" / "41_quant.policy.ipynb").read_text(encoding="utf-8"))
     [drawn] = [o["data"]["image/png"] for c in notebook["cells"] if "plan_picture(real" in "".join(c["source"]) for o in c["outputs"] if "data" in o]
