@@ -28,6 +28,6 @@ setup(
     package_dir={f"{lib}.data_samples": "data_samples"},
     package_data={lib: ["lab/*", "models/*.json", "study/results/*.json", "train/configs/*.yaml"], f"{lib}.data_samples": ["*", "*/*", "*/*/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "docs": cfg["docs_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

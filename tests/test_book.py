@@ -1,6 +1,7 @@
 """The book itself: chapters, badges, the README, and the direction of imports."""
 
 import ast
+import base64
 import json
 import re
 import subprocess
@@ -58,6 +59,24 @@ def test_the_readme_lists_every_chapter_with_its_badge():
         assert link == badge(link.rsplit("/", 1)[1]) and (ROOT / "nbs" / link.rsplit("/", 1)[1]).is_file()
     for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", readme) + re.findall(r'src="((?!http)[^"]+)"', readme):
         assert (ROOT / link).exists(), link
+
+
+def test_an_issue_s_first_chapter_speaks_of_it():
+    rows = re.findall(r"^\| \[[^\]]*#\d+\]\((https://github\.com/[^)]+)\) \|.*?\| \[\d\d\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    silent = [(issue, path) for issue, path in rows if issue not in "\n".join(cells(ROOT / path, "markdown"))]
+    assert len(rows) > 20 and not silent, silent
+
+
+def test_the_readme_s_links_to_the_site_are_made_from_the_settings():
+    for name in ("README.md", "README.zh.md"):
+        links = re.findall(r"https://[\w.-]+\.github\.io[^)]*", (ROOT / name).read_text(encoding="utf-8"))
+        assert links and all(link.startswith(f"{FACTS['doc_host']}{FACTS['doc_baseurl']}/") for link in links), links
+
+
+def test_the_readme_s_picture_is_the_chapter_s():
+    notebook = json.loads((ROOT / "nbs" / "41_quant.policy.ipynb").read_text(encoding="utf-8"))
+    [drawn] = [o["data"]["image/png"] for c in notebook["cells"] if "plan_picture(real" in "".join(c["source"]) for o in c["outputs"] if "data" in o]
+    assert base64.b64decode(drawn) == (ROOT / "nbs" / "images" / "plan.png").read_bytes(), "copy the chapter's figure to nbs/images/plan.png"
 
 
 def test_the_readme_shows_the_plan_as_it_is():

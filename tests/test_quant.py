@@ -19,8 +19,9 @@ from vlm_lora_lab.models.parts import layout_of, linear_layers
 from vlm_lora_lab.models.precision import GENERATIONS, precision_for, precision_of
 from vlm_lora_lab.models.published import PUBLISHED, on_meta
 from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.preview import Preview
 from vlm_lora_lab.quant.nf4 import NF4, bits_per_weight, dynamic_levels, nf4_levels
-from vlm_lora_lab.quant.policy import BARE, IN_FULL, Packing, Weights, four_bit_bytes, read_bare, upcast_bytes
+from vlm_lora_lab.quant.policy import BARE, IN_FULL, PAINT, Packing, Weights, four_bit_bytes, plan_bytes, plan_picture, read_bare, upcast_bytes
 from vlm_lora_lab.train.run import Schedule, fit
 
 F = bnb.functional
@@ -305,3 +306,28 @@ def test_a_step_of_q_lora_as_each_row_says_is_finite_and_an_overflow_is_left_out
         scale = scaler.get_scale()
         assert step(math.inf) == (False, False) and scaler.get_scale() == scale / 2
         assert step(1) == (True, True)
+
+
+# --- the picture of a plan ---
+
+PLANS = (TuningPlan(), TuningPlan(vision="lora", connector="lora", rank=4, variant="dora"), TuningPlan(embeddings="full", head="lora", language="lora on 0-1, full on 2"))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.vision} {p.connector} {p.language}")
+def test_a_plan_s_picture_shows_the_bytes_that_weights_and_preview_count(plan):
+    import matplotlib.pyplot as plt
+
+    model, whole = on_meta("lab"), sum(p.numel() for p in on_meta("lab").parameters())
+    sizes = plan_bytes(model, plan)
+    total = {kind: sum(size[kind] for size in sizes.values()) for kind in PAINT}
+    weights = Weights.predicted(model, torch.bfloat16, Packing.of(model, plan).take)
+    assert (total["frozen, 16 bit"], total["frozen, 4 bit"]) == (weights.of_kind("bfloat16"), weights.of_kind("nf4"))
+    assert total["lora"] + total["full"] == Preview.of(model, plan).training_bytes and total["lora"] > 0
+    unpacked = plan_bytes(model, plan, four_bit=False)
+    assert sum(size["frozen, 16 bit"] for size in unpacked.values()) == 2 * whole
+    figure = plan_picture(model, plan, "lab")
+    drawn = sum(bar.get_width() for bar in figure.axes[0].patches if bar.get_fill()) * 2**30
+    assert drawn == pytest.approx(sum(total.values()), rel=1e-6)
+    words = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert words == [f"{part}\n{word}" for part, word in plan.words.items()]
+    plt.close(figure)

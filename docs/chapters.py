@@ -1,0 +1,124 @@
+"""Read a chapter for the site: without directives, hidden cells and Colab's install cell; with a reference of what it exports."""
+
+import ast
+import io
+import re
+import tokenize
+
+import nbformat
+from docutils.nodes import SkipNode
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
+
+BADGE = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\((https://colab\.research[^)]*)\)")
+PRAGMA = re.compile(r"(?:fmt|noqa|type)\b")
+
+
+def read(text, front):
+    "From the text of a notebook to the notebook that the site shows; front is the title of the front page."
+    notebook = nbformat.reads(text, as_version=4)
+    module, exported, shown = None, [], []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = BADGE.sub(r"[Open in Colab](\1)", cell.source)  # a badge would be fetched from elsewhere
+        elif cell.cell_type == "code":
+            lines = cell.source.splitlines()
+            said = {line[2:].strip().split(":")[0].split()[0]: line for line in lines if re.match(r"#\|\s*\S", line)}
+            cell.source = "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
+            if "default_exp" in said:
+                module = said["default_exp"].split()[-1]
+            if "export" in said:
+                exported.append(cell.source)
+            if "hide" in said or not cell.source or ("eval" in said and "'google.colab' in sys.modules" in cell.source):
+                continue
+            cell.metadata["tags"] = sorted({"export", "slow", "gpu"} & set(said))
+        shown.append(cell)
+    if module and (reference := "\n\n".join(_reference("\n\n".join(exported)))):
+        title = f"## Reference\n\n```{{py:module}} vlm_lora_lab.{module}\n:synopsis: {_promise(shown)}\n```\n\n"
+        shown.append(nbformat.v4.new_markdown_cell(f"{title}What this chapter exports, as `vlm_lora_lab.{module}`:\n\n{reference}"))
+    elif shown[0].source.startswith(f"# {front}\n"):
+        shown.append(nbformat.v4.new_markdown_cell("## Reference\n\n{ref}`Every function and class <genindex>` · {ref}`every module <modindex>`"))
+    notebook.cells = shown
+    return notebook
+
+
+def _promise(cells):
+    return re.search(r"^> (.+)$", cells[0].source, re.M)[1].replace("`", "")
+
+
+def _reference(source):
+    "A directive for each public function and class of a module's source."
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    comments = {line: text for line, text in comments.items() if not PRAGMA.match(text)}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield _directive("function", node, comments)
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            inner = [_directive("method", n, comments) for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+            yield _directive("class", node, comments, inner)
+
+
+def _directive(kind, node, comments, inner=()):
+    "What Sphinx calls an object description: signature, docstring, and the trailing comments of arguments or fields."
+    if kind == "class":
+        made = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")]
+        signature = f"({_arguments(made)})" if made else "(" + ", ".join(f.target.id for f in fields) + ")" if fields else ""
+        rows = _rows(made, comments) if made else [(f.target.id, comments.get(f.end_lineno, "")) for f in fields]
+        options = []
+    else:
+        marks = {ast.unparse(d) for d in node.decorator_list}
+        options = [f":{m}:" for m in ("classmethod", "staticmethod") if m in marks]
+        if "property" in marks:
+            kind, signature, rows = "property", "", []
+            options += [f":type: {ast.unparse(node.returns)}"] if node.returns else []
+        else:
+            signature, rows = f"({_arguments(node)})", _rows(node, comments)
+    body = [ast.get_docstring(node) or "", "\n".join(f"- **{n}**: {c}" for n, c in rows if c), *inner]
+    if kind != "class" and (given := _given(node, comments)):
+        body.insert(2, f"Gives {given}" if kind != "property" else given)
+    fence = "`" * (4 if inner else 3)
+    return "\n".join([f"{fence}{{py:{kind}}} {node.name}{signature}", *options, "", "\n\n".join(filter(None, body)), fence])
+
+
+def _arguments(node):
+    args = ast.parse(ast.unparse(node)).body[0].args
+    everything = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
+    for a in everything:
+        a.annotation = None
+    own = args.posonlyargs + args.args
+    if own and own[0].arg in ("self", "cls"):
+        (args.posonlyargs or args.args).pop(0)
+    return ast.unparse(args)
+
+
+def _rows(node, comments):
+    "The arguments that stand on a line of their own, with what is said of them."
+    args = node.args
+    every = [*args.posonlyargs, *args.args, *filter(None, [args.vararg]), *args.kwonlyargs, *filter(None, [args.kwarg])]
+    ends = {a.arg: a.end_lineno for a in every}
+    for a, default in [*zip(reversed(args.posonlyargs + args.args), reversed(args.defaults)), *zip(args.kwonlyargs, args.kw_defaults)]:
+        ends[a.arg] = default.end_lineno if default else ends[a.arg]
+    lines = list(ends.values())
+    return [(name, comments.get(line, "")) for name, line in ends.items() if line > node.lineno and lines.count(line) == 1]
+
+
+def _given(node, comments):
+    "What is said after the closing bracket: the result."
+    last = max([node.lineno - 1, *(line for _, line in [(a.arg, a.end_lineno) for a in ast.walk(node.args) if isinstance(a, ast.arg)] if line > node.lineno)])
+    return next((comments[line] for line in range(last + 1, node.body[0].lineno) if line in comments), "")
+
+
+def _mathml(visitor, node):
+    "Formulas as MathML: browsers draw it themselves, and no script is fetched."
+    try:
+        visitor.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
+    except MathError as e:
+        logging.getLogger(__name__).warning("%s: %s", node.astext(), e, location=node)
+    raise SkipNode
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
