@@ -16,7 +16,6 @@ A second table reads the records of a long file without pictures, for memory.
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -24,10 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from common import table  # noqa: E402
 
 
 def make(folder, rows):
@@ -109,9 +109,7 @@ def main():
         return child(o.child[0], Path(o.child[1]), o.batch_size, o.workers, o.step)
     if o.long:
         return long_file(o.long[0], Path(o.long[1]), o.many)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}, "
-          + ", ".join(f"{m} {version(m)}" for m in ("torch", "transformers", "tokenizers", "pillow", "numpy")))  # fmt: skip
-    print(f"{o.rows} rows, batches of {o.batch_size}, {o.workers} workers, {o.step} s between batches, {o.rounds} rounds, interleaved\n")
+    print(f"{o.rows} rows, batches of {o.batch_size}, {o.workers} workers, {o.step} s between batches, {o.rounds} rounds, interleaved")
     ways = {"upstream": "upstream's way", "lazy": "lazy", "workers": f"lazy, {o.workers} workers"}
     run = lambda *args: json.loads(subprocess.run([sys.executable, __file__, *map(str, args)], capture_output=True, text=True, check=True).stdout)  # noqa: E731
     common = ["--batch-size", o.batch_size, "--workers", o.workers, "--step", o.step]
@@ -121,21 +119,24 @@ def main():
         for _ in range(o.rounds):
             for way in ways:
                 results[way].append(run("--child", way, folder, *common))
-        print(f"{'':18}{'rows/s':>8}{'least … most':>16}{'ratio':>8}{'padding':>9}{'tokens':>10}{'own MiB':>9}{'a worker':>10}{'planning':>10}")
         base = statistics.median(r["rows_per_s"] for r in results["upstream"])
+        rows = []
         for way, name in ways.items():
             speeds = [r["rows_per_s"] for r in results[way]]
             m = {k: statistics.median(r[k] for r in results[way]) for k in results[way][0]}
-            print(f"{name:18}{m['rows_per_s']:8.1f}{min(speeds):8.1f} … {max(speeds):5.1f}{m['rows_per_s'] / base:8.2f}{m['padding']:9.1%}{m['tokens']:10,.0f}"
-                  f"{m['own_mib']:9.0f}{m['worker_mib']:10.0f}{m['planning_s']:9.1f}s")  # fmt: skip
+            rows.append([name, f"{m['rows_per_s']:.1f}", f"{min(speeds):.1f} … {max(speeds):.1f}", f"{m['rows_per_s'] / base:.2f}", f"{m['padding']:.1%}", f"{m['tokens']:,.0f}",
+                         f"{m['own_mib']:.0f}", f"{m['worker_mib']:.0f}", f"{m['planning_s']:.1f}"])  # fmt: skip
+        table(["way", "rows/s", "least … most", "speed to upstream's", "padding", "tokens", "own MiB", "a worker, MiB", "planning, s"], rows)
         record = {"conversations": [{"role": "user", "content": "What is it? " * 8}, {"role": "assistant", "content": "a red circle " * 4}]}
         with open(Path(folder) / "long.json", "w") as file:
             file.write("[" + ",\n".join(json.dumps({"id": f"{i:06}"} | record) for i in range(o.many)) + "]")
         print(f"\n{o.many:,} records without pictures, {(Path(folder) / 'long.json').stat().st_size / 2**20:.0f} MiB of JSON")
+        rows = []
         for way in ("upstream", "lazy"):
             found = [run("--long", way, folder, "--many", o.many) for _ in range(o.rounds)]
-            print(f"{'json.load' if way == 'upstream' else 'lazy, checked':18}{statistics.median(r['rows_per_s'] for r in found):10,.0f} records/s"
-                  f"{statistics.median(r['grown_mib'] for r in found):10.0f} MiB")  # fmt: skip
+            speed, grown = (statistics.median(r[k] for r in found) for k in ("rows_per_s", "grown_mib"))
+            rows.append(["json.load" if way == "upstream" else "lazy, checked", f"{speed:,.0f}", f"{grown:.0f}"])
+        table(["reading", "records/s", "memory grown, MiB"], rows)
 
 
 if __name__ == "__main__":

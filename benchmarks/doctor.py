@@ -5,14 +5,13 @@
 Each pair of neighbouring steps gives a ratio; printed are the median and its bootstrap interval (95 %)."""
 
 import argparse
-import random
 import statistics
 import tempfile
-import time
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from common import device, interval, now, table
 from vlm_lora_lab.data.batch import Collator, Processor, Samples
 from vlm_lora_lab.data.drawn import Drawn
 from vlm_lora_lab.debug.nan import NanDoctor
@@ -43,16 +42,11 @@ class Clock(TrainerCallback):
     def __init__(self):
         self.seconds = []
 
-    def now(self):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = self.now()
+        self.start = now()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(self.now() - self.start)
+        self.seconds.append(now() - self.start)
 
 
 def ratios(plan, policy, batch_size, steps):
@@ -74,21 +68,16 @@ def ratios(plan, policy, batch_size, steps):
     return [a / b for a, b in pairs], statistics.median(b for _, b in pairs)
 
 
-def interval(values, rounds=2000):
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(rounds))
-    return medians[int(0.025 * rounds)], medians[int(0.975 * rounds)]
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args().steps
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, torch {torch.__version__}, {steps} steps in turns\n{'lab model':34}{'policy':10}{'step, ms':>9}{'ratio':>8}  95 % interval")
+    print(f"{device()}, {steps} steps in turns, lab model")
+    rows = []
     full = TuningPlan(*["full"] * 5)
     for name, plan, policy, batch in (("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "stop", 8), ("everything in full, batch 8", full, "stop", 8),
                                       ("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "rollback", 8), ("LoRA and resampler, batch 1", TuningPlan(vision="lora"), "stop", 1)):  # fmt: skip
         values, step = ratios(plan, policy, batch, steps)
         low, high = interval(values)
-        print(f"{name:34}{policy:10}{1000 * step:9.1f}{statistics.median(values):8.4f}  {low:.4f} … {high:.4f}", flush=True)
+        rows.append([name, policy, f"{1000 * step:.1f}", f"{statistics.median(values):.3f}", f"{low:.3f} … {high:.3f}"])
+    table(["plan", "policy", "step without it, ms", "ratio", "95 % interval"], rows)

@@ -8,8 +8,9 @@ from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan import TuningPlan, apply_plan
-from vlm_lora_lab.quant.memory import CARDS, Alive, estimate, shapes_of_batch, shapes_only, step_bytes
+from vlm_lora_lab.quant.memory import CARDS, PIECE, Alive, estimate, shapes_of_batch, shapes_only, step_bytes
 from vlm_lora_lab.models.precision import precision_for
+from vlm_lora_lab.train.loss import AT_ONCE, label_only
 
 
 def test_what_is_alive_is_counted_once_and_let_go():
@@ -89,12 +90,25 @@ def test_the_command(capsys):
     assert main(["estimate", "lab", "--gpu", "Voodoo"]) == 2 and "Write one of T4" in capsys.readouterr().err
 
 
-def test_the_account_knows_the_pieces_of_the_loss():
-    from vlm_lora_lab.quant.memory import PIECE
-    from vlm_lora_lab.train.loss import AT_ONCE
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("family", ["minicpmv-2.6", "minicpmv-2.0", "qwen2_5_vl", "gemma3", "qwen"])
+def test_the_loss_in_pieces_is_predicted(family, checkpointing):
+    plan, at_once = TuningPlan(connector="freeze", rank=4, alpha=8), 40 * 320  # several pieces, and the last one shorter
+    guess_model = shapes_only(apply_plan(on_meta(tiny_config(family)), plan))
+    width = guess_model.config.get_text_config().hidden_size
+    batch = {"inputs_embeds": torch.empty(1, 128, width, device="meta"), "labels": torch.zeros(1, 128, dtype=torch.long, device="meta")}
+    batch = batch | {"position_ids": torch.zeros(1, 128, dtype=torch.long, device="meta")}
+    guess, whole = (step_bytes(guess_model, batch, None, checkpointing, n) for n in (at_once, None))
+    real = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch.items()} | {"position_ids": torch.arange(128)[None]}
+    model = apply_plan(tiny_model(family), plan)
+    with label_only(model, at_once):
+        assert guess == pytest.approx(step_bytes(model, real, None, checkpointing), rel=0.1)
+    assert guess <= whole and "forward" not in guess_model.get_base_model().get_output_embeddings().__dict__
 
+
+def test_the_account_knows_the_pieces_of_the_loss():
     assert PIECE == AT_ONCE
     found = estimate("openbmb/MiniCPM-V-2_6", tokens=2048)
-    spared = 12 * (2048 * 151_666 - PIECE) / 2**30
-    assert any(f"up to {spared:.1f} GiB less" in note for note in found.notes), found.notes
-    assert not any("GiB less" in note for note in estimate("lab", tokens=512).notes)
+    assert dict(found.rows)["logits and loss, in pieces"] == 12 * PIECE
+    assert any("with all logits at once, as the Trainer does it, 2." in note for note in found.notes), found.notes
+    assert not any("GiB more" in note for note in estimate("lab", tokens=512).notes)
