@@ -69,12 +69,14 @@ def run_arm(
     steps: int,
     factor: float = 1.0,  # of the learning rates
     split: str = "test",  # or validation
+    batch_size: int = 32,
+    questions: int = 200,  # of each kind
 ) -> dict:  # one row of a result file
     "Train the lab model as an arm says; ask about the new task and about the old one."
     tokenizer, model, data = load_tokenizer("lab"), load_vlm("lab", dtype=torch.float32, device="cpu"), shift(task)
     processor = Processor.of(model.config, tokenizer)
     samples = Samples(mix(data.train, Drawn(0, 100_000), arm.mix, seed), processor)
-    schedule = Schedule(max_steps=steps, batch_size=32, learning_rate=arm.rate * factor, full_learning_rate=arm.full_rate * factor, seed=seed)
+    schedule = Schedule(max_steps=steps, batch_size=batch_size, learning_rate=arm.rate * factor, full_learning_rate=arm.full_rate * factor, seed=seed)
     if arm.then is None:
         model, trainable, run = _train(model, arm.plan, samples, schedule, arm.base_too)
         seconds = run.seconds
@@ -84,7 +86,7 @@ def run_arm(
         model, second, more = _train(model.merge_and_unload(), arm.then, samples, replace(half, seed=seed + 1000))
         trainable, seconds = max(first, second), run.seconds + more.seconds
     asked = {"new": getattr(data, split), "old": OLD} if split == "test" else {"new": data.validation}
-    scores = {k: ExactMatch.of(generate_answers(model, processor, rows), rows).rate for k, rows in asked.items()}
+    scores = {k: ExactMatch.of(generate_answers(model, processor, some), some).rate for k, rows in asked.items() for some in [[rows[i] for i in range(questions)]]}
     return {"task": task, "seed": seed, "factor": factor, "split": split, **scores, "trainable": trainable, "seconds": round(seconds, 2)}
 
 # %% ../../nbs/91_study.experiments.ipynb #51751b39
@@ -284,7 +286,7 @@ def main(
 ) -> int:  # exit code
     "`python -m vlm_lora_lab.study NAME`: compute the results of an experiment again."
     parser = argparse.ArgumentParser("python -m vlm_lora_lab.study", description="Train every arm of an experiment on the lab model, with several seeds. A stopped one goes on where it was.",
-                                     epilog="example: python -m vlm_lora_lab.study resampler --seeds 2 --output mine.json")  # fmt: skip
+                                     epilog="example: python -m vlm_lora_lab.study resampler --seeds 2 --output mine.json; the claims of the course: --claims all --help")  # fmt: skip
     parser.add_argument("name", choices=list(EXPERIMENTS), help="which experiment; chapter 91 lists them")
     parser.add_argument("--output", help="JSON file of results (default: NAME.json here)")
     parser.add_argument("--seeds", type=int, help="how many, up to 10 (default: as in the course)")
