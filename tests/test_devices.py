@@ -120,6 +120,8 @@ def test_what_cannot_be_shared_is_refused(here, four_bit, stages, plan, message,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=message):
         check_devices(here, four_bit, stages, plan)
+    with pytest.raises(InputError, match="nan: stop"):
+        check_devices(Devices(0, 2), True, (), TuningPlan(), "rollback")
 
 
 def test_the_command_says_where_a_configuration_lies(capsys):
