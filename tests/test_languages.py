@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vlm_lora_lab.study.claims import Ledger
+
 ROOT = Path(__file__).parent.parent
 TWINS = {"README.zh.md": "README.md", "index_zh.md": "index.ipynb"}  # Chinese -> English; they stand in the same folder
 
@@ -85,3 +87,9 @@ def test_the_chinese_is_chinese():
         assert len(re.findall(r"[\u4e00-\u9fff]", plain)) > 1000 and not re.search(r"[\u4e00-\u9fff][,;:!?](?=[\u4e00-\u9fff])", plain), name
         for _, _, row in chapters(text_of(name)):
             assert re.search(r"[\u4e00-\u9fff]", row), f"not translated: {row}"
+
+
+def test_the_chinese_index_gives_the_ledger_s_verdicts():
+    words = {"confirmed": "成立", "refuted": "不成立", "depends": "视情况"}
+    found = dict(re.findall(r"^\| (C\d+) \| .* \| (\S+) \| \[", (ROOT / "nbs" / "index_zh.md").read_text(encoding="utf-8"), re.M))
+    assert found == {name: words[entry.verdict.word] for name, entry in Ledger.read().entries.items()}
