@@ -2,8 +2,9 @@
 
     python tests/run_tutorials.py                  all that can be run
     python tests/run_tutorials.py qwen_vl          some of them
+    python tests/run_tutorials.py --installed      refuse the package of this checkout: it must come from a wheel
 
-The wheel must be installed in the environment; nbclient and ipykernel are needed beside it."""
+nbclient, ipykernel and pytest are needed beside the package."""
 
 import json
 import os
@@ -37,7 +38,8 @@ def run(stem, work):
     return notebook
 
 
-def main(chosen):
+def main(arguments):
+    chosen = [a for a in arguments if a != "--installed"]
     if unknown := sorted(set(chosen) - set(TUTORIALS) - set(WAITING)):
         sys.exit(f"there is no tutorial {unknown[0]!r}; there are {', '.join(TUTORIALS)}")
     sys.path[0] = str(HERE)  # tests/ alone: the package must come from the environment
@@ -45,6 +47,8 @@ def main(chosen):
     from test_train_families import checkpoint
 
     root = Path(vlm_lora_lab.__file__).resolve().parent.parent
+    if "--installed" in arguments and root == HERE.parent:
+        sys.exit("the package comes from this checkout, not from a wheel: unset PYTHONPATH, and install the wheel")
     print(f"vlm_lora_lab {vlm_lora_lab.__version__}, {'from this checkout' if root == HERE.parent else 'installed'}")
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
