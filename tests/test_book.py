@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
+TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
 FACTS = ConfigParser(delimiters=["="])
 FACTS.read(ROOT / "settings.ini", encoding="utf-8")
 FACTS = FACTS["DEFAULT"]
@@ -56,7 +57,8 @@ def test_the_readme_lists_every_chapter_with_its_badge():
         if path.stem != "index":
             assert f"(nbs/{path.name})" in readme, path.name
     for link in re.findall(r"https://colab\.research[^)]*?\.ipynb", readme):
-        assert link == badge(link.rsplit("/", 1)[1]) and (ROOT / "nbs" / link.rsplit("/", 1)[1]).is_file()
+        path = link.rpartition("/nbs/")[2]
+        assert link == badge(path) and (ROOT / "nbs" / path).is_file()
     for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", readme) + re.findall(r'src="((?!http)[^"]+)"', readme):
         assert (ROOT / link).exists(), link
 
@@ -92,6 +94,28 @@ def test_the_index_lists_every_chapter():
     text = "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown"))
     for path in CHAPTERS:
         assert path.stem == "index" or f"({path.name})" in text, path.name
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
+def test_a_tutorial_opens_with_title_promise_and_badge_and_exports_nothing(path):
+    first, code = cells(path, "markdown")[0], cells(path, "code")
+    assert re.match(r"# .+\n\n> .+", first) and re.findall(r"https://colab\.research[^)]*?\.ipynb", first) == [badge(f"tutorials/{path.name}")]
+    assert code[0].startswith("#| eval: false") and f"pip install -q git+{FACTS['git_url']}'" in code[0]
+    assert not [c for c in code if re.search(r"^#\| (default_exp|export)", c, re.M)] and sum("assert" in c for c in code) >= 4
+    outputs = json.dumps([c["outputs"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"])
+    assert "VLM_LORA_LAB_STAND_IN" not in outputs and not re.search(r"site-packages|(?<![\w.])/(root|home|tmp)/", outputs)
+    for link in re.findall(r"\]\(((?!http)[^)]+\.ipynb)\)", "\n".join(cells(path, "markdown"))):
+        assert (path.parent / link).is_file(), link
+
+
+def test_readme_index_and_runner_list_every_tutorial():
+    import run_tutorials
+
+    readme, index = (ROOT / "README.md").read_text(encoding="utf-8"), "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown"))
+    names = {p.stem for p in TUTORIALS}
+    assert len(names) == 7 and names == {*run_tutorials.TUTORIALS, *run_tutorials.WAITING}
+    for name in names:
+        assert f"(nbs/tutorials/{name}.ipynb)" in readme and badge(f"tutorials/{name}.ipynb") in readme and f"(tutorials/{name}.ipynb)" in index, name
 
 
 def test_the_readme_s_python_runs(tmp_path):

@@ -212,7 +212,7 @@ class _Given:
 def _prepare(job, resume, say, here):
     "Look at everything that was given; nothing is written."
     output = _place(job, resume)
-    check_devices(here, job.four_bit, job.stages, job.plan)
+    check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
     tokenizer = load_tokenizer(job.model)
     empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
     if job.stages:

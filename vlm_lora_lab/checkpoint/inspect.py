@@ -23,6 +23,7 @@ from .save import broken_seals, is_base
 from ..errors import InputError
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
+from ..models.load import stand_in
 from ..models.published import lab_folder, on_meta, read_json
 from ..plan import TuningPlan, full_modules, lora_layers, no_false_warning
 
@@ -163,10 +164,11 @@ def _base_of(name):
     if not name:
         return _Base(None, why="the folder does not say which base it wants")
     try:
-        empty = on_meta(name)
+        place = stand_in(name) or name
+        empty = on_meta(place)
     except InputError as e:
         return _Base(str(name), why=e.found)
-    folder = lab_folder() if str(name) == "lab" else Path(name)
+    folder = lab_folder() if str(name) == "lab" else Path(place)
     return _Base(str(name), empty, folder if folder.is_dir() and any(folder.glob("*.safetensors")) else None)
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #1df9aafb

@@ -117,8 +117,11 @@ def check_devices(
     four_bit: bool,
     stages: Sequence,  # of the job
     plan: TuningPlan,
+    nan: str = "stop",  # the policy for a step that is not finite
 ) -> None:
     "Raises `InputError` for what cannot be shared out."
+    if here.world > 1 and nan != "stop":
+        raise InputError(f"nan is {nan}, which each process would decide for itself", "nan", "Write nan: stop for several processes")
     if here.world > 1 and stages:
         raise InputError("stages run in one process", "WORLD_SIZE", "Start without torchrun or accelerate launch")
     if here.sharded == "FSDP2" and not torch.cuda.is_available():
