@@ -112,3 +112,10 @@ def test_the_account_knows_the_pieces_of_the_loss():
     assert dict(found.rows)["logits and loss, in pieces"] == 12 * PIECE
     assert any("with all logits at once, as the Trainer does it, 2." in note for note in found.notes), found.notes
     assert not any("GiB more" in note for note in estimate("lab", tokens=512).notes)
+
+
+def test_what_a_vision_cache_keeps_is_said_where_there_can_be_one():
+    patches, width = 32 * 32, 1152  # of a slice of 448 x 448 pixels, and of MiniCPM-V's vision tower
+    note = f"keeps {2 * patches * width / 2**20:.2f} MiB for each picture or slice"
+    assert any(note in n for n in estimate("openbmb/MiniCPM-V-2_6", tokens=256).notes)
+    assert not any("vision cache" in n for n in estimate("openbmb/MiniCPM-V-2_6", TuningPlan(vision="lora"), tokens=256).notes)

@@ -1,6 +1,7 @@
 """The engine: tokens weigh the same however they are batched, a batch that does not fit is named, and keys that are not known have a nearest one."""
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,11 +14,13 @@ from transformers import TrainerCallback, TrainingArguments
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import Processor, Samples
 from vlm_lora_lab.data.drawn import Drawn
+from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.plan import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import PartTrainer, Schedule, fit
+from vlm_lora_lab.train.watch import LivePlot
 
 
 class Gradients(TrainerCallback):
@@ -124,11 +127,23 @@ def test_a_batch_that_does_not_fit_is_named_and_the_run_goes_on_in_smaller_ones(
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
 
 
-def test_a_stopped_job_may_go_on_in_smaller_batches_of_the_same_step(tmp_path):
-    from vlm_lora_lab.job import _per_step
+def test_a_stopped_job_may_go_on_in_smaller_batches_of_the_same_step_and_in_no_others(tmp_path, monkeypatch):
+    data, out = samples_folder() / "handwriting" / "validation.json", tmp_path / "out"
+    flags = ["--data", str(data), "--max-steps", "4", "--batch-size", "4", "--save-every", "2", "--output", str(out)]
 
-    assert _per_step({"batch_size": 8, "accumulation": 1, "seed": 0}) == _per_step({"batch_size": 2, "accumulation": 4, "seed": 0})
-    assert _per_step({"batch_size": 8, "accumulation": 1}) != _per_step({"batch_size": 8, "accumulation": 2})
+    class Tired(LivePlot):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm_lora_lab.job.LivePlot", Tired)
+        assert main(["train", *flags]) == 130
+    assert main(["train", "--resume", "--output", str(out), "--batch-size", "2"]) == 2  # another step
+    assert main(["train", "--resume", "--output", str(out), "--batch-size", "2", "--accumulation", "2"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["steps"] == 4 and report["job"]["schedule"]["batch_size"] == 2
+    assert json.loads((out / "job.json").read_text())["schedule"]["accumulation"] == 2
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def _add(group, cls, names=None):
             elif isinstance(default, (int, float)) or name in ("full_learning_rate", "lora_plus"):
                 kind |= {"type": _number, "metavar": "N"}
             else:
-                choices = {"nan": "stop|skip|rollback", "metric": "NAME", "vision_cache": "auto|off|memory|disk"}
-                kind |= {"metavar": "freeze|lora|full" if cls.__name__ == "TuningPlan" else choices.get(name, "PATH")}
+                choices = {"nan": "stop|skip|rollback", "metric": "NAME", "vision_cache": "auto|off|memory|disk", "variant": "lora|rslora|dora|pissa"}
+                kind |= {"metavar": choices.get(name, "freeze|lora|full" if cls.__name__ == "TuningPlan" else "PATH")}
             shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
             group.add_argument(flag, dest=name, help=(comment + shown).replace("%", "%%"), **kind)
 

@@ -249,8 +249,7 @@ def _begin(job, resume, given, here, say):
             output.mkdir(parents=True, exist_ok=True)
         for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):  # of an attempt that failed; written anew below
             shutil.rmtree(output / leftover, ignore_errors=True)
-        if not resume:
-            write_json(output / "job.json", job.to_dict())
+        write_json(output / "job.json", job.to_dict())  # also of a run that goes on in smaller batches
     answers = _ask_all(given, given.model, "asking before") if asked else None
     if asked and here.first:
         write_json(output / "before.json", answers)
@@ -325,8 +324,10 @@ def train(
 
     def doctor(number=1):
         doctors.append(NanDoctor(job.nan, output / "nan" / ("" if here.first else f"process-{here.rank}"), say=say))
-        at = last_checkpoint(output / "checkpoints") if resume else None
-        return [doctors[-1], LivePlot(), *([tensorboard(output / "tensorboard" / (f"stage-{number}" if job.stages else ""), int(at.name.split("-")[1]) if at else 0)] if job.watch.tensorboard else [])]
+        if not (job.watch.tensorboard and here.first):
+            return [doctors[-1], LivePlot()]
+        at, place = last_checkpoint(output / "checkpoints") if resume else None, output / "tensorboard" / (f"stage-{number}" if job.stages else "")
+        return [doctors[-1], LivePlot(), tensorboard(place, int(at.name.split("-")[1]) if at else 0)]
 
     try:
         if job.stages:

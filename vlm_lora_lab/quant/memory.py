@@ -287,6 +287,9 @@ def estimate(
         changes.append((f"batch_size 1 and accumulation {batch_size}", 1 / batch_size, 0))
     changes += [(f"{p}: lora in place of full", 1, 12 * by_part[p]) for p in PARTS if any(r.word == "full" for r in plan.rules(p))]
     notes = () if seen or not pictures else ("the activations of vision tower and connector are not in this number; they are for MiniCPM-V",)
+    if seen and plan.vision == "freeze":
+        kept = int(batch["tgt_sizes"][0].prod()) * model.config.vision_config.hidden_size * 2  # in 16 bit
+        notes += (f"a vision cache (chapter 51) keeps {kept / 2**20:.2f} MiB for each picture or slice, in main memory or on disk and not on the card",)
     if (plain := run(checkpointing, None)) > peak:
         notes += (f"the loss is counted as `fit` computes it (chapter 50); with all logits at once, as the Trainer does it, {(plain - peak) / 2**30:.1f} GiB more",)
     title = f"{name}: {batch_size} x {tokens} tokens, {pictures} pictures a row, {'checkpointing' if checkpointing else 'all activations kept'}"
