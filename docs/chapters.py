@@ -12,6 +12,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
 BADGE = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\((https://colab\.research[^)]*)\)")
+CHAPTER = re.compile(r"\]\(([\w./]+)\.ipynb")
 PRAGMA = re.compile(r"(?:fmt|noqa|type)\b")
 
 
@@ -32,6 +33,9 @@ def read(text, front):
                 exported.append(cell.source)
             if "hide" in said or not cell.source or ("eval" in said and "'google.colab' in sys.modules" in cell.source):
                 continue
+            for data in (output.get("data", {}) for output in cell.outputs):
+                if "text/markdown" in data:  # its links are left as they are, and a chapter is a page here
+                    data["text/markdown"] = CHAPTER.sub(r"](\1.html", data["text/markdown"])
             cell.metadata["tags"] = sorted({"export", "slow", "gpu"} & set(said))
         shown.append(cell)
     if module and (reference := "\n\n".join(_reference("\n\n".join(exported)))):

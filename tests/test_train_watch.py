@@ -1,11 +1,13 @@
 """Asking during training changes nothing; what was seen is in the log, in TensorBoard's files and in the report."""
 
 import json
+import signal
 import sys
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
 
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import Processor, Samples
@@ -15,7 +17,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.evaluate import ExactMatch, generate_answers
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.plan import TuningPlan, apply_plan
-from vlm_lora_lab.train.run import Schedule, fit
+from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint
 from vlm_lora_lab.train.watch import LivePlot, Watch, tensorboard, training_curve
 
 
@@ -67,6 +69,54 @@ def test_without_tensorboard_there_is_a_sentence(tmp_path, monkeypatch):
         tensorboard(tmp_path)
 
 
+def test_a_job_without_tensorboard_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    data = samples_folder() / "handwriting" / "validation.json"
+    assert main(["train", "--data", str(data), "--tensorboard", "--output", str(tmp_path / "out")]) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--every", "2"], ["--questions", "7"]])
+def test_what_would_be_watched_of_nothing_is_refused(flags, tmp_path, capsys):
+    data = samples_folder() / "handwriting" / "validation.json"
+    assert main(["train", "--data", str(data), *flags, "--output", str(tmp_path / "out")]) == 2
+    assert "there is no evaluation data" in capsys.readouterr().err
+
+
+def test_whoever_asks_to_stop_does_not_wait_for_questions(tmp_path):
+    class Tired(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    asked, model = [], apply_plan(load_vlm("lab"), TuningPlan())
+    samples = Samples(Drawn(0, 32), Processor.of(model.config, load_tokenizer("lab")))
+    run = fit(model, samples, Schedule(max_steps=6, batch_size=4), tmp_path, samples, evaluate_every=2, ask=lambda m: asked.append(m) or {}, callbacks=[Tired()])
+    assert run.stopped and run.steps == 2 and not asked and last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert not any("eval_loss" in row for row in run.history)
+
+
+@pytest.mark.parametrize("when", ["asking before", "asking", "asking after"])
+def test_questions_that_do_not_fit_get_a_sentence_and_cost_nothing_that_was_learned(when, tmp_path, monkeypatch, capsys):
+    from vlm_lora_lab import job
+
+    def scarce(model, processor, conversations, batch_size, desc=""):
+        if desc == when:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.32 GiB.")
+        return generate_answers(model, processor, conversations, batch_size)
+
+    monkeypatch.setattr(job, "generate_answers", scarce)
+    data = samples_folder() / "handwriting"
+    (tmp_path / "test.json").write_text(json.dumps(json.loads((data / "test.json").read_text())[:4]))
+    flags = ["--data", str(data / "validation.json"), "--eval-data", str(tmp_path / "test.json"), "--image-root", str(data), "--max-steps", "2", "--every", "1", "--batch-size", "4"]
+    status, said = main(["train", *flags, "--output", str(tmp_path / "out")]), capsys.readouterr()
+    if when == "asking after":
+        assert status == 0 and "the adapter is saved all the same" in said.out and (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+        assert "exact_match" not in json.loads((tmp_path / "out" / "report.json").read_text())
+    else:
+        assert status == 2 and "out of memory while 4 questions were asked" in said.err and "batch_size 2" in said.err
+
+
 def test_outside_of_a_notebook_the_plot_is_quiet(capsys):
     LivePlot().on_log(None, None, None)
     assert capsys.readouterr().out == ""
@@ -85,7 +135,8 @@ def test_what_cannot_be_watched_is_said(values):
         Watch.of(values)
 
 
-def test_in_a_real_kernel_one_picture_is_drawn_again_and_again(tmp_path):
+def test_in_a_real_kernel_one_picture_is_drawn_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # set by the command line in this process; a kernel has its own
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     code = """
     from transformers import TrainerControl, TrainerState

@@ -32,9 +32,9 @@ from .quant.policy import Packing
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache
 from .train.devices import agreeing, check_devices, meet, split_up
-from .train.run import Schedule, fit, last_checkpoint, mix
+from .train.run import Schedule, fit, is_out_of_memory, last_checkpoint, mix
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
-from .train.watch import LivePlot, Watch, some, tensorboard, training_curve
+from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
 
 # %% ../nbs/94_job.ipynb #5d1e6638
 @dataclass(frozen=True)
@@ -92,6 +92,9 @@ class Job:
                 values[name] = make(section)
             elif not isinstance(section, (TuningPlan, Schedule, Reading, Watch)):
                 raise InputError(f"{name} is {section!r:.60}", where, f"Write {name}: {{key: value, …}}")
+        watch = values.get("watch", Watch())
+        if not values.get("eval_data") and (watch.every or watch.questions not in (0, Watch().questions)):
+            raise InputError(f"watch says every {watch.every} steps and {watch.questions} questions, and there is no evaluation data", where, "Give eval_data, or leave them out")
         if values["vision_cache"] in ("memory", "disk") and values["stages"]:
             raise InputError(f"vision_cache is {values['vision_cache']}, and stages have none", where, "Write vision_cache: off")
         if values["vision_cache"] in ("memory", "disk") and (word := values.get("plan", TuningPlan()).vision) != "freeze":
@@ -147,6 +150,18 @@ def _per_step(schedule):
     return schedule | {"batch_size": schedule.pop("batch_size", 1) * schedule.pop("accumulation", 1)}
 
 
+def _answers(job, model, processor, conversations, desc):
+    "Answers, as many at a time as there are rows in a batch. Raises `InputError` where these do not fit."
+    n = job.schedule.batch_size
+    try:
+        return generate_answers(model, processor, conversations, n, desc=desc)
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise InputError(f"out of memory while {n} questions were {desc.replace('asking', 'asked')}", str(e).partition("\n")[0][:160],
+                         f"Write batch_size {max(1, n // 2)}, ask fewer (questions), or leave eval_data out and ask later: vlm-lora-lab evaluate") from None  # fmt: skip
+
+
 def _asker(job, processor, conversations):
     "What is measured at each evaluation: the job's metric on a few questions, with its interval; None: nothing."
     if not conversations or not job.watch.questions:
@@ -154,7 +169,7 @@ def _asker(job, processor, conversations):
     few = some(conversations, job.watch.questions, job.schedule.seed)
 
     def ask(model):
-        score = Score.of(job.metric, generate_answers(model, processor, few, job.schedule.batch_size, desc="asking"), few)
+        score = Score.of(job.metric, _answers(job, model, processor, few, "asking"), few)
         low, high = score.interval or (score.value, score.value)
         return {job.metric: score.value, f"{job.metric}_low": low, f"{job.metric}_high": high}
 
@@ -213,6 +228,8 @@ def _prepare(job, resume, say, here):
     "Look at everything that was given; nothing is written."
     output = _place(job, resume)
     check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
+    if job.watch.tensorboard:
+        summary_writer()  # is it there?
     tokenizer = load_tokenizer(job.model)
     empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
     if job.stages:
@@ -250,14 +267,23 @@ def _begin(job, resume, given, here, say):
         for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):  # of an attempt that failed; written anew below
             shutil.rmtree(output / leftover, ignore_errors=True)
         write_json(output / "job.json", job.to_dict())  # also of a run that goes on in smaller batches
-    answers = _ask_all(given, given.model, "asking before") if asked else None
+    answers = _ask_all(job, given, given.model, "asking before") if asked else None
     if asked and here.first:
         write_json(output / "before.json", answers)
 
 
-def _ask_all(given, model, desc):
+def _ask_all(job, given, model, desc):
     "Answers to all questions, by all processes together."
-    return split_up(lambda some: generate_answers(model, given.processor, some, desc=desc), given.held_out)
+    return split_up(lambda share: _answers(job, model, given.processor, share, desc), given.held_out)
+
+
+def _ask_after(job, given, model, say):
+    "Answers after the training; None where they cannot be had: what was trained is saved all the same."
+    try:
+        return _ask_all(job, given, model, "asking after")
+    except InputError as e:
+        say(f"{e.found}: nothing was asked, and the adapter is saved all the same. Ask it: vlm-lora-lab evaluate {given.output / 'adapter'} --data {job.eval_data} --batch-size 1")
+        return None
 
 
 def _quiet(line):
@@ -279,8 +305,8 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
     if given.held and here.sharded:
         say(f"Nothing was asked: under {here.sharded} no process holds the whole model. Ask the adapter: vlm-lora-lab evaluate {output / 'adapter'} --data {job.eval_data}")
-    elif held_out := given.held_out:
-        results = {"before": json.loads((output / "before.json").read_text(encoding="utf-8")), "after": _ask_all(given, model, "asking after")}
+    elif given.held and (after := _ask_after(job, given, model, say)) is not None:
+        held_out, results = given.held_out, {"before": json.loads((output / "before.json").read_text(encoding="utf-8")), "after": after}
         scores = {when: ExactMatch.of(answers, held_out) for when, answers in results.items()}
         report["exact_match"] = {when: score.to_dict() for when, score in scores.items()}
         if job.metric != "exact":

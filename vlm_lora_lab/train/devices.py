@@ -103,12 +103,19 @@ def split_up(
     work: Callable,  # of a list; returns a list of the same length
     items: Sequence,
 ) -> list:  # on every process
-    "Each process does its share, and all hold the whole."
+    "Each process does its share, and all hold the whole. Raises the first `InputError` of any process on all of them."
     here = devices()
     if here.world == 1 or not dist.is_initialized():
         return work(items)
-    shares, own = [None] * here.world, [items[i] for i in range(here.rank, len(items), here.world)]
-    dist.all_gather_object(shares, work(own) if own else [])
+    own, error, told = [items[i] for i in range(here.rank, len(items), here.world)], None, [None] * here.world
+    try:
+        own = work(own) if own else []
+    except InputError as e:
+        error = (e.found, e.where, e.remedy)
+    dist.all_gather_object(told, (own, error))
+    if wrong := next((e for _, e in told if e), None):
+        raise InputError(*wrong)
+    shares = [share for share, _ in told]
     return [shares[i % here.world][i // here.world] for i in range(len(items))]
 
 

@@ -197,6 +197,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped = any_of(self.stopped)
         if self.stopped:
             control.should_save, control.should_training_stop = self.save, True
+            control.should_evaluate = False  # whoever asked to stop may not wait for questions
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:
