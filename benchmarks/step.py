@@ -221,7 +221,7 @@ def in_turns(setting, batches, epochs, batch, checkpointing):
         try:
             turns[arm].wait()
             return run(arm, models[arm], data, collate, steps, batch, checkpointing, turns[arm], cache if arm == "cache" else None)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: the other arms must not wait for their turn; it is raised again
             with Turns.gate:
                 order[:] = [None]
                 Turns.gate.notify_all()

@@ -212,7 +212,7 @@ def _first_process_only(write):
     if dist.get_rank() == 0:
         try:
             write()
-        except BaseException as e:
+        except BaseException as e:  # also Ctrl-C: the others must not wait; it is raised again
             said = [f"{type(e).__name__}: {e}"]
             raise
         finally:

@@ -203,7 +203,7 @@ def collected_by_hand() -> dict:
         times = file.stat().st_size / sum(p.nbytes for p in honest)
     back = {}
     for label, other in (("same_wrapper", _adapted()), ("other_adapter_name", _adapted("mine")), ("bare_base", load_vlm("lab"))):
-        other.load_state_dict(state, strict=False)
+        other.load_state_dict(state, strict=False)  # the recipe's own word; what it hides is the claim that is measured
         back[f"back_{label}"] = _back(model, other)
     return {"trained": len(honest), "keys": len(state), "file_over_minimum": times} | back
 
