@@ -65,7 +65,7 @@ def meet() -> Devices:
         PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))  # one may look through a large file while the others wait
     return here
 
-
+# %% ../../nbs/56_train.devices.ipynb #fe02e865
 @contextmanager
 def agreeing():
     "What fails inside on one process ends all; the first one says what it was."
@@ -98,7 +98,7 @@ def any_of(
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return bool(told.item())
 
-
+# %% ../../nbs/56_train.devices.ipynb #31c7791a
 def split_up(
     work: Callable,  # of a list; returns a list of the same length
     items: Sequence,

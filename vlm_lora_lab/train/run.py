@@ -152,7 +152,7 @@ class PartTrainer(Trainer):
             self.optimizer = cls([{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()], **settings)
         return self.optimizer
 
-
+# %% ../../nbs/52_train.run.ipynb #401ec2f3
 class Progress(TrainerCallback):
     "A bar with the loss on it, of the first process."
 
@@ -174,7 +174,7 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
 
-
+# %% ../../nbs/52_train.run.ipynb #778545e1
 class StopOnSignal(TrainerCallback):
     "On Ctrl-C or SIGTERM: finish the step, save a checkpoint if asked to, stop. A second signal stops at once."
 
