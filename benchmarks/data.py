@@ -51,7 +51,7 @@ def processor():
     from vlm_lora_lab.data.batch import Processor
     from vlm_lora_lab.models.load import load_tokenizer
 
-    return Processor(load_tokenizer("lab"), 64, 14, 448, True, 4096, 9)  # MiniCPM-V 2.6 but for the tokenizer
+    return Processor(load_tokenizer("lab"), 64, 14, 448, True, 9, max_length=4096)  # MiniCPM-V 2.6 but for the tokenizer
 
 
 def child(way, folder, batch_size, workers, step):

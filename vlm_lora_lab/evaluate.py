@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data.batch import Collator, Processor
+from .data.batch import BaseProcessor
 from .data.records import Conversation
 from .data.slicing import load_image
 from .data.tokens import ENDS
@@ -57,7 +57,7 @@ def _read(
 # %% ../nbs/80_evaluate.ipynb #f44207b5
 def why_not_together(
     config,  # of the model
-    rows: Sequence[dict],  # from `Processor`
+    rows: Sequence[dict],  # from the model's processor
 ) -> str:  # a sentence; empty: they can share a batch
     "Why these rows would get other answers in one batch than one by one."
     if config.model_type == "qwen" and config.use_dynamic_ntk:
@@ -71,16 +71,17 @@ def why_not_together(
 
 def _one_batch(model, processor, rows, max_new_tokens):
     tokenizer, device = processor.tokenizer, next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in Collator(tokenizer.pad_token_id, side="left")(rows).items() if k != "labels"}
+    batch = {k: v.to(device) for k, v in processor.collate(rows, "left").items() if k != "labels"}
     ends = sorted({tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(t) for t in ENDS if t in tokenizer.get_vocab())})
     with mixed_precision(model):
         ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    return [_read(row, tokenizer) for row in ids.tolist()]
+    new = ids[:, batch["input_ids"].shape[1] if processor.echoes else 0 :]
+    return [_read(row, tokenizer) for row in new.tolist()]
 
 # %% ../nbs/80_evaluate.ipynb #e9bbb984
 def answer_all(
     model: nn.Module,  # plain, quantised, or with an adapter; put into evaluation mode and left as it was
-    processor: Processor,
+    processor: BaseProcessor,
     conversations: Sequence[Conversation],
     batch_size: int = 50,
     max_new_tokens: int = 64,
@@ -102,7 +103,7 @@ def answer_all(
 
 def generate_answers(
     model: nn.Module,  # see `answer_all`
-    processor: Processor,
+    processor: BaseProcessor,
     conversations: Sequence[Conversation],
     batch_size: int = 50,
     max_new_tokens: int = 64,

@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .batch import Processor
+from .batch import BaseProcessor
 from .files import Inline, Remote, Rows, parse_json
 from .records import DIALECTS, KNOWN_FIELDS, Access, RecordError, dialect_of, parse_record
 from .slicing import load_image, opened, picture_size
@@ -103,7 +103,7 @@ def _dialect(value):
 def look(
     record,  # bytes of JSON, or what JSON makes of them
     access: Access,
-    processor: Processor | None = None,  # of a model; None: tokens are not looked at
+    processor: BaseProcessor | None = None,  # of a model; None: tokens are not looked at
     pictures: str = "decode",  # "decode", "header", or "none"
     number: int = 0,  # of the record
     line: int | None = None,  # of the file
@@ -364,7 +364,7 @@ def _all_looks(rows, access, processor, pictures, workers, bar):
 # %% ../../nbs/28_data.doctor.ipynb #a75690ca
 def check_data(
     source: str | Path | Sequence,  # a JSON or JSON Lines file, or records
-    processor: Processor | None = None,  # of a model; None: tokens are not looked at
+    processor: BaseProcessor | None = None,  # of a model; None: tokens are not looked at
     image_root: str | Path | None = None,  # folder that picture paths start from; default: the file's own
     against: Sequence[str | Path] = (),  # other files, such as the test set, that must share nothing with this one
     pictures: str = "decode",  # "decode" finds damaged files, "header" sizes, "none" missing files

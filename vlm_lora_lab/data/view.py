@@ -13,10 +13,10 @@ from io import BytesIO
 
 from PIL import Image
 
-from .batch import Processor
+from .batch import BaseProcessor
 from .records import Conversation
-from .slicing import cut_of, load_image, tiles_of
-from .tokens import FAMILIES, IGNORE, drop_turns
+from .slicing import load_image
+from .tokens import IGNORE, drop_turns
 
 # %% ../../nbs/29_data.view.ipynb #7fe6d1d1
 KINDS = {"learned": "learned", "prompt": "prompt", "picture": "picture", "padding": "padding"}
@@ -121,7 +121,7 @@ class TokenView:
 # %% ../../nbs/29_data.view.ipynb #4498a950
 def see(
     conversation: Conversation,
-    processor: Processor,
+    processor: BaseProcessor,
     pad_to: int | None = None,  # length of a batch, tokens: show the padding, too
     answer: bool = True,  # with the last answer (training), or only its prompt (generation)
 ) -> TokenView:
@@ -129,12 +129,5 @@ def see(
     images = [load_image(i, conversation.where) for i in conversation.images]
     e = processor.encode(conversation, [processor.grid(i.size) for i in images], answer)
     images = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
-    pictures = []
-    for image in images:
-        if processor.family is FAMILIES["qwen"]:
-            pictures.append(((image.resize((processor.scale_resolution,) * 2, Image.Resampling.BICUBIC),), None))
-        else:
-            cut = cut_of(*image.size, processor.scale_resolution, processor.patch_size, processor.max_slice_nums)
-            pictures.append((tuple(tiles_of(image, cut)), cut.grid))
     padding = max(0, (pad_to or 0) - len(e.input_ids))
-    return TokenView(pieces_of(e.input_ids, e.labels, e.image_bound, processor.tokenizer, padding), tuple(pictures), e.dropped)
+    return TokenView(pieces_of(e.input_ids, e.labels, e.image_bound, processor.tokenizer, padding), tuple(processor.tiles(i) for i in images), e.dropped)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..data.batch import Collator, Processor
+from ..data.batch import BaseProcessor
 from .gradients import audit_gradients, loss_of, undisturbed
 from .nan import diagnose
 from .trace import extents
@@ -67,7 +67,7 @@ class Preflight:
 # %% ../../nbs/64_debug.preflight.ipynb #ace60265
 def check_data(
     conversations: Sequence,  # of `Conversation`
-    processor: Processor,
+    processor: BaseProcessor,
 ) -> tuple[Check, list[int]]:  # and the rows, by length, longest first
     "Tokenise every text and open every picture; say what is wrong, all of it."
     lengths, wrong, pictures = {}, [], 0
@@ -188,7 +188,7 @@ def preflight(
     model: nn.Module,  # not wrapped; afterwards it is as the plan says
     plan: TuningPlan,
     conversations: Sequence,
-    processor: Processor,
+    processor: BaseProcessor,
     schedule: Schedule,
     watch: Callable = lambda check: None,  # called with each check when it is done
 ) -> Preflight:
@@ -205,7 +205,7 @@ def preflight(
     if order:
         plan_check, model = check_plan(model, plan)
         if done(plan_check):
-            collate, device = Collator(processor.tokenizer.pad_token_id), next(model.parameters()).device
+            collate, device = processor.collate, next(model.parameters()).device
             longest = [processor(conversations[i]) for i in order[: schedule.batch_size]]
             batch = {k: v.to(device) for k, v in collate(longest).items()}
             small = {k: v.to(device) for k, v in collate(longest[:2]).items()}

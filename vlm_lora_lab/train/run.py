@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..data.batch import ByLength, Collator, Samples
+from ..data.batch import ByLength, Samples
 from ..errors import InputError, explain_write_errors
 from ..models.parts import layout_of
 from ..models.precision import precision_of
@@ -249,7 +249,7 @@ class OutOfMemory(InputError):
         batch, step = trainer.batch, trainer.state.global_step + 1
         rows, tokens = batch.get("input_ids", (0, 0))
         names = [str(c.id) for c in (train.conversations[i] for i in batch.get("rows") or ())] if trainer.model.training else []
-        pictures = batch.get("pixel_values", (0,))[0]
+        pictures = next((batch[k][0] for k in ("image_grid_thw", "target_sizes", "pixel_values") if k in batch), 0)
         found = f"out of memory in step {step}, in a batch of {rows} rows of {tokens} tokens with {pictures} pictures and slices"
         found += f" (ids {', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""
         b, a = schedule.batch_size, schedule.accumulation
@@ -313,7 +313,7 @@ def fit(
     """Train in place with Hugging Face's `Trainer`.
 
     Raises `OutOfMemory` naming the batch, `InputError` for a disk that fills up, or when there is nothing to resume."""
-    on_gpu, tokenizer = next(model.parameters()).is_cuda, train.processor.tokenizer
+    on_gpu = next(model.parameters()).is_cuda
     precision = precision_of(model)
     if precision.scaler and not on_gpu:
         raise InputError("the weights are in float16, and training in it needs a GPU", "load_vlm", "Load the model with dtype=torch.float32 or torch.bfloat16")
@@ -334,7 +334,7 @@ def fit(
     stop, progress = StopOnSignal(save), Progress(desc)
     trainer = PartTrainer(
         model=model, args=arguments, train_dataset=Numbered(train), eval_dataset=None if evaluation is None else Numbered(evaluation),
-        data_collator=Numbered.collate(Collator(tokenizer.pad_token_id)), callbacks=[progress, stop, *callbacks], full_rate=schedule.full_rate, plan=plan, ask=ask,
+        data_collator=Numbered.collate(train.processor.collate), callbacks=[progress, stop, *callbacks], full_rate=schedule.full_rate, plan=plan, ask=ask,
     )  # fmt: skip
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from ..data.batch import Collator, Samples
+from ..data.batch import Samples
 from ..errors import InputError, complete_or_nothing, unknown_keys, write_json
 from ..models.parts import PARTS, layout_of, linear_layers, mixed_precision, numel, plain_name
 from ..plan import WORDS, PlanTable, Rule, TuningPlan, apply_plan, full_modules, lora_layers
@@ -371,7 +371,7 @@ def probe_logits(
     train: Samples,
 ) -> torch.Tensor:  # (at most 16 positions, vocabulary), on the CPU
     "What the model says at the first positions to be learned of the first two rows."
-    rows = Collator(train.processor.tokenizer.pad_token_id)([train[i] for i in range(min(2, len(train)))])
+    rows = train.processor.collate([train[i] for i in range(min(2, len(train)))])
     was_training, device = model.training, next(model.parameters()).device
     with mixed_precision(model):
         logits = model.eval()(**{k: v.to(device) for k, v in rows.items() if k != "labels"}).logits.float().cpu()
