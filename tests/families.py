@@ -54,6 +54,56 @@ OURS = {
 }  # fmt: skip
 FAMILIES = [*OURS, *NATIVE]
 
+# Chat templates as transformers' families have them, with the answers marked, so that transformers itself can say which tokens they are.
+VISION_TEMPLATE = (  # Qwen2-VL and later: a picture in brackets, wherever it stands among the texts
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    "{% elif m.content is string %}{{ m.content }}<|im_end|>\n"
+    "{% else %}{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKING_TEMPLATE = (  # MiniCPM-V 4.6: parts on lines of their own, no thoughts but in the last answer, and a block for them there, if empty
+    "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{{ '<|image_pad|>' if part.type == 'image' else part.text }}{{ '' if loop.last else '\n' }}{% endfor %}{% endif %}{% endmacro %}"
+    "{% for m in messages %}{% set text = said(m.content) | trim %}{% if m.role == 'assistant' %}"
+    "{% set thought = text.split('</think>')[0].split('<think>')[-1] | trim if '</think>' in text else '' %}"
+    "<|im_start|>assistant\n{% if loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ text.split('</think>')[-1] | trim }}<|im_end|>\n"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{{ '<think>\n' if enable_thinking | default(false) else '<think>\n\n</think>\n\n' }}{% endif %}"
+)
+
+
+def native_folder(family, folder, lab, seed=0):
+    "A tiny random model of one of transformers' own families that can be trained from files, with tokenizer, template and picture processor, as on the hub."
+    import json
+    import shutil
+
+    from transformers import MiniCPMV4_6ImageProcessorPil, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(lab / file, folder)
+    tokenizer, sliced = PreTrainedTokenizerFast.from_pretrained(folder), family.startswith("minicpmv4")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = THINKING_TEMPLATE if sliced else VISION_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    number = tokenizer.convert_tokens_to_ids
+    config = tiny_config(family).to_dict()
+    config |= {"image_token_id": number("<|image_pad|>"), "video_token_id": number("<|video_pad|>")}
+    config |= {k: number(t) for k, t in {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>", "image_start_id": "<image>", "image_end_id": "</image>",
+                                         "slice_start_id": "<slice>", "slice_end_id": "</slice>"}.items() if k in config}  # fmt: skip
+    if "newline_id" in config:
+        config["newline_id"] = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    config["text_config"] |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 2048}
+    torch.manual_seed(seed)
+    AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config)).float().save_pretrained(folder)
+    patch = config["vision_config"]["patch_size"]
+    images = MiniCPMV4_6ImageProcessorPil(scale_resolution=112, max_slice_nums=4, patch_size=patch) if sliced else Qwen2VLImageProcessorPil(
+        patch_size=patch, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})  # fmt: skip
+    images.save_pretrained(folder)
+    return folder
+
 
 def tiny_config(family):
     return model_config(OURS[family]) if family in OURS else AutoConfig.for_model(family, **NATIVE[family])

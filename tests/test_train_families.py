@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from families import OURS
+from families import OURS, native_folder
 from PIL import Image
 
 from vlm_lora_lab.cli import main
+from vlm_lora_lab.data.native import NATIVE
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
 from vlm_lora_lab.models.published import model_class, model_config
@@ -40,9 +41,9 @@ def checkpoint(family, folder, golden_root):
     return folder
 
 
-@pytest.mark.parametrize("family", OURS)
+@pytest.mark.parametrize("family", [*OURS, *NATIVE])
 def test_train_ask_merge_ask(family, golden_root, tmp_path, capsys):
-    base = checkpoint(family, tmp_path / "base", golden_root)
+    base = native_folder(family, tmp_path / "base", lab_folder()) if family in NATIVE else checkpoint(family, tmp_path / "base", golden_root)
     records = json.loads((samples_folder() / "handwriting" / "train.json").read_text())[:4]
     for r in records:
         Image.open(samples_folder() / "handwriting" / r["image"]).resize((150, 70)).save(tmp_path / r["image"].rpartition("/")[2])
@@ -64,7 +65,7 @@ def test_train_ask_merge_ask(family, golden_root, tmp_path, capsys):
     assert capsys.readouterr().out == answered
     assert {f.name for f in base.iterdir() if f.suffix != ".safetensors"} <= {f.name for f in (tmp_path / "merged").iterdir()}
     load_tokenizer(merged)
-    assert load_vlm(merged).config.vocab_size == load_vlm(base).config.vocab_size
+    assert load_vlm(merged).config.get_text_config().vocab_size == load_vlm(base).config.get_text_config().vocab_size
 
 
 def test_a_family_without_a_data_pipeline_is_refused_before_anything_is_loaded(tmp_path, capsys):

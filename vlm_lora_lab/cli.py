@@ -283,18 +283,18 @@ def _flag(pair):
 
 def _ask(o):
     from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
-    from vlm_lora_lab.data.batch import Processor
+    from vlm_lora_lab.data.native import load_processor
     from vlm_lora_lab.data.records import ask
     from vlm_lora_lab.evaluate import generate_answers
-    from vlm_lora_lab.models.load import load_tokenizer, load_vlm, model_folder
+    from vlm_lora_lab.models.load import load_vlm, model_folder
 
     base = o.model or (read_provenance(o.adapter)["base"] if o.adapter else "lab")
     question = ask(o.question, "", *map(Path, o.image), id="of the command line")
     if o.allow_pickle:
         model_folder(base, allow_pickle=True)
-    tokenizer = load_tokenizer(base)
+    processor = load_processor(base)
     model = load_adapter(o.adapter, base) if o.adapter else load_vlm(base)
-    print(generate_answers(model, Processor.of(model.config, tokenizer), [question], max_new_tokens=o.max_new_tokens)[0])
+    print(generate_answers(model, processor, [question], max_new_tokens=o.max_new_tokens)[0])
 
 
 def _inspect(o):
@@ -389,7 +389,6 @@ Status: 0 nothing worse than notes, 1 warnings, 2 errors."""
 
 
 def _check_data(o):
-    from vlm_lora_lab.data.batch import Processor
     from vlm_lora_lab.data.doctor import check_data
     from vlm_lora_lab.errors import explain_write_errors
 
@@ -399,11 +398,9 @@ def _check_data(o):
         raise InputError("there is no such folder", Path(o.output).parent, "Make it first")
     processor = None
     if o.model:
-        from transformers import AutoConfig
-        from vlm_lora_lab.models.load import load_tokenizer, model_folder
+        from vlm_lora_lab.data.native import load_processor
 
-        tokenizer = load_tokenizer(o.model)
-        processor = Processor.of(AutoConfig.from_pretrained(model_folder(o.model)), tokenizer, o.max_length, o.drop_turns)
+        processor = load_processor(o.model, o.max_length, o.drop_turns)
     light = o.pictures == "none" and not o.model  # then the work is less than sending it elsewhere
     workers = o.workers or (1 if light else min(os.cpu_count() or 1, 16))
     report = check_data(o.file, processor, o.image_root, o.against, o.pictures, workers, o.allow_outside, o.allow_urls, progress=True)

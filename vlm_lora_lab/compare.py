@@ -22,13 +22,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .checkpoint.save import load_adapter, read_provenance
-from .data.batch import Processor, Reading, check_rows
+from .data.batch import BaseProcessor, Reading, check_rows
 from .data.files import Inline, Remote
+from .data.native import load_processor
 from .data.records import Conversation, Conversations
 from .errors import InputError, explain_write_errors, write_json
 from .evaluate import RESAMPLES, Score, ScoreTable, answer_all, bootstrap, check_truths, html_table, metric_of, middle, text_table
-from .models.load import load_tokenizer, load_vlm, model_folder
-from .models.published import model_config, read_json
+from .models.load import load_vlm, model_folder
+from .models.published import read_json
 from .style import COLORS, figure, save_figure
 
 # %% ../nbs/81_compare.ipynb #1acc3b33
@@ -212,10 +213,9 @@ class Checkpoint:
         model_folder(name, weights=False)
         return cls(name, name, four_bit)
 
-    def processor(self, max_length: int = 2048) -> Processor:
+    def processor(self, max_length: int = 2048) -> BaseProcessor:
         "What prepares its questions. Raises `InputError` for a family that has none here."
-        folder = model_folder(self.base, weights=False)
-        return Processor.of(model_config(read_json(folder / "config.json"), folder / "config.json"), load_tokenizer(self.base), max_length)
+        return load_processor(self.base, max_length)
 
     def load(self):
         "The model, in evaluation mode."

@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from .checkpoint.save import file_sha256, save_adapter
-from .data.batch import Checked, Processor, Reading, check_rows
+from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
+from .data.native import load_processor
 from .data.records import Conversations
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, preflight
 from .errors import InputError, empty_folder, explain_write_errors, unknown_keys, write_json
 from .evaluate import ExactMatch, Score, check_truths, generate_answers, metric_of
 from .models.files import save_vlm
-from .models.load import load_tokenizer, load_vlm, model_folder
+from .models.load import load_vlm, model_folder
 from .models.published import on_meta
 from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
@@ -212,8 +212,7 @@ class _Given:
     "What a run starts from, looked through."
 
     output: Path
-    tokenizer: PreTrainedTokenizerBase
-    processor: Processor
+    processor: BaseProcessor
     new: Checked  # rows to learn, old ones mixed in
     held: Checked | None  # rows to be asked about
     left_out: dict  # file -> rows that cannot be used
@@ -230,14 +229,13 @@ def _prepare(job, resume, say, here):
     check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
     if job.watch.tensorboard:
         summary_writer()  # is it there?
-    tokenizer = load_tokenizer(job.model)
+    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns)
     empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
     if job.stages:
         whole = route(empty, job.stages, job.four_bit).whole
     else:
         whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
         lora_layers(empty, job.plan)
-    processor = Processor.of(empty.config, tokenizer, job.schedule.max_length, job.reading.drop_turns)
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     if held:
@@ -253,7 +251,7 @@ def _prepare(job, resume, say, here):
     if not job.stages:
         model = apply_plan(model, job.plan)
         say(str(PlanTable.of(model, job.plan)))
-    return _Given(output, tokenizer, processor, new, held, left_out, model)
+    return _Given(output, processor, new, held, left_out, model)
 
 
 def _begin(job, resume, given, here, say):
@@ -319,7 +317,7 @@ def _finish(job, run, given, model, plan, doctors, here, say):
     if isinstance(model, PeftModel):
         data = {p: file_sha256(p) for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"}
         metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
-        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.tokenizer, job.four_bit, data=data, metrics=metrics, state=run.state if not job.stages else None))
+        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, data=data, metrics=metrics, state=run.state if not job.stages else None))
     else:
         if here.first:
             save_vlm(model, output / "model", model_folder(job.model))
@@ -379,8 +377,8 @@ def examine(
     job: Job,
 ) -> Preflight:
     "Look at data, plan, gradients, precision and the longest batch of a job; nothing is written. Raises `InputError` for a model that cannot be loaded."
-    tokenizer, empty = load_tokenizer(job.model), on_meta(model_folder(job.model, weights=False))
-    processor = Processor.of(empty.config, tokenizer, job.schedule.max_length, job.reading.drop_turns)
+    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns)
+    empty = on_meta(model_folder(job.model, weights=False))
     try:
         conversations = Conversations.open(job.data, job.image_root, job.reading.allow_outside, job.reading.allow_urls)
     except InputError as e:

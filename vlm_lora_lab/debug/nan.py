@@ -125,6 +125,7 @@ def _map(batch, f):
 # %% ../../nbs/61_debug.nan.ipynb #1d1ecb7c
 def rows_of(
     batch,
+    image_token: int | None = None,  # id that marks the places of pictures, for the families of chapter 19
 ) -> list:  # one batch per sample
     "Cut a batch into its samples. Raises `ValueError` when its tensors do not say which row they belong to."
     found = []
@@ -140,9 +141,28 @@ def rows_of(
             return keep if (row == i).any() else {k: v for k, v in keep.items() if k not in pictures}
 
         return [cut(i) for i in range(rows)]
+    if isinstance(batch, Mapping) and image_token is not None and (sizes := next((k for k in ("image_grid_thw", "target_sizes") if k in batch), None)):
+        return _rows_with_places(batch, image_token, sizes)
     if any(t.ndim and t.shape[0] != rows for _, t in found):
         raise ValueError("tensors of different lengths, which do not say which row they belong to")
     return [_map(batch, lambda k, t: t[i : i + 1] if t.ndim else t) for i in range(rows)]
+
+def _rows_with_places(batch, image_token, sizes):
+    "A picture, or a slice, is one run of the same id in the text, and as many patches as its size says."
+    at = batch["input_ids"] == image_token
+    each = (at & ~nn.functional.pad(at, (1, 0))[:, :-1]).sum(1).tolist()  # runs in each row
+    if sum(each) != len(batch[sizes]):
+        raise ValueError(f"{sum(each)} places for {len(batch[sizes])} pictures")
+    along = -1 if sizes == "target_sizes" else 0
+    width = batch["pixel_values"].shape[2] if along else 1  # of a patch
+    pixels = batch["pixel_values"].split([int(n) * width for n in batch[sizes].prod(-1)], along)
+
+    def cut(i, first):
+        own = {k: v[i : i + 1] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items() if k not in ("pixel_values", sizes)}
+        mine = slice(first, first + each[i])
+        return own | ({"pixel_values": torch.cat(pixels[mine], along), sizes: batch[sizes][mine]} if each[i] else {})
+
+    return [cut(i, sum(each[:i])) for i in range(len(each))]
 
 # %% ../../nbs/61_debug.nan.ipynb #59a94bb4
 @contextmanager
@@ -323,7 +343,7 @@ def _about_weights(event):
 def _guilty(model, batch, loss, scale, ids, trials):
     "Each sample alone: which of them do it by themselves? None when all do, or when nobody can tell."
     try:
-        alone = [healthy(model, row, loss, scale) for row in rows_of(batch)]
+        alone = [healthy(model, row, loss, scale) for row in rows_of(batch, getattr(getattr(model, "config", None), "image_token_id", None))]
     except _NOT_POSSIBLE as e:
         trials["each sample alone"] = f"cannot be tried ({e})"[:80]
         return None
