@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NATIVE', 'NativeProcessor', 'QwenPictures', 'SlicedPictures', 'load_processor']
 
-# %% ../../nbs/19_data.native.ipynb #c4a30601
+# %% ../../nbs/19_data.native.ipynb #923f1532
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..models.load import load_tokenizer, model_folder
 from ..models.published import model_config, read_json
 
-# %% ../../nbs/19_data.native.ipynb #94d969c9
+# %% ../../nbs/19_data.native.ipynb #4b72a887
 @dataclass(frozen=True)
 class NativeProcessor(BaseProcessor):
     "What a family of transformers' own wants of its input; made by `load_processor`."
@@ -95,7 +95,7 @@ def _message(m):
     text = lambda piece: [{"type": "text", "text": piece}] if piece else []  # noqa: E731
     return {"role": m.role, "content": text(first) + [part for piece in others for part in ({"type": "image"}, *text(piece))]}
 
-# %% ../../nbs/19_data.native.ipynb #58218e3e
+# %% ../../nbs/19_data.native.ipynb #038836ec
 @dataclass(frozen=True)
 class QwenPictures(NativeProcessor):
     "Qwen2-VL, Qwen2.5-VL and Qwen3-VL."
@@ -105,8 +105,6 @@ class QwenPictures(NativeProcessor):
 
     def grid(self, size: tuple[int, int]) -> str:
         width, height = size
-        if max(size) > 200 * min(size):
-            raise InputError(f"a picture of {width} × {height} pixels is too long for this model, which takes up to 200 to 1", "picture", "Cut it, or remove the record")
         return self.image_token * (self.images.get_number_of_image_patches(height, width) // self.images.merge_size**2)
 
     def tiles(self, image: Image.Image) -> tuple[tuple[Image.Image, ...], None]:
@@ -118,7 +116,7 @@ class QwenPictures(NativeProcessor):
         pairs = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size, "temporal_patch_size": vision.temporal_patch_size}
         return _differences(self.images, pairs)
 
-# %% ../../nbs/19_data.native.ipynb #9c08aad7
+# %% ../../nbs/19_data.native.ipynb #75bf24ba
 @dataclass(frozen=True)
 class SlicedPictures(NativeProcessor):
     "MiniCPM-V 4.6 and 4.7."
@@ -165,7 +163,7 @@ class SlicedPictures(NativeProcessor):
 def _differences(images, pairs):
     return "; ".join(f"{k} is {getattr(images, k)!r} in the picture processor's file and {v!r} in config.json" for k, v in pairs.items() if getattr(images, k) != v)
 
-# %% ../../nbs/19_data.native.ipynb #52f46fe4
+# %% ../../nbs/19_data.native.ipynb #89c76140
 NATIVE = {
     "qwen2_vl": QwenPictures, "qwen2_5_vl": QwenPictures, "qwen3_vl": QwenPictures, "minicpmv4_6": SlicedPictures, "minicpmv4_7": SlicedPictures,
 }  # fmt: skip

@@ -69,7 +69,7 @@ def family_of(
     if config.model_type not in ("minicpmv", "minicpmo", "qwen") or name not in FAMILIES:
         version = f", version {config.version}" if getattr(config, "version", None) else ""
         raise InputError(f"nothing here prepares data for model_type {config.model_type!r}{version}", "model",
-                         f"Known are MiniCPM-V {', '.join(n for n in FAMILIES if n != 'qwen')}, MiniCPM-o 2.6 and Qwen-VL; "
+                         f"Known are MiniCPM-V {', '.join(n for n in FAMILIES if n != 'qwen')}, MiniCPM-o 2.6 and Qwen-VL here, and through load_processor Qwen2-VL, Qwen2.5-VL, Qwen3-VL, MiniCPM-V 4.6 and 4.7; "
                          "for others use load_vlm and apply_plan with a data pipeline of your own")  # fmt: skip
     return FAMILIES[name]
 
