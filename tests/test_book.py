@@ -18,8 +18,8 @@ FACTS = ConfigParser(delimiters=["="])
 FACTS.read(ROOT / "settings.ini", encoding="utf-8")
 FACTS = FACTS["DEFAULT"]
 # A module may import modules of a lower floor, and of its own room.
-FLOORS = {"errors": 0, "style": 0, "data": 1, "models": 1, "lora": 2, "plan": 3, "flags": 4, "preview": 4, "quant": 4, "unfreeze": 4, "explorer": 5, "train": 5, "debug": 6, "checkpoint": 6,
-          "evaluate": 6, "compare": 7, "job": 7, "study": 7, "tour": 7, "cli": 8}  # fmt: skip
+FLOORS = {"errors": 0, "style": 0, "models": 1, "data": 2, "lora": 3, "plan": 4, "flags": 5, "preview": 5, "quant": 5, "unfreeze": 5, "explorer": 6, "train": 6, "debug": 7, "checkpoint": 7,
+          "evaluate": 7, "compare": 8, "job": 8, "study": 8, "tour": 8, "cli": 9}  # fmt: skip
 
 
 def cells(path, kind):
@@ -113,7 +113,7 @@ def test_readme_index_and_runner_list_every_tutorial():
 
     readme, index = (ROOT / "README.md").read_text(encoding="utf-8"), "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown"))
     names = {p.stem for p in TUTORIALS}
-    assert len(names) == 7 and names == {*run_tutorials.TUTORIALS, *run_tutorials.WAITING}
+    assert len(names) == 7 and names == set(run_tutorials.TUTORIALS)
     for name in names:
         assert f"(nbs/tutorials/{name}.ipynb)" in readme and badge(f"tutorials/{name}.ipynb") in readme and f"(tutorials/{name}.ipynb)" in index, name
 
