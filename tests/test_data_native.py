@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import MiniCPMV4_6Processor, MiniCPMV4_7Processor, Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 
 from vlm_lora_lab.cli import main
-from vlm_lora_lab.data.batch import Samples, check_rows, loader
+from vlm_lora_lab.compare import Checkpoint
+from vlm_lora_lab.data.batch import Reading, Samples, check_rows, loader
 from vlm_lora_lab.data.native import NATIVE, load_processor
 from vlm_lora_lab.data.records import Conversation, Message, ask
 from vlm_lora_lab.data.tokens import IGNORE
@@ -313,3 +314,31 @@ def test_the_commands_take_them(folders, family, tmp_path, capsys):
     assert main(["doctor", "--model", model, "--data", data]) in (0, 1)
     assert main(["evaluate", model, "--data", data, "--max-new-tokens", "4"]) == 0
     assert "Traceback" not in "".join(capsys.readouterr())
+
+
+def test_fewer_pixels_are_fewer_tokens_and_the_adapter_remembers(folders, family, tmp_path, capsys):
+    wide = ask("What?", "one", picture(300, 160))
+    full, few = load_processor(folders[family]), load_processor(folders[family], max_pixels=112 * 112 if family in SLICED else 64 * 64)
+    assert len(few(wide)["input_ids"]) < len(full(wide)["input_ids"])
+    assert sum(t.width * t.height for t in few.tiles(wide.images[0])[0]) <= (1 if family not in SLICED else 2) * 112 * 112
+    with pytest.raises(InputError, match="at least"):
+        load_processor(folders[family], max_pixels=100)
+    wide.images[0].save(tmp_path / "a.png")
+    record = {"id": "1", "image": "a.png", "conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "one"}]}
+    (tmp_path / "d.json").write_text(json.dumps([record]))
+    pixels, data = str(112 * 112 if family in SLICED else 64 * 64), str(tmp_path / "d.json")
+    assert main(["train", "--model", str(folders[family]), "--data", data, "--output", str(tmp_path / "run"), "--max-steps", "1", "--max-pixels", pixels]) == 0
+    assert json.loads((tmp_path / "run" / "adapter" / "provenance.json").read_text())["max_pixels"] == int(pixels)
+    assert Checkpoint.of(tmp_path / "run" / "adapter").processor().images.to_dict() == few.images.to_dict()
+    assert Checkpoint.of(tmp_path / "run" / "adapter", max_pixels=300 * 300).processor().images.to_dict() != few.images.to_dict()
+    assert main(["train", "--model", str(folders[family]), "--data", data, "--output", str(tmp_path / "other"), "--max-pixels", "3"]) == 2
+    assert "max_pixels is 3" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_fewer_pixels_for_the_families_here(tmp_path):
+    lab = load_processor("lab", max_pixels=56 * 56)
+    assert lab.max_slice_nums == 1
+    with pytest.raises(InputError, match="3,136 at least"):
+        load_processor("lab", max_pixels=55 * 56)
+    with pytest.raises(InputError, match="max_pixels is -1"):
+        Reading(max_pixels=-1)

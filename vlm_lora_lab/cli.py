@@ -288,11 +288,12 @@ def _ask(o):
     from vlm_lora_lab.evaluate import generate_answers
     from vlm_lora_lab.models.load import load_vlm, model_folder
 
-    base = o.model or (read_provenance(o.adapter)["base"] if o.adapter else "lab")
+    known = read_provenance(o.adapter) if o.adapter else {}
+    base = o.model or known.get("base", "lab")
     question = ask(o.question, "", *map(Path, o.image), id="of the command line")
     if o.allow_pickle:
         model_folder(base, allow_pickle=True)
-    processor = load_processor(base)
+    processor = load_processor(base, max_pixels=o.max_pixels or known.get("max_pixels", 0))
     model = load_adapter(o.adapter, base) if o.adapter else load_vlm(base)
     print(generate_answers(model, processor, [question], max_new_tokens=o.max_new_tokens)[0])
 
@@ -309,7 +310,7 @@ def _compare(o):
     from vlm_lora_lab.compare import compare
     from vlm_lora_lab.data.batch import Reading
 
-    reading = Reading(workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls)
+    reading = Reading(workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls, max_pixels=o.max_pixels)
     limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length, "allow_pickle": o.allow_pickle}
     try:
         compare(o.checkpoints, o.data, o.metric or ["exact"], o.output, o.model, o.four_bit, o.image_root, reading, **limits)
@@ -400,7 +401,7 @@ def _check_data(o):
     if o.model:
         from vlm_lora_lab.data.native import load_processor
 
-        processor = load_processor(o.model, o.max_length, o.drop_turns)
+        processor = load_processor(o.model, o.max_length, o.drop_turns, o.max_pixels)
     light = o.pictures == "none" and not o.model  # then the work is less than sending it elsewhere
     workers = o.workers or (1 if light else min(os.cpu_count() or 1, 16))
     report = check_data(o.file, processor, o.image_root, o.against, o.pictures, workers, o.allow_outside, o.allow_urls, progress=True)
@@ -421,6 +422,7 @@ def _check_data_parser(p):
     p.add_argument("file", metavar="FILE", help="JSON or JSON Lines, in any dialect")
     p.add_argument("--model", metavar="FOLDER", help='"lab" or a model folder: count tokens and labels as this model would')
     p.add_argument("--max-length", type=_positive, default=2048, metavar="N", help="longest text, tokens; with --model (default: 2048)")
+    p.add_argument("--max-pixels", type=_seed, default=0, metavar="N", help="most pixels that the model looks at of one picture; with --model (default: 0, what its own files say)")
     p.add_argument("--drop-turns", action="store_true", help="let a text that is too long lose whole turns at its front; with --model")
     p.add_argument("--against", action="append", default=[], metavar="FILE", help="another split that must share nothing with this one; repeat for several")
     p.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)")
@@ -463,6 +465,7 @@ def _compare_parser(p, several):
     p.add_argument("--batch-size", type=_positive, default=50, metavar="N", help="questions asked at once (default: 50); fewer need less memory")
     p.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="longest answer (default: 64)")
     p.add_argument("--max-length", type=_positive, default=2048, metavar="N", help="longest question, tokens, pictures included (default: 2048)")
+    p.add_argument("--max-pixels", type=_seed, default=0, metavar="N", help="most pixels that a model looks at of one picture (default: 0, as an adapter was trained, or as the model's files say)")
 
 # %% ../nbs/95_cli.ipynb #aafd5fe7
 def _parser(argv):
@@ -511,6 +514,7 @@ def _parser(argv):
     p.add_argument("--model", metavar="MODEL", help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)')
     p.add_argument("--allow-pickle", action="store_true", help="convert the model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
+    p.add_argument("--max-pixels", type=_seed, default=0, metavar="N", help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the model's files say)")
 
     _compare_parser(command("compare", _compare, "ask checkpoints the same questions: which is better, and for sure?", COMPARE_HELP), True)
     _compare_parser(command("evaluate", _compare, "ask one checkpoint the questions of a file, and judge its answers", COMPARE_HELP), False)

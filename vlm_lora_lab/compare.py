@@ -195,6 +195,7 @@ class Checkpoint:
     four_bit: bool
     adapter: str = ""  # its folder, if it is one
     told: dict | None = None  # what an adapter says about its training: plan, versions
+    max_pixels: int = 0  # most pixels of a picture that it looks at; 0: what the base's files say
 
     @classmethod
     def of(
@@ -202,6 +203,7 @@ class Checkpoint:
         name: str | Path,  # folder of an adapter or of a model, "lab", or owner/name on the hub
         base: str | Path | None = None,  # another place of an adapter's base
         four_bit: bool = False,  # of whole models; an adapter is asked as it was trained
+        max_pixels: int = 0,  # 0: an adapter looks as it did when it was trained, a whole model as its files say
     ) -> "Checkpoint":
         "Look at a folder. Raises `InputError` when it holds neither adapter nor model."
         name = str(name)
@@ -209,13 +211,13 @@ class Checkpoint:
             known = read_provenance(name)
             plan = Path(name) / "plan.json"  # there is none for a model that was unfrozen by hand
             told = {"trained_with": known["versions"], "plan": read_json(plan) if plan.is_file() else None}
-            return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told)
+            return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told, max_pixels or known.get("max_pixels", 0))
         model_folder(name, weights=False)
-        return cls(name, name, four_bit)
+        return cls(name, name, four_bit, max_pixels=max_pixels)
 
     def processor(self, max_length: int = 2048) -> BaseProcessor:
         "What prepares its questions. Raises `InputError` for a family that has none here."
-        return load_processor(self.base, max_length)
+        return load_processor(self.base, max_length, max_pixels=self.max_pixels)
 
     def load(self):
         "The model, in evaluation mode."
@@ -223,7 +225,7 @@ class Checkpoint:
 
     def depends_on(self) -> dict:
         "All that its answers depend on, but for the questions."
-        return {"adapter": folder_digest(self.adapter) if self.adapter else None, "model": folder_digest(model_folder(self.base)), "four_bit": self.four_bit,
+        return {"adapter": folder_digest(self.adapter) if self.adapter else None, "model": folder_digest(model_folder(self.base)), "four_bit": self.four_bit, "max_pixels": self.max_pixels,
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")}}  # fmt: skip
 
@@ -283,7 +285,7 @@ def _place(output):
     return output
 
 
-def _chosen(checkpoints, metrics, base, four_bit, allow_pickle):
+def _chosen(checkpoints, metrics, base, four_bit, allow_pickle, max_pixels):
     names = [str(c) for c in checkpoints]
     if not metrics:
         raise InputError("no metric is named", "compare", "Write at least one, such as exact")
@@ -291,7 +293,7 @@ def _chosen(checkpoints, metrics, base, four_bit, allow_pickle):
         raise InputError("there is no checkpoint to ask", "compare", "Give the folder of an adapter or of a model, or 'lab'")
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:
         raise InputError(f"{twice[0]!r} is given twice", "compare", "Give each checkpoint once")
-    chosen = [Checkpoint.of(n, base, four_bit) for n in names]
+    chosen = [Checkpoint.of(n, base, four_bit, max_pixels) for n in names]
     for c in chosen:
         model_folder(c.base, allow_pickle)
     return chosen
@@ -305,7 +307,7 @@ def compare(
     base: str | Path | None = None,  # another place of the adapters' base
     four_bit: bool = False,  # whole models in 4 bit; adapters are asked as they were trained
     image_root: str | Path | None = None,  # folder that picture paths start from; default: the file's own
-    reading: Reading = Reading(),  # of a file: allow_outside, allow_urls
+    reading: Reading = Reading(),  # of a file: allow_outside, allow_urls, max_pixels
     batch_size: int = 50,
     max_new_tokens: int = 64,
     max_length: int = 2048,  # tokens of a question
@@ -313,12 +315,12 @@ def compare(
     say=print,  # called with each line of the account
 ) -> dict[str, Comparison]:  # metric -> its comparison
     "Ask all checkpoints the same questions, and judge the answers. Raises `InputError` before a model is loaded when something given cannot be used."
-    chosen, wanted = _chosen(checkpoints, metrics, base, four_bit, allow_pickle), [metric_of(m) for m in dict.fromkeys(metrics)]
+    chosen, wanted = _chosen(checkpoints, metrics, base, four_bit, allow_pickle, reading.max_pixels), [metric_of(m) for m in dict.fromkeys(metrics)]
     conversations = Conversations.open(data, image_root, reading.allow_outside, reading.allow_urls) if isinstance(data, (str, Path)) else data
     for metric in wanted:
         check_truths(metric, conversations)
-    processors = {c.base: c.processor(max_length) for c in chosen}
-    for name, processor in processors.items():
+    processors = {(c.base, c.max_pixels): c.processor(max_length) for c in chosen}
+    for (name, _), processor in processors.items():
         check_rows(conversations, processor, replace(reading, skip_bad_rows=False), f"checking questions for {name[-40:]}")
     output = _place(output)
     rows, about = _ask_all(chosen, processors, conversations, output, batch_size, {"max_new_tokens": max_new_tokens, "max_length": max_length}, say)
@@ -337,7 +339,7 @@ def _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
         file = output / "answers" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.jsonl" if output else None
         start = time.perf_counter()
         try:
-            rows[c.name], new = _ask(c, processors[c.base], conversations, file, key, batch_size, limits["max_new_tokens"])
+            rows[c.name], new = _ask(c, processors[c.base, c.max_pixels], conversations, file, key, batch_size, limits["max_new_tokens"])
         except KeyboardInterrupt:
             say(f"Stopped while asking {c.name}." + (f" What was answered is kept in {output}; the same command goes on from there." if output else ""))
             raise

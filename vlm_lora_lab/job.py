@@ -229,7 +229,7 @@ def _prepare(job, resume, say, here):
     check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
     if job.watch.tensorboard:
         summary_writer()  # is it there?
-    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns)
+    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
     empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
     if job.stages:
         whole = route(empty, job.stages, job.four_bit).whole
@@ -317,7 +317,8 @@ def _finish(job, run, given, model, plan, doctors, here, say):
     if isinstance(model, PeftModel):
         data = {p: file_sha256(p) for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"}
         metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
-        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, data=data, metrics=metrics, state=run.state if not job.stages else None))
+        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None}
+        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
             save_vlm(model, output / "model", model_folder(job.model))
@@ -377,7 +378,7 @@ def examine(
     job: Job,
 ) -> Preflight:
     "Look at data, plan, gradients, precision and the longest batch of a job; nothing is written. Raises `InputError` for a model that cannot be loaded."
-    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns)
+    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
     empty = on_meta(model_folder(job.model, weights=False))
     try:
         conversations = Conversations.open(job.data, job.image_root, job.reading.allow_outside, job.reading.allow_urls)

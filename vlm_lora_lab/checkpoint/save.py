@@ -262,6 +262,7 @@ def save_adapter(
     adapter: str | None = None,  # which one, if there are several; None: the active one
     data: dict | None = None,  # what it was trained on, such as file -> SHA-256
     metrics: dict | None = None,  # what was measured
+    max_pixels: int = 0,  # most pixels of a picture that it looked at; 0: what the base's files say
     hash_base: bool = True,  # the base's full hash, too (seconds for gigabytes)
     state: dict[str, torch.Tensor] | None = None,  # the gathered state of the wrapped model, under ZeRO-3
 ) -> Path:
@@ -283,7 +284,7 @@ def save_adapter(
     provenance = {
         "format": 1, "base": str(base), "model_type": peft.config.model_type, "four_bit": four_bit, "adapter": adapter,
         "other_adapters": [a for a in peft.peft_config if a != adapter], "by_hand": by_hand,
-        "not_trained": [k for k, t in live.items() if not t.requires_grad], "data": data or {}, "metrics": metrics or {},
+        "not_trained": [k for k, t in live.items() if not t.requires_grad], "data": data or {}, "metrics": metrics or {}, "max_pixels": max_pixels,
         "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
     }  # fmt: skip
     _first_process_only(lambda: _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NATIVE', 'NativeProcessor', 'QwenPictures', 'SlicedPictures', 'load_processor']
 
-# %% ../../nbs/19_data.native.ipynb #923f1532
+# %% ../../nbs/19_data.native.ipynb #4dc8461d
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
@@ -18,15 +19,16 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoImageProcessor, MiniCPMV4_6ImageProcessorPil, Qwen2VLImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import SizeDict
 
-from .batch import BaseProcessor, Processor, pad_texts
+from .batch import BaseProcessor, Processor, pad_texts, slices_within
 from .records import Conversation
 from .tokens import Encoded, ids_and_labels, no_commands, supervised, within
 from ..errors import InputError
 from ..models.load import load_tokenizer, model_folder
 from ..models.published import model_config, read_json
 
-# %% ../../nbs/19_data.native.ipynb #4b72a887
+# %% ../../nbs/19_data.native.ipynb #2de16d06
 @dataclass(frozen=True)
 class NativeProcessor(BaseProcessor):
     "What a family of transformers' own wants of its input; made by `load_processor`."
@@ -95,7 +97,7 @@ def _message(m):
     text = lambda piece: [{"type": "text", "text": piece}] if piece else []  # noqa: E731
     return {"role": m.role, "content": text(first) + [part for piece in others for part in ({"type": "image"}, *text(piece))]}
 
-# %% ../../nbs/19_data.native.ipynb #038836ec
+# %% ../../nbs/19_data.native.ipynb #4d018ce4
 @dataclass(frozen=True)
 class QwenPictures(NativeProcessor):
     "Qwen2-VL, Qwen2.5-VL and Qwen3-VL."
@@ -111,12 +113,19 @@ class QwenPictures(NativeProcessor):
         _, rows, cols = self.pictures([image])[self.sizes][0].tolist()
         return (image.resize((cols * self.images.patch_size, rows * self.images.patch_size), Image.Resampling.BICUBIC),), None
 
+    def smaller(self, max_pixels: int) -> "QwenPictures":
+        images = copy.deepcopy(self.images)
+        if max_pixels < images.size["shortest_edge"]:
+            raise InputError(f"max_pixels is {max_pixels:,}, and this model looks at {images.size['shortest_edge']:,} at least", "reading", "Raise it, or leave it out")
+        images.size = SizeDict(shortest_edge=images.size["shortest_edge"], longest_edge=min(max_pixels, images.size["longest_edge"]))
+        return replace(self, images=images)
+
     def disagreement(self, config) -> str:
         vision = config.vision_config
         pairs = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size, "temporal_patch_size": vision.temporal_patch_size}
         return _differences(self.images, pairs)
 
-# %% ../../nbs/19_data.native.ipynb #75bf24ba
+# %% ../../nbs/19_data.native.ipynb #366c31e7
 @dataclass(frozen=True)
 class SlicedPictures(NativeProcessor):
     "MiniCPM-V 4.6 and 4.7."
@@ -154,6 +163,11 @@ class SlicedPictures(NativeProcessor):
         large = resized(rows * h, cols * w)
         return (resized(*overview), *(large.crop((c * w, r * h, (c + 1) * w, (r + 1) * h)) for r in range(rows) for c in range(cols))), (cols, rows)
 
+    def smaller(self, max_pixels: int) -> "SlicedPictures":
+        images = copy.deepcopy(self.images)
+        images.max_slice_nums = slices_within(max_pixels, images.scale_resolution, images.max_slice_nums)
+        return replace(self, images=images)
+
     def disagreement(self, config) -> str:
         if missing := [t for t in ("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>") if t not in self.tokenizer.get_vocab()]:
             return f"the tokenizer lacks {', '.join(missing)}"
@@ -163,7 +177,7 @@ class SlicedPictures(NativeProcessor):
 def _differences(images, pairs):
     return "; ".join(f"{k} is {getattr(images, k)!r} in the picture processor's file and {v!r} in config.json" for k, v in pairs.items() if getattr(images, k) != v)
 
-# %% ../../nbs/19_data.native.ipynb #89c76140
+# %% ../../nbs/19_data.native.ipynb #debe93e2
 NATIVE = {
     "qwen2_vl": QwenPictures, "qwen2_5_vl": QwenPictures, "qwen3_vl": QwenPictures, "minicpmv4_6": SlicedPictures, "minicpmv4_7": SlicedPictures,
 }  # fmt: skip
@@ -173,15 +187,20 @@ def load_processor(
     name: str | Path,  # "lab", a folder, or owner/name on the hub
     max_length: int = 2048,  # tokens of a conversation
     drop: bool = False,  # a text that is too long loses whole turns at the front; False: it is an error
+    max_pixels: int = 0,  # most pixels that the model looks at of one picture; 0: what its files say
 ) -> BaseProcessor:
     """What prepares the data of a model, with its tokenizer; no weights are read.
 
     Raises `InputError` for a family that is not known, and for files that do not belong together."""
-    tokenizer, folder = load_tokenizer(name), model_folder(name, weights=False)
+    folder = model_folder(name, weights=False)
     config = model_config(read_json(folder / "config.json"), folder / "config.json")
-    if config.model_type not in NATIVE:
-        return Processor.of(config, tokenizer, max_length, drop)
-    kind, remedy = NATIVE[config.model_type], "Put the preprocessor_config.json, or processor_config.json, of the model beside its config.json"
+    processor = (_native if config.model_type in NATIVE else Processor.of)(config, load_tokenizer(name), max_length, drop)
+    return processor.smaller(max_pixels) if max_pixels else processor
+
+
+def _native(config, tokenizer, max_length, drop):
+    "The processor of one of transformers' own families."
+    kind, folder, remedy = NATIVE[config.model_type], tokenizer.name_or_path, "Put the preprocessor_config.json, or processor_config.json, of the model beside its config.json"
     try:
         images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as e:
@@ -190,7 +209,7 @@ def load_processor(
         raise InputError(f"the picture processor is a {type(images).__name__}, and {config.model_type} has a {kind.kind.__name__}", folder, remedy)
     token = tokenizer.convert_ids_to_tokens(config.image_token_id)
     if token is None or tokenizer(token, add_special_tokens=False)["input_ids"] != [config.image_token_id]:
-        raise InputError(f"image_token_id is {config.image_token_id}, and that is no token of its own in the tokenizer", folder / "config.json", "Take the tokenizer of this model")
+        raise InputError(f"image_token_id is {config.image_token_id}, and that is no token of its own in the tokenizer", f"{folder}/config.json", "Take the tokenizer of this model")
     limit = min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
     processor = kind(tokenizer, images, token, config.model_type != "minicpmv4_6", max_length=limit, drop=drop)
     if wrong := processor.disagreement(config):
