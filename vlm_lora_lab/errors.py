@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 # %% ../nbs/02_errors.ipynb #f7806a5c
 class InputError(ValueError):
     "Something the user gave cannot be used; the message says what was found, where, and what to do."
@@ -58,7 +56,9 @@ def explain_write_errors(
     "Turn a full disk, a quota or a read-only folder into an `InputError`; anything else passes through."
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as e:
+    except Exception as e:
+        if not isinstance(e, (OSError, RuntimeError)) and type(e).__name__ != "SafetensorError":  # by name: a start does not wait for that import
+            raise
         cause = e
         while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
             cause = cause.__cause__ or cause.__context__
