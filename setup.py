@@ -27,8 +27,8 @@ setup(
         "Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md",
     },
     keywords=cfg["keywords"].split(),
-    # The licence stands in its own field alone: beside an SPDX expression setuptools refuses a licence classifier.
-    license="Apache-2.0",
+    # An SPDX expression stands alone: beside it setuptools refuses a licence classifier.
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     classifiers=[
         f"Development Status :: {STATUS[cfg['status']]}",
