@@ -4,7 +4,10 @@
 
 import ast
 import email
+import importlib
+import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -15,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import vlm_lora_lab
 
 ROOT = Path(__file__).parent.parent
 FACTS = ConfigParser(delimiters=["="])
@@ -105,6 +110,45 @@ def test_a_gpu_user_is_pointed_to_every_optional_package_that_is_named():
 def test_an_index_would_take_it(dist):
     done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *map(str, dist)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+
+
+@tool_needed("mypy")
+def test_types_agree():
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+
+
+@pytest.mark.parametrize("code", ["def f(a: int, b):\n    return a", "def f(a: int) -> str:\n    return a", "def f() -> int:\n    from vlm_lora_lab.errors import nearest\n    return nearest('a', ['b'])"])
+@tool_needed("mypy")
+def test_mypy_is_set_up_to_find_something(code, tmp_path):
+    (tmp_path / "wrong.py").write_text(code)
+    done = subprocess.run([sys.executable, "-m", "mypy", str(tmp_path / "wrong.py"), "--config-file", "pyproject.toml"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "wrong.py" in done.stdout, done.stdout + done.stderr
+
+
+def signatures():
+    "(name, signature) of all that the package offers: functions, and methods that do not replace one of a library's."
+    for info in pkgutil.walk_packages(vlm_lora_lab.__path__, "vlm_lora_lab."):
+        if info.name.endswith("__main__") or "data_samples" in info.name:
+            continue
+        module = importlib.import_module(info.name)
+        for name, thing in vars(module).items():
+            if name.startswith("_") or getattr(thing, "__module__", "") != module.__name__:
+                continue
+            if inspect.isfunction(thing):
+                yield f"{info.name}.{name}", inspect.signature(thing)
+            elif inspect.isclass(thing):
+                for key, method in vars(thing).items():
+                    method = getattr(method, "__func__", None) or getattr(method, "fget", None) or getattr(method, "func", None) or method
+                    if inspect.isfunction(method) and not {key[0], method.__name__[0]} & {"_", "<"} and not any(key in vars(base) for base in thing.__mro__[1:]):
+                        yield f"{info.name}.{name}.{key}", inspect.signature(method)
+
+
+def test_every_function_says_what_it_takes_and_what_it_gives():
+    found = dict(signatures())
+    bare = lambda s: [p.name for p in s.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")]  # noqa: E731
+    silent = {name: bare(s) or "returns" for name, s in found.items() if bare(s) or s.return_annotation is s.empty}
+    assert len(found) > 400 and not silent, silent
 
 
 def test_the_oldest_python_can_read_it():

@@ -562,7 +562,8 @@ def noise_checkpoint(
 ) -> tuple[Path, Path]:  # folder of a base, folder of an adapter for it
     "Weights of noise in the shapes of a configuration, for measuring; nothing of that size is held."
     base, adapter, noise = Path(folder) / "base", Path(folder) / "adapter", 0.02 * torch.randn(2**20)
-    base.mkdir(), adapter.mkdir()
+    base.mkdir()
+    adapter.mkdir()
     write_json(base / "config.json", values)
     state = {n: (torch.bfloat16, tuple(t.shape)) for n, t in on_meta(values).state_dict().items()}
     room, weight_map = sum(torch.Size(s).numel() for _, s in state.values()) / shards, {}

@@ -10,6 +10,7 @@ import base64
 import html
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 from PIL import Image
 
@@ -41,7 +42,7 @@ def pieces_of(
     ids: list[int],  # tokens
     labels: list[int],  # IGNORE where nothing is learned
     places: list[tuple[int, int]],  # start and end of each picture's fillers
-    tokenizer,
+    tokenizer: Any,
     padding: int = 0,  # tokens that are added behind
 ) -> tuple[Piece, ...]:
     "Cut a text into pieces for the eye; no token is left out."
@@ -129,7 +130,7 @@ def see(
     images = [load_image(i, conversation.where) for i in conversation.images]
     e = processor.encode(conversation, [processor.grid(i.size) for i in images], answer)
     images = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
-    pictures = []
+    pictures: list[tuple] = []
     for image in images:
         if processor.family is FAMILIES["qwen"]:
             pictures.append(((image.resize((processor.scale_resolution,) * 2, Image.Resampling.BICUBIC),), None))

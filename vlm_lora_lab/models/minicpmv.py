@@ -20,6 +20,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
+from typing import Any, ClassVar
 
 from .resampler import CrossAttention, Resampler, sincos_2d
 
@@ -33,7 +34,7 @@ class MiniCPMVConfig(PreTrainedConfig):
     model_type = "minicpmv"
     sub_configs = {"vision_config": SiglipVisionConfig}
     # The traits, as 2.6 and 4.0 have them.
-    llm_class = None  # the language model
+    llm_class: ClassVar[Any] = None  # the language model
     timm_tower = False  # the older vision tower, with the names of the library timm
     rows_and_columns = True  # patches know both; else a picture is one long line of patches
     text_scale = 1.0  # what text embeddings are multiplied with; pictures are not
@@ -342,14 +343,15 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)
-        vision = config.vision_config
+        vision: Any = config.vision_config  # never None here, nor is the number of heads: the configuration fills them in
+        heads: Any = config.resampler_num_heads
         vision._attn_implementation = config._attn_implementation
         if config.timm_tower:
             self.vpm = TimmTower(vision, config.drop_vision_last_layer)
         else:
             line = not config.rows_and_columns
             self.vpm = VisionTower(vision, config.drop_vision_last_layer, not line, line and config.batch_vision_input)
-        self.resampler = Resampler(config.query_num, config.hidden_size, config.resampler_num_heads, vision.hidden_size, stored_table=config.timm_tower)
+        self.resampler = Resampler(config.query_num, config.hidden_size, heads, vision.hidden_size, stored_table=config.timm_tower)
         self.llm = config.llm_class(config)
         if config.text_scale != 1:
             self.llm.model.embed_tokens.__class__ = ScaledEmbedding
@@ -403,7 +405,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         bounds = 0 if image_bound is None else len(image_bound)
         if pictures != bounds:
             raise ValueError(f"The batch holds {pictures} pictures, but image_bound names {bounds} places for them.")
-        if not pictures:
+        if pixel_values is None or image_bound is None or not pictures:
             return x + self._no_picture(x) if self.training else x
         queries = self.config.query_num
         if tgt_sizes is None or len(tgt_sizes) != len(pixel_values):
@@ -438,10 +440,10 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         temporal_ids: torch.Tensor | None = None,  # (pictures, 2) int: group and time (4.5)
         inputs_embeds: torch.Tensor | None = None,  # (batch, tokens, D) instead of ids and pictures
         labels: torch.Tensor | None = None,  # (batch, tokens) int, not shifted, -100 where there is nothing to learn
-        past_key_values=None,
+        past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,  # num_items_in_batch of the Trainer, flash-attention arguments
+        **kwargs: Any,  # num_items_in_batch of the Trainer, flash-attention arguments
     ) -> CausalLMOutputWithPast:
         "Logits for every token, and the loss when there are labels."
         if (input_ids is None) == (inputs_embeds is None):
@@ -462,7 +464,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         image_bound: torch.Tensor | None = None,
         temporal_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs,  # whatever `GenerationMixin.generate` takes
+        **kwargs: Any,  # whatever `GenerationMixin.generate` takes
     ) -> torch.Tensor:  # (batch, new tokens) int: the answers without their prompts
         "Answer. Pictures are looked at once, before the first token."
         embeds = self.embed(input_ids, pixel_values, tgt_sizes, image_bound, temporal_ids)
