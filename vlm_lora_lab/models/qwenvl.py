@@ -26,6 +26,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attenti
 from transformers.utils import can_return_tuple
 
 from ..errors import InputError
+from .minicpmv import CACHE
 from .resampler import CrossAttention, sincos_2d
 
 # %% ../../nbs/13_models.qwenvl.ipynb #5b1b93ab
@@ -51,7 +52,7 @@ class QwenVLConfig(PreTrainedConfig):
     "Configuration of Qwen-VL (2023), field for field the published `config.json`, whose values are the defaults."
 
     model_type = "qwen"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 151936
     hidden_size: int = 4096
@@ -348,7 +349,7 @@ class QwenVLBase(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
     _no_split_modules = ["QwenBlock", "QwenVisual"]
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # only where the configuration ties them
 
     def _init_weights(self, module):
@@ -450,6 +451,7 @@ class QwenVL(QwenVLEmbedder, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,  # (batch, tokens, D) instead of ids and pictures
         labels: torch.Tensor | None = None,  # (batch, tokens) int, not shifted, -100 where there is nothing to learn
         past_key_values: Any = None,
+        cache: Any = None,  # what transformers calls past_key_values from 5.24 on
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,  # num_items_in_batch of the Trainer, flash-attention arguments
@@ -460,13 +462,14 @@ class QwenVL(QwenVLEmbedder, GenerationMixin):
             raise InputError("exactly one of input_ids and inputs_embeds is needed", "forward")
         x = self.embed(input_ids, pixel_values, image_bound) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        x = self.transformer(x, attention_mask, position_ids, past_key_values, **kwargs)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        x = self.transformer(x, attention_mask, position_ids, cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])
         loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
 
     @torch.no_grad()
     def generate(
