@@ -1,10 +1,12 @@
 """The command line as a user meets it: in a process of its own, with bad input, a full disk, and Ctrl-C."""
 
 import json
+import re
 import resource
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import vlm_lora_lab
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError, complete_or_nothing, explain_write_errors
@@ -218,6 +221,47 @@ def test_help_does_not_load_torch():
     script = "import sys, vlm_lora_lab.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()[-1].split()
     assert "argparse" in loaded and "torch" not in loaded and "transformers" not in loaded
+
+
+def _versions(folder, *flags):
+    "(what, fact) that --version prints, with packages of `folder` in front, or with them alone."
+    (folder / "vlm_lora_lab").symlink_to(Path(vlm_lora_lab.__file__).parent)
+    script = f"import sys; sys.path.insert(0, {str(folder)!r}); from vlm_lora_lab.cli import main; main(['--version'])"
+    done = subprocess.run([sys.executable, *flags, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return {line[:16].strip(): line[17:] for line in done.stdout.splitlines()}
+
+
+def test_version_answers_what_a_bug_report_is_asked_for():
+    done = run("--version")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert len({re.match(r"(.{16}) \S", line).end() for line in lines}) == 1, "aligned"
+    said = {line[:16].strip(): line[17:] for line in lines}
+    assert said["vlm_lora_lab"] == vlm_lora_lab.__version__ and said["Python"].startswith(sys.version.split()[0]) and said["torch"] == torch.__version__
+    for package in ("transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors", "huggingface_hub"):
+        assert said[package] == version(package)
+    assert "GPU support" in said and "platform" in said
+
+
+def test_version_where_nothing_is_installed(tmp_path):
+    said = _versions(tmp_path, "-S", "-E")
+    assert {said[p] for p in ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub")} == {"not installed"}
+    assert "No module named 'torch'" in said["GPU support"]
+
+
+def test_version_where_torch_breaks_and_where_there_are_cards(tmp_path):
+    for name, code in {
+        "broken": "raise OSError('libcudart.so.13: cannot open\\nshared object file')",
+        "cards": "from types import SimpleNamespace as N\nversion = N(cuda='13.0', hip=None)\n"
+        "card = N(name='NVIDIA H100', total_memory=79.1 * 2**30, major=9, minor=0)\n"
+        "cuda = N(is_available=lambda: True, device_count=lambda: 2, get_device_properties=lambda i: card)",
+    }.items():
+        (tmp_path / name / "torch").mkdir(parents=True)
+        (tmp_path / name / "torch" / "__init__.py").write_text(code)
+    assert _versions(tmp_path / "broken")["GPU support"].endswith("OSError: libcudart.so.13: cannot open shared object file")
+    said = _versions(tmp_path / "cards")
+    assert said["GPU support"] == "CUDA 13.0" and said["card 0"] == said["card 1"] == "NVIDIA H100, 79.1 GiB, compute capability 9.0"
 
 
 def test_pretrain_runs_from_start_to_end(tmp_path):

@@ -102,13 +102,13 @@ def test_a_batch_without_a_picture_is_told_from_a_healthy_one(family):
 def test_reentrant_checkpointing_is_told_by_name():
     model = get_peft_model(tiny_model("minicpmv-2.6"), LoraConfig(target_modules=r".*\.(q_proj|k_proj)", r=2))
     batch = batch_of("minicpmv-2.6", model)
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrong = audit_gradients(model, batch).wrong
     assert {r.name for r in wrong} == {n for n, p in model.named_parameters() if p.requires_grad and ".vpm." in n}
     assert all(r.verdict == "cut off" and "use_reentrant=False" in r.remedy for r in wrong)
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     assert audit_gradients(model, batch).ok
 
 

@@ -223,15 +223,15 @@ def test_the_trainer_takes_batches_with_and_without_pictures(model, batch, tmp_p
 # --- cache and generation -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt", [1, 20, 31])
-def test_token_by_token_equals_one_pass(model, batch, prompt):
+@pytest.mark.parametrize("prompt, name", [(1, "past_key_values"), (20, "cache"), (31, "past_key_values")])  # its name before and since transformers 5.24
+def test_token_by_token_equals_one_pass(model, batch, prompt, name):
     model, given = model.eval(), without(batch, "labels")
     with torch.no_grad():
         whole, embeds = model(**given).logits, model.embed(**given)
         cache = DynamicCache(config=model.config)
-        logits = [model(inputs_embeds=embeds[:, :prompt], past_key_values=cache, use_cache=True).logits]
+        logits = [model(inputs_embeds=embeds[:, :prompt], use_cache=True, **{name: cache}).logits]
         for i in range(prompt, 32):
-            logits.append(model(inputs_embeds=embeds[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+            logits.append(model(inputs_embeds=embeds[:, i : i + 1], use_cache=True, **{name: cache}).logits)
     torch.testing.assert_close(torch.cat(logits, 1), whole, **FORWARD)
     torch.testing.assert_close(model(**given, logits_to_keep=3).logits, whole[:, -3:], **FORWARD)
     assert cache.get_seq_length() == 32

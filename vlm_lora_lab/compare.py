@@ -10,7 +10,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from matplotlib.figure import Figure
+from torch import nn
 from tqdm.auto import tqdm
 
 from .checkpoint.save import load_adapter, read_provenance
@@ -27,7 +29,7 @@ from .data.files import Inline, Remote
 from .data.native import load_processor
 from .data.records import Conversation, Conversations
 from .errors import InputError, explain_write_errors, write_json
-from .evaluate import RESAMPLES, Score, ScoreTable, answer_all, bootstrap, check_truths, html_table, metric_of, middle, text_table
+from .evaluate import RESAMPLES, Metric, Score, ScoreTable, answer_all, bootstrap, check_truths, html_table, metric_of, middle, text_table
 from .models.load import load_vlm, model_folder
 from .models.published import read_json
 from .style import COLORS, figure, save_figure
@@ -82,7 +84,7 @@ class Comparison:
         return ScoreTable(self.scores, self.categories)
 
     @property
-    def metric(self):
+    def metric(self) -> Metric:
         return next(iter(self.scores.values())).metric
 
     @cached_property
@@ -90,7 +92,7 @@ class Comparison:
         first, *others = self.scores
         return {o: {kind: versus(parts[first], parts[o]) for kind, parts in self.table.parts.items()} for o in others}
 
-    def rows(self):
+    def rows(self) -> Iterator[list[str]]:
         "The differences: a row for each kind of question, a column for each checkpoint but the first. Won : lost are questions."
         yield [f"beside {next(iter(self.scores))}: points (95 %), won : lost", *self.differences]
         for kind in self.table.kinds:
@@ -119,7 +121,7 @@ def _named(names, length=28):
 
 def comparison_figure(
     comparison: Comparison,
-):  # a matplotlib figure
+) -> Figure:
     "Scores on the left; on the right differences to the first by kind of question, or, with one checkpoint alone, its score by kind."
     names, kinds, one = _named(list(comparison.scores)), list(comparison.table.kinds), len(comparison.scores) == 1
     fig, (left, right) = figure(1, 2, width=8, height=min(30, 1.1 + 0.22 * max(len(names), len(kinds) * (1 if one else len(names) - 1))))
@@ -219,7 +221,7 @@ class Checkpoint:
         "What prepares its questions. Raises `InputError` for a family that has none here."
         return load_processor(self.base, max_length, max_pixels=self.max_pixels)
 
-    def load(self):
+    def load(self) -> nn.Module:
         "The model, in evaluation mode."
         return load_adapter(self.adapter, self.base) if self.adapter else load_vlm(self.base, four_bit=self.four_bit)
 
@@ -312,7 +314,7 @@ def compare(
     max_new_tokens: int = 64,
     max_length: int = 2048,  # tokens of a question
     allow_pickle: bool = False,  # convert pickled weights of a model once
-    say=print,  # called with each line of the account
+    say: Callable = print,  # called with each line of the account
 ) -> dict[str, Comparison]:  # metric -> its comparison
     "Ask all checkpoints the same questions, and judge the answers. Raises `InputError` before a model is loaded when something given cannot be used."
     chosen, wanted = _chosen(checkpoints, metrics, base, four_bit, allow_pickle, reading.max_pixels), [metric_of(m) for m in dict.fromkeys(metrics)]

@@ -9,12 +9,10 @@ __all__ = ['InputError', 'nearest', 'unknown_keys', 'explain_write_errors', 'emp
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 # %% ../nbs/02_errors.ipynb #f7806a5c
 class InputError(ValueError):
@@ -54,14 +52,16 @@ def unknown_keys(
 @contextmanager
 def explain_write_errors(
     folder: str | Path,  # what is being written
-):
+) -> Iterator[None]:
     "Turn a full disk, a quota or a read-only folder into an `InputError`; anything else passes through."
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as e:
-        cause = e
-        while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
-            cause = cause.__cause__ or cause.__context__
+    except Exception as e:
+        if not isinstance(e, (OSError, RuntimeError)) and type(e).__name__ != "SafetensorError":  # by name: a start does not wait for that import
+            raise
+        cause: BaseException = e
+        while not isinstance(cause, OSError) and (below := cause.__cause__ or cause.__context__):
+            cause = below
         number, text = getattr(cause, "errno", None), str(e)
         full = number in (ENOSPC, EDQUOT, EFBIG) or any(f"os error {n})" in text for n in (ENOSPC, EDQUOT, EFBIG))
         if full or "PytorchStreamWriter" in text or "inline_container" in text:
@@ -85,7 +85,7 @@ def empty_folder(
 
 def write_json(
     path: str | Path,
-    value,  # what `json` can write
+    value: object,  # what `json` can write
 ) -> None:
     "Write a JSON file that is complete or not there. Raises `InputError` when the disk is full."
     path = Path(path)
@@ -101,7 +101,7 @@ def write_json(
 @contextmanager
 def complete_or_nothing(
     folder: str | Path,  # must not exist, or be empty
-):  # yields a folder beside it, which is renamed at the end
+) -> Iterator[Path]:  # a folder beside it, which is renamed at the end
     "A folder that appears under its name when the block succeeds, and not at all when it fails."
     folder = Path(folder).resolve()
     partial = folder.with_name(folder.name + ".partial")

@@ -14,12 +14,14 @@ import re
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -46,7 +48,7 @@ class Answer:
 
 def _read(
     ids: Sequence[int],  # new tokens of one row
-    tokenizer,
+    tokenizer: Any,
 ) -> Answer:
     "Text up to the first token that ends an answer."
     ends = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(t) for t in ENDS if t in tokenizer.get_vocab())}
@@ -56,7 +58,7 @@ def _read(
 
 # %% ../nbs/80_evaluate.ipynb #f44207b5
 def why_not_together(
-    config,  # of the model
+    config: Any,  # of the model
     rows: Sequence[dict],  # from the model's processor
 ) -> str:  # a sentence; empty: they can share a batch
     "Why these rows would get other answers in one batch than one by one."
@@ -136,7 +138,7 @@ class Metric:
     title: str  # for tables and figures
     mark: Callable[[str, Sequence[str]], Mark]  # an answer, and everything that is right
     higher_is_better: bool = True
-    check: Callable[[str], None] = lambda text: None  # raises `ValueError` for a truth that the metric cannot use
+    check: Callable[[str], object] = lambda text: None  # raises `ValueError` for a truth that the metric cannot use
 
     def better(self, a: float, b: float) -> int:  # 1: a is better; -1: b is; 0: neither
         return (int(a > b) - int(a < b)) * (1 if self.higher_is_better else -1)
@@ -198,7 +200,7 @@ def read_boxes(
     used = [notation for notation in _BOXES if notation in text]
     if len(used) != 1:
         raise ValueError("two notations" if used else "no box")
-    boxes = [tuple(float(v) for v in m.groups() if v is not None) for m in _BOXES[used[0]].finditer(text)]
+    boxes: list[Any] = [tuple(float(v) for v in m.groups() if v is not None) for m in _BOXES[used[0]].finditer(text)]
     if len(boxes) != text.count(used[0]):
         raise ValueError("broken box")
     if any(x1 > x2 or y1 > y2 for x1, y1, x2, y2 in boxes):
@@ -379,14 +381,14 @@ def _sentence(score):
     return f"{score.metric.title} {score.value:.1%} (n = {len(score.marks)}; {between}){unread}"
 
 # %% ../nbs/80_evaluate.ipynb #5059663f
-def text_table(rows) -> str:
+def text_table(rows: Iterable[Sequence[str]]) -> str:
     "Rows of cells as text, the first column to the left, the others to the right."
-    rows = list(rows)
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip() for r in rows)
+    table = list(rows)
+    widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip() for r in table)
 
 
-def html_table(rows) -> str:
+def html_table(rows: Iterable[Sequence[str]]) -> str:
     "The same for a notebook; the first row is the head."
     head, *body = rows
     row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
@@ -452,7 +454,7 @@ def gallery(
     after: Sequence[str],
     n: int = 15,  # conversations shown
     metric: str = "exact",  # one of `METRICS`; its better and worse are the colours
-):  # a matplotlib figure
+) -> Figure:
     "Conversations with the answer before and after; changed ones first, then in order. Raises `InputError` when there are none."
     if not len(conversations):
         raise InputError("there are no conversations to show", "gallery")

@@ -11,6 +11,7 @@ import itertools
 import shlex
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import Any
 
 from .errors import InputError
 from .models.parts import PARTS, layout_of
@@ -41,7 +42,7 @@ class Look:
     def at(
         cls,
         model: str,
-        **options,  # of `TuningPlan`
+        **options: Any,  # of `TuningPlan`
     ) -> "Look":
         "What a plan would do to a model; nothing is loaded. Mistakes are not raised but kept, as `error`."
         try:
@@ -138,7 +139,7 @@ class PlanExplorer:
     def __init__(
         self,
         model: str = "openbmb/MiniCPM-V-2_6",  # name of a published checkpoint, "lab", or a folder with a config.json
-        **options,  # of `TuningPlan`, to begin with
+        **options: Any,  # of `TuningPlan`, to begin with
     ):
         TuningPlan.of(options)  # what is wrong with it as it was typed is raised, not shown
         self.look, self.fields = Look.at(model, **options), {}  # fields: name -> the widget that holds it
@@ -149,7 +150,7 @@ class PlanExplorer:
         return self.look.preview.plan if self.look.preview else None
 
     @property
-    def widget(self):  # an ipywidgets box, made when first asked for
+    def widget(self) -> Any:  # an ipywidgets box, made when first asked for
         if self._widget is None:
             self._widget = _build(self)
         return self._widget

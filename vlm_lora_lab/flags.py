@@ -7,7 +7,9 @@ __all__ = ['SCRIPTS', 'Translation', 'from_flags']
 
 # %% ../nbs/34_flags.ipynb #8207da37
 import html
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import InputError, nearest
 from .models.parts import PARTS
@@ -127,7 +129,7 @@ def _swift(f):
 
 # %% ../nbs/34_flags.ipynb #fa19057e
 _LORA = {"lora_r": 64, "lora_alpha": 64, "lora_dropout": 0.05}
-SCRIPTS = {
+SCRIPTS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "minicpmv": (_minicpmv, {"tune_vision": True, "tune_llm": True, "use_lora": False, "q_lora": False} | _LORA),
     "qwenvl": (_qwenvl, {"use_lora": False, "q_lora": False, "fix_vit": True, "chat": True} | _LORA | {"lora_alpha": 16}),
     "qwen3vl": (_qwen3vl, {"tune_mm_vision": False, "tune_mm_mlp": False, "tune_mm_llm": False, "lora_enable": False, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0}),
@@ -140,7 +142,7 @@ SCRIPTS = {
 
 def from_flags(
     script: str,  # one of SCRIPTS
-    **flags,  # as on its command line; absent ones have the script's defaults
+    **flags: Any,  # as on its command line; absent ones have the script's defaults
 ) -> Translation:
     """The plan that a script's flags amounted to, with notes on what may surprise.
 

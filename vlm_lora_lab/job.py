@@ -8,8 +8,10 @@ __all__ = ['SECTIONS', 'Job', 'train', 'examine']
 # %% ../nbs/94_job.ipynb #d8f5762b
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -332,7 +334,7 @@ def _finish(job, run, given, model, plan, doctors, here, say):
 def train(
     job: Job,
     resume: bool = False,  # go on with the run in `job.output`
-    say=print,  # called with each line of the account
+    say: Callable = print,  # called with each line of the account
 ) -> dict:  # what `report.json` holds
     """Run a job from data to a saved adapter.
 
@@ -345,7 +347,7 @@ def train(
         _begin(job, resume, given, here, say)
     output, model, new, held, processor = given.output, given.model, given.new, given.held, given.processor
     held_samples, doctors, samples, plan, cache = held.samples(processor, job.reading) if held else None, [], new.samples(processor, job.reading), job.plan, None
-    watch = {"evaluate_every": job.watch.every, "ask": None if here.sharded else _asker(job, processor, given.held_out)}
+    watch: dict[str, Any] = {"evaluate_every": job.watch.every, "ask": None if here.sharded else _asker(job, processor, given.held_out)}
 
     def doctor(number=1):
         doctors.append(NanDoctor(job.nan, output / "nan" / ("" if here.first else f"process-{here.rank}"), say=say))
@@ -354,6 +356,7 @@ def train(
         at, place = last_checkpoint(output / "checkpoints") if resume else None, output / "tensorboard" / (f"stage-{number}" if job.stages else "")
         return [doctors[-1], LivePlot(), tensorboard(place, int(at.name.split("-")[1]) if at else 0)]
 
+    run: Any  # what `fit_stages` or `fit` returns
     try:
         if job.stages:
             run = fit_stages(model, job.stages, samples, job.schedule, output / "checkpoints", resume, doctor, say, evaluation=held_samples, **watch)

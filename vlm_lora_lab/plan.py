@@ -11,6 +11,7 @@ import html
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -56,7 +57,7 @@ class Rule:
         return fnmatchcase(name, self.on) if "*" in self.on else f".{self.on}." in f".{name}."
 
 # %% ../nbs/32_plan.ipynb #9a75144c
-_OPTIONS = {"rank": int, "alpha": float, "lr": float, "targets": lambda v: tuple(v.split("+"))}
+_OPTIONS: dict[str, Callable] = {"rank": int, "alpha": float, "lr": float, "targets": lambda v: tuple(v.split("+"))}
 
 
 def read_rules(
@@ -211,8 +212,8 @@ def _where(names):
 
 
 def layer_pattern(
-    names,  # of modules
-    every,  # all names that must not be hit by accident, among them `names`
+    names: Iterable[str],  # of modules
+    every: Iterable[str],  # all names that must not be hit by accident, among them `names`
 ) -> str:  # a regular expression that matches `names` in full, and none of the rest
     "Names as one regular expression; numbers of layers are left open where all of them are meant."
     kind = lambda n: re.sub(r"(?<=\.)\d+(?=\.|$)", "0", n)  # noqa: E731
@@ -345,7 +346,7 @@ def _peft_config(model, plan, adapted, whole):
 
 
 @contextmanager
-def no_false_warning():
+def no_false_warning() -> Iterator[None]:
     "PEFT says of a rank for a parameter that it did not match any module and was ignored. It matches, and counts; nothing else is kept quiet."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match any targeted module.*: \[('[^',]*in_proj_weight',? ?)+\]", category=RuntimeWarning)
@@ -363,7 +364,7 @@ def fold_lora(
 def audit(
     model: nn.Module,  # after `apply_plan`
     plan: TuningPlan,
-    kept=(),  # layers whose LoRA of an earlier stage stays frozen
+    kept: Collection[str] = (),  # layers whose LoRA of an earlier stage stays frozen
 ) -> None:
     "Compare every parameter with the plan. Raises `RuntimeError` naming those that disagree."
     wrong, layout, trained = [], layout_of(model), set()

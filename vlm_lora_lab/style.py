@@ -6,12 +6,16 @@
 __all__ = ['COLORS', 'STYLE', 'figure', 'save_figure']
 
 # %% ../nbs/01_style.ipynb #67129510
+from pathlib import Path
+from typing import Any
+
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 # %% ../nbs/01_style.ipynb #8fe40caa
 COLORS = ("#1b6ca8", "#d1603d", "#3a7d44", "#7b4b94", "#8a8a8a")  # where the hue cannot tell them apart, the line style does
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 80, "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
     "axes.prop_cycle": plt.cycler(color=COLORS) + plt.cycler(linestyle=["-", "--", "-.", ":", (0, (1, 3))]),
@@ -23,15 +27,15 @@ def figure(
     cols: int = 1,  # columns of axes
     width: float = 5.0,  # of the whole figure, inches
     height: float = 2.6,  # of the whole figure, inches
-):  # (figure, axes) as from `plt.subplots`
+) -> tuple[Figure, Any]:  # axes as from `plt.subplots`: one, or an array of them
     "A figure in the course's style, without touching matplotlib's global settings."
     with plt.rc_context(STYLE):
         return plt.subplots(rows, cols, figsize=(width, height), layout="constrained")
 
 # %% ../nbs/01_style.ipynb #62842462
 def save_figure(
-    fig,  # from `figure`
-    path,  # a PNG file
+    fig: Figure,  # from `figure`
+    path: str | Path,  # a PNG file
 ) -> None:
     "Write a figure and close it."
     fig.savefig(path, dpi=120)

@@ -9,6 +9,7 @@ __all__ = ['DEMO_PLAN', 'DEMO_STEPS', 'peak_memory', 'demo']
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def demo(
     mix_share: float = 0.0,  # share of old samples among the new, against forgetting
     steps: int = DEMO_STEPS,  # optimizer steps of 32 samples
     seed: int = 0,
-    say=print,  # called with each line of the account
+    say: Callable = print,  # called with each line of the account
 ) -> dict:  # what `report.json` holds
     """Fine-tune the lab model on handwriting by Q-LoRA, evaluate, save, reload, merge, and prove that the three are one.
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 from .save import check_seals, fingerprint, is_base, read_provenance
 from ..errors import InputError, complete_or_nothing, empty_folder, write_json
@@ -257,7 +257,9 @@ def _renamed(model, stored):
     back = [r.reverse_transform() for r in renamings[::-1] if not isinstance(r, PrefixChange)]
 
     def as_stored(name):
-        old = apply_renamings(name, back)
+        old = name
+        for renaming in back:
+            old, _ = renaming.rename_source_key(old)
         return old if rename_source_key(old, renamings, converters, model.base_model_prefix, state)[0] == name else name
 
     return found, as_stored
@@ -560,7 +562,8 @@ def noise_checkpoint(
 ) -> tuple[Path, Path]:  # folder of a base, folder of an adapter for it
     "Weights of noise in the shapes of a configuration, for measuring; nothing of that size is held."
     base, adapter, noise = Path(folder) / "base", Path(folder) / "adapter", 0.02 * torch.randn(2**20)
-    base.mkdir(), adapter.mkdir()
+    base.mkdir()
+    adapter.mkdir()
     write_json(base / "config.json", values)
     state = {n: (torch.bfloat16, tuple(t.shape)) for n, t in on_meta(values).state_dict().items()}
     room, weight_map = sum(torch.Size(s).numel() for _, s in state.values()) / shards, {}

@@ -12,12 +12,13 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -334,7 +335,7 @@ class _Model:
         return layers | {n: "embeddings" for n in self.layout.embeddings if isinstance(self.modules.get(n), nn.Embedding)}
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #1fbeeeef
-def _read(found, model, allow_pickle) -> _Contents:
+def _read(found: Found, model: Any, allow_pickle: bool) -> _Contents:
     "Put every tensor in its place. Raises `InputError` for names and shapes that the base does not have, and for two values of one name."
     got, seen, foreign, adapters = _Contents(), {}, [], set()
     for t in _tensors(found, allow_pickle):
@@ -463,10 +464,11 @@ def _end(name, chosen, every):
     return ""
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #75943f1d
-def _plan_of(model, sizes, modules, options) -> TuningPlan:
+def _plan_of(model: Any, sizes: dict, modules: Collection[str], options: dict) -> TuningPlan:
     "The plan that says what is there: LoRA of these sizes, and these modules in full."
     usual = Counter(sizes.values()).most_common(1)[0][0]
-    words, layers = {}, model.adaptable
+    words: dict[str, Any] = {}
+    layers = model.adaptable
     for part in PARTS:
         mine = {n for n, p in model.part.items() if p == part}
         if mine and all(_below(n, modules) for n in mine):
@@ -480,7 +482,7 @@ def _plan_of(model, sizes, modules, options) -> TuningPlan:
     wanted = {n for n in model.params if _below(n, modules)}
     given = {n: (r.rank, r.alpha) for n, r in lora_layers(model.model, plan).items()}
     kept = {n for n in model.params if _below(n, full_modules(model.model, plan))}
-    if {n: (r, float(a)) for n, (r, a) in given.items()} != {n: (r, float(a)) for n, (r, a) in sizes.items()} or kept != wanted:
+    if {n: (r, a and float(a)) for n, (r, a) in given.items()} != {n: (r, float(a)) for n, (r, a) in sizes.items()} or kept != wanted:
         raise RuntimeError(f"The plan {plan.words} does not say what is in the files: {sorted(set(given) ^ set(sizes))[:4]}, {sorted(kept ^ wanted)[:4]}.")
     return plan
 

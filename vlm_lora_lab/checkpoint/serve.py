@@ -132,9 +132,9 @@ def check_lora(
     odd = [n for n in shapes if not form.fullmatch(n)]
     rules.append(Rule("every key is base_model.model.LAYER.lora_A.weight or lora_B", bool(shapes) and not odd, odd[0] if odd else "there are none", _MODEL))
     pairs = {}
-    for n in set(shapes) - set(odd):
-        module, kind = form.fullmatch(n).groups()
-        pairs.setdefault(module, {})[kind] = shapes[n]
+    for n in shapes:
+        if m := form.fullmatch(n):
+            pairs.setdefault(m[1], {})[m[2]] = shapes[n]
     model = on_meta(base)
     modules, layers = dict(model.named_modules()), set(linear_layers(model)["language"])
     strange = sorted(set(pairs) - layers)
@@ -206,7 +206,7 @@ def check_llama_cpp(
     rules.append(Rule("the tower that the script builds from config.json is the one in the files", not wrong and not more, "; ".join([*wrong, *more[:1]]), _ENCODER))
     hidden, resampler = values.get("hidden_size", 1536), stored.get("resampler.query")
     shape = (values.get("query_num", 0), hidden)
-    rules.append(Rule("query_num and hidden_size are those of the resampler", bool(resampler) and resampler.shape == shape, f"{shape}", _ENCODER))
+    rules.append(Rule("query_num and hidden_size are those of the resampler", resampler is not None and resampler.shape == shape, f"{shape}", _ENCODER))
     rules.append(Rule("positions are on a grid of 70 × 70", side == 70, f"{side} × {side}", _ENCODER))
     return rules
 

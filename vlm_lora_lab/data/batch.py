@@ -118,7 +118,7 @@ class Processor(BaseProcessor):
     family: Family = FAMILIES["2.6"]
 
     @classmethod
-    def of(cls, config, tokenizer, max_length=2048, drop=False):
+    def of(cls, config: Any, tokenizer: Any, max_length: int = 2048, drop: bool = False) -> "Processor":
         "From a model's configuration. Raises `InputError` for a family that is not known."
         limit = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
         return cls(tokenizer=tokenizer, max_length=limit, drop=drop, family=family_of(config), **_wants(config))
@@ -127,7 +127,7 @@ class Processor(BaseProcessor):
         "Columns and rows of slices of a picture of a size."
         return None if self.family is FAMILIES["qwen"] else cut_of(*size, self.scale_resolution, self.patch_size, self.max_slice_nums).grid
 
-    def encode(self, conversation: Conversation, grids, answer: bool = True) -> Encoded:
+    def encode(self, conversation: Conversation, grids: Sequence[tuple[int, int] | None] | None, answer: bool = True) -> Encoded:
         "Tokens, labels and places. Raises `InputError`."
         return encode(conversation, self.tokenizer, self.query_num, self.max_length, self.use_image_id, answer, self.family, grids, self.drop)
 
@@ -231,7 +231,7 @@ class ByLength(LengthGroupedSampler):
         super().__init__(batch_size, lengths=list(lengths))
         self.seed, self.epoch = seed, 0
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         "Called by the Trainer before each epoch."
         self.epoch = epoch
 

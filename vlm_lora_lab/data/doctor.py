@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
+from typing import Any
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -101,7 +103,7 @@ def _dialect(value):
 
 # %% ../../nbs/28_data.doctor.ipynb #26271a78
 def look(
-    record,  # bytes of JSON, or what JSON makes of them
+    record: Any,  # bytes of JSON, or what JSON makes of them
     access: Access,
     processor: BaseProcessor | None = None,  # of a model; None: tokens are not looked at
     pictures: str = "decode",  # "decode", "header", or "none"
@@ -110,7 +112,7 @@ def look(
 ) -> Look:
     "Look at one record. Raises nothing, whatever it is."
     findings, where, name, value = [], "", "", None
-    say = lambda *words, **more: findings.append(Finding(*words, row=number, line=line, id=name, **more))  # noqa: E731
+    say = lambda level, kind, reason, remedy="", field="": findings.append(Finding(level, kind, reason, remedy, number, line, name, field))  # noqa: E731
     try:
         value = parse_json(record, where, access.limits) if isinstance(record, bytes) else record
         name = str(value.get("id", number))[:100] if isinstance(value, dict) else ""
@@ -170,7 +172,7 @@ class Compare:
     def findings(self, seen: Look, row: int, line: int | None) -> list[Finding]:
         "What a record has in common with an earlier one, or with another file."
         found = []
-        say = lambda *words: found.append(Finding(*words, row=row, line=line, id=seen.id))  # noqa: E731
+        say = lambda level, kind, reason, remedy="": found.append(Finding(level, kind, reason, remedy, row, line, seen.id))  # noqa: E731
         if seen.id and (first := self.ids.setdefault(seen.id, row)) != row:
             say("note", "id", f"the id stands at record {first}, too", "Give each record its own")
         if seen.keys is None:
@@ -208,8 +210,7 @@ class Report:
 
     @property
     def worst(self) -> dict[int, str]:  # record -> its gravest severity; records without findings are not in it
-        order = sorted((f for f in self.findings if f.row is not None), key=lambda f: f.rank)
-        return {f.row: f.severity for f in order}
+        return {f.row: f.severity for f in sorted(self.findings, key=lambda f: f.rank) if f.row is not None}
 
     @property
     def bad(self) -> list[int]:
@@ -398,9 +399,9 @@ def check_data(
 
 # %% ../../nbs/28_data.doctor.ipynb #4bcfab2b
 def mutate(
-    value,  # a record, or a part of one
-    rng,  # `random.Random`
-):  # a value that JSON can hold, most likely spoilt
+    value: Any,  # a record, or a part of one
+    rng: Random,
+) -> Any:  # a value that JSON can hold, most likely spoilt
     "Spoil a record in a random place; for tests of what reads it."
     junk = [None, True, 0, -1, 1e308, "", "<image>", "<image_00>", "\x00", "\ud800", "../x", "http://x/y", "<|im_end|>", [], {}, [[]], {"": ""}, "x" * 50]
     if rng.random() < 0.15:

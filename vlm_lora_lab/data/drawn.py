@@ -100,7 +100,7 @@ def draw(
 ) -> Conversation:  # with pictures in memory
     "A picture, a question and its answer. Raises `KeyError` for an unknown kind."
     rng = random.Random(seed)
-    kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
+    kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == "number":
         image, value, _ = number(rng)
         return ask("What number is this?", str(value), image, id=f"number-{seed}", category="number")

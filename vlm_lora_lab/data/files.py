@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 
@@ -106,7 +107,7 @@ def parse_json(
     text: bytes,  # one record
     where: str,  # for the error message
     limits: Limits = LIMITS,
-):  # the value
+) -> Any:  # the value
     "One JSON value, within limits. Raises `InputError`."
     if len(text) > limits.record_bytes:
         raise InputError(f"this record has {len(text):,} bytes; the limit is {limits.record_bytes:,}", where, "Keep pictures in files of their own")

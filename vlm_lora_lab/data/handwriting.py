@@ -9,6 +9,7 @@ __all__ = ['SPLITS', 'QUESTION', 'scans', 'pick', 'compose', 'build']
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -79,8 +80,9 @@ def build(
         write(folder / "handwriting" / f"{split}.json", rows)
     (folder / "pictures").mkdir(exist_ok=True)
     pair, shapes, total = draw(0, "pair"), draw(1, "caption"), draw(2, "sum")
-    for i, image in enumerate((*pair.images, *shapes.images)):
-        image.save(folder / "pictures" / f"{i}.png", optimize=True)
+    drawn: list[Any] = [*pair.images, *shapes.images]
+    for i, picture in enumerate(drawn):
+        picture.save(folder / "pictures" / f"{i}.png", optimize=True)
     write(
         folder / "mixed.json",
         [

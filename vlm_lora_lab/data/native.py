@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jinja2 import TemplateError
@@ -44,7 +44,7 @@ class NativeProcessor(BaseProcessor):
     kind: ClassVar[type]  # of `images`
 
     @abstractmethod
-    def disagreement(self, config) -> str:
+    def disagreement(self, config: Any) -> str:
         "What the model's other files say differently from its configuration; empty: nothing."
 
     def numbered(self, texts: Sequence[str]) -> Sequence[str]:
@@ -120,7 +120,7 @@ class QwenPictures(NativeProcessor):
         images.size = SizeDict(shortest_edge=images.size["shortest_edge"], longest_edge=min(max_pixels, images.size["longest_edge"]))
         return replace(self, images=images)
 
-    def disagreement(self, config) -> str:
+    def disagreement(self, config: Any) -> str:
         vision = config.vision_config
         pairs = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size, "temporal_patch_size": vision.temporal_patch_size}
         return _differences(self.images, pairs)
@@ -168,7 +168,7 @@ class SlicedPictures(NativeProcessor):
         images.max_slice_nums = slices_within(max_pixels, images.scale_resolution, images.max_slice_nums)
         return replace(self, images=images)
 
-    def disagreement(self, config) -> str:
+    def disagreement(self, config: Any) -> str:
         if missing := [t for t in ("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>") if t not in self.tokenizer.get_vocab()]:
             return f"the tokenizer lacks {', '.join(missing)}"
         return _differences(self.images, {"patch_size": config.vision_config.patch_size, "downsample_mode": config.downsample_mode})

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -62,7 +63,7 @@ class Conversation:
 def ask(
     question: str,  # text of the user's turn; "<image>" is put in front for pictures that it does not mention
     answer: str,  # text of the assistant's turn
-    *images,  # pictures or paths, in order
+    *images: Path | Image.Image | Inline | Remote,  # pictures or paths, in order
     id: str = "0",  # a name for error messages
     category: str = "",  # kind of question
     answers: tuple[str, ...] = (),  # other right answers
@@ -272,7 +273,7 @@ class Access:
 
 
 def parse_record(
-    record,  # what JSON makes of it; a dictionary, if it is any good
+    record: Any,  # what JSON makes of it; a dictionary, if it is any good
     access: Access,
     where: str = "record",  # file and record, for error messages
     number: int = 0,  # of the record; its name if it has no id

@@ -12,6 +12,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +96,12 @@ def opened(
     image: str | Path | Inline | Remote,  # where the picture is
     where: str = "",  # file and record that mention it, for the error message
     limits: Limits = LIMITS,
-):  # yields Pillow's picture, not decoded yet
+) -> Iterator[Image.Image]:  # not decoded yet
     "Open a picture file and check its size. Raises `InputError`, also for what goes wrong inside the block."
     name = repr(image) if isinstance(image, Inline) else str(getattr(image, "url", image))
     try:
         if isinstance(image, (Inline, Remote)):
-            source = io.BytesIO(image.read(where, limits))
+            source: io.BytesIO | str | Path = io.BytesIO(image.read(where, limits))
         elif (size := Path(image).stat().st_size) > limits.file_bytes:
             raise InputError(f"{name} has {size:,} bytes; the limit is {limits.file_bytes:,}", where, "Make it smaller")
         else:
@@ -108,7 +109,7 @@ def opened(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the stricter check
             with Image.open(source, formats=FORMATS) as picture:
-                check_size(*picture.size, f"{where}, {name}" if where else name, limits)
+                check_size(picture.width, picture.height, f"{where}, {name}" if where else name, limits)
                 yield picture
     except InputError:
         raise
@@ -196,7 +197,7 @@ def tiles_of(
 ) -> list[Image.Image]:  # the overview, then the slices row by row
     "The pictures that the vision tower sees. Resizing is bicubic, as upstream's."
     resized = lambda size: image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)  # noqa: E731
-    if cut.grid is None:
+    if cut.grid is None or cut.tile is None:
         return [resized(cut.overview)]
     (cols, rows), (w, h) = cut.grid, cut.tile
     large = resized((cols * w, rows * h))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -62,7 +63,7 @@ FAMILIES = {
 
 
 def family_of(
-    config,  # of a model: `model_type` and, for MiniCPM-V, `version`
+    config: Any,  # of a model: `model_type` and, for MiniCPM-V, `version`
 ) -> Family:
     "Find a model's family. Raises `InputError` for one that is not known."
     name = "qwen" if config.model_type == "qwen" else str(getattr(config, "version", None) or "2.0")

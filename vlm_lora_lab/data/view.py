@@ -10,6 +10,7 @@ import base64
 import html
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 from PIL import Image
 
@@ -41,7 +42,7 @@ def pieces_of(
     ids: list[int],  # tokens
     labels: list[int],  # IGNORE where nothing is learned
     places: list[tuple[int, int]],  # start and end of each picture's fillers
-    tokenizer,
+    tokenizer: Any,
     padding: int = 0,  # tokens that are added behind
 ) -> tuple[Piece, ...]:
     "Cut a text into pieces for the eye; no token is left out."

@@ -7,9 +7,10 @@ __all__ = ['loss_of', 'undisturbed', 'GradientRow', 'GradientAudit', 'audit_grad
 
 # %% ../../nbs/60_debug.gradients.ipynb #29aef2aa
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from ..errors import InputError
 # %% ../../nbs/60_debug.gradients.ipynb #3d75b0f0
 def loss_of(
     model: nn.Module,
-    batch,  # a dictionary of arguments, a tuple of them, or the one argument
+    batch: Any,  # a dictionary of arguments, a tuple of them, or the one argument
 ) -> torch.Tensor:  # scalar
     "Call any model on a batch and find the loss. Raises `InputError` when what comes back holds none."
     out = model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
@@ -32,7 +33,7 @@ def loss_of(
 @contextmanager
 def undisturbed(
     model: nn.Module,
-):
+) -> Iterator[None]:
     "Whatever happens inside: afterwards weights, buffers, gradients, modes and random numbers are as before, bit for bit."
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
@@ -150,7 +151,7 @@ def _moves(p, g, rate):
 # %% ../../nbs/60_debug.gradients.ipynb #d680f4e7
 def audit_gradients(
     model: nn.Module,  # any PyTorch model
-    batch,  # one real batch, as the model takes it: a dictionary, a tuple, or a tensor
+    batch: Any,  # one real batch, as the model takes it: a dictionary, a tuple, or a tensor
     loss: Callable = loss_of,  # function of model and batch that returns the loss
     rate: float | Callable[[str], float] | torch.optim.Optimizer | None = None,  # learning rate, or a function of a tensor's name, or the optimizer
     promised: Callable[[str], bool] | None = None,  # whether a tensor of this name was meant to be trained
@@ -179,10 +180,10 @@ def audit_gradients(
     rows = [_row(model, n, p, steps, seen, rates) for n, p in model.named_parameters() if p.requires_grad]
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     extra = {n: ("frozen, but holds a gradient", "It was frozen after a backward pass; call zero_grad(), and make the optimizer anew") for n in stale}
-    for n, p in model.named_parameters() if promised else ():
-        if promised(n) and not p.requires_grad:
+    for n, p in model.named_parameters():
+        if promised and promised(n) and not p.requires_grad:
             extra[n] = ("promised, but frozen", "Nothing in the model asks for its gradient; look at what was called after it was unfrozen")
-        if p.requires_grad and not promised(n):
+        if promised and p.requires_grad and not promised(n):
             extra[n] = ("trained, but not promised", "Freeze it, or say that it is meant")
     rows = [r for r in rows if r.name not in extra] + [GradientRow(n, "", None, None, *why) for n, why in extra.items()]
     return GradientAudit(tuple(rows), tuple(losses), len([n for n in frozen if n not in extra]))

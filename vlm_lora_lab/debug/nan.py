@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -101,7 +102,7 @@ _NOT_POSSIBLE = (RuntimeError, ValueError, TypeError, KeyError, IndexError, Attr
 
 def healthy(
     model: nn.Module,
-    batch,
+    batch: Any,
     loss: Callable = loss_of,
     scale: float = 1.0,  # of the loss
 ) -> bool:
@@ -124,12 +125,12 @@ def _map(batch, f):
 
 # %% ../../nbs/61_debug.nan.ipynb #1d1ecb7c
 def rows_of(
-    batch,
+    batch: Any,
     image_token: int | None = None,  # id that marks the places of pictures, for the families of chapter 19
 ) -> list:  # one batch per sample
     "Cut a batch into its samples. Raises `ValueError` when its tensors do not say which row they belong to."
-    found = []
-    _map(batch, lambda k, t: found.append((k, t)) or t)
+    found: list[tuple[Any, torch.Tensor]] = []
+    _map(batch, lambda k, t: found.append((k, t)))
     rows = next((t for k, t in found if k == "input_ids"), found[0][1]).shape[0]
     if isinstance(batch, Mapping) and "image_bound" in batch:  # MiniCPM-V and Qwen-VL here: pictures know their row
         row = batch["image_bound"][:, 0]
@@ -301,7 +302,7 @@ def flushed_epsilons(
 # %% ../../nbs/61_debug.nan.ipynb #363d2b02
 def diagnose(
     model: nn.Module,  # any PyTorch model
-    batch,  # as the model takes it
+    batch: Any,  # as the model takes it
     loss: Callable = loss_of,  # function of model and batch
     optimizer: torch.optim.Optimizer | None = None,  # look at its step, too
     scale: float = 1.0,  # of the loss, as a gradient scaler multiplies it and divides gradients afterwards
@@ -316,7 +317,7 @@ def diagnose(
         for p, _ in grads:
             p.grad = None
         found = trace(model, batch, loss, optimizer, scale)
-        if found.ok:
+        if found.event is None:
             return None
         trials = {}
         if try_remedies and found.event.phase != "optimizer":

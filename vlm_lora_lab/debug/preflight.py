@@ -81,7 +81,7 @@ def check_data(
                 wrong.append(f"{c.source or c.id}: no token has a label")
         except InputError as e:
             wrong.append(str(e))
-    order = sorted(lengths, key=lengths.get, reverse=True)
+    order = sorted(lengths, key=lengths.__getitem__, reverse=True)
     says = f"{len(conversations)} conversations, {pictures} pictures"
     says += f", {lengths[order[-1]]} to {lengths[order[0]]} tokens" if order else ""
     shown = "".join(f"\n{w}" for w in wrong[:20]) + (f"\nand {len(wrong) - 20} others" if len(wrong) > 20 else "")

@@ -49,7 +49,7 @@ class Specimen:
 SPECIMENS: dict[str, Specimen] = {}
 
 
-def specimen(cause, phase, module, samples=None):
+def specimen(cause: str, phase: str, module: str, samples: tuple[int, ...] | None = None) -> Callable:
     "Put what a function makes into the cabinet."
 
     def keep(make):
@@ -64,7 +64,7 @@ def specimen(cause, phase, module, samples=None):
     return keep
 
 
-def lab(dtype: torch.dtype = torch.float32, rows: int = 3):  # model in training mode, batch
+def lab(dtype: torch.dtype = torch.float32, rows: int = 3) -> tuple[nn.Module, dict]:  # in training mode, and a batch
     "The lab model and a batch of drawn pictures."
     tokenizer = load_tokenizer("lab")
     model = load_vlm("lab", dtype=dtype, device="cpu").train()
@@ -74,7 +74,7 @@ def lab(dtype: torch.dtype = torch.float32, rows: int = 3):  # model in training
 
 # %% ../../nbs/62_debug.specimens.ipynb #2406808b
 @specimen("fp16 overflow", "forward", "vpm.encoder.layers.4.mlp.fc2")
-def fp16_forward():
+def fp16_forward() -> Case:
     "fp16 overflow, forward."
     model, batch = lab(torch.float16)
     model.vpm.encoder.layers[4].mlp.fc2.weight.data *= 2**13
@@ -93,7 +93,7 @@ class Steep(nn.Module):
 
 
 @specimen("fp16 overflow", "backward", "steep")
-def fp16_backward():
+def fp16_backward() -> Case:
     "fp16 overflow, backward only."
     model = Steep().half()
     for layer, size in ((model.flat, 2**-12), (model.steep, 60), (model.head, 1)):
@@ -102,7 +102,7 @@ def fp16_backward():
 
 
 @specimen("gradient norm overflow", "clipping", "")
-def fp16_norm():
+def fp16_norm() -> Case:
     "fp16 gradients whose norm overflows."
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1)).half()
     nn.init.constant_(model[1].weight, 1.0)
@@ -110,7 +110,7 @@ def fp16_norm():
 
 # %% ../../nbs/62_debug.specimens.ipynb #7e3857e6
 @specimen("epsilon underflow", "optimizer", "0.weight")
-def epsilon():
+def epsilon() -> Case:
     "Adam's epsilon is zero in fp16."
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)).half()
     nn.init.constant_(model[2].weight, 2**-10)
@@ -131,7 +131,7 @@ class Looks(nn.Module):
 
 
 @specimen("fully masked row", "forward", "attn", (1,))
-def masked_row():
+def masked_row() -> Case:
     "A picture without patches."
     return Case(Looks(), {"patches": torch.randn(3, 6, 16), "sizes": torch.tensor([6, 0, 4])})
 
@@ -151,7 +151,7 @@ class Speaks(nn.Module):
 
 
 @specimen("padding on the wrong side", "forward", "attn", (0, 2))
-def padding_side():
+def padding_side() -> Case:
     "Text padded on the right, mask made for the left."
     ids, lengths = torch.randint(1, 50, (3, 8)), torch.tensor([5, 8, 6])
     real = torch.arange(8) < lengths[:, None]
@@ -159,7 +159,7 @@ def padding_side():
 
 # %% ../../nbs/62_debug.specimens.ipynb #a9e9add0
 @specimen("no labels", "forward", "llm")
-def no_labels():
+def no_labels() -> Case:
     "Every label is masked."
     model, batch = lab()
     return Case(model, batch | {"labels": torch.full_like(batch["labels"], -100)})
@@ -178,7 +178,7 @@ class Pools(nn.Module):
 
 
 @specimen("empty mask", "forward", "", (2,))
-def empty_mask():
+def empty_mask() -> Case:
     "A mean over an empty mask."
     return Case(Pools(), {"x": torch.randn(4, 5, 8), "mask": torch.tensor([[1.0] * 5, [1, 1, 0, 0, 0], [0] * 5, [1, 0, 0, 0, 0]])})
 
@@ -193,7 +193,7 @@ class Rounds(nn.Linear):
 
 
 @specimen("block of zeros", "forward", "1")
-def zero_block():
+def zero_block() -> Case:
     "A quantised layer with a block of zeros."
     model = nn.Sequential(nn.Linear(8, 8), Rounds(8, 4), nn.Linear(4, 1))
     model[1].weight.data[2] = 0  # a pruned channel
@@ -213,7 +213,7 @@ class Standardises(nn.Module):
 
 
 @specimen("spread of one", "forward", "")
-def spread_of_one():
+def spread_of_one() -> Case:
     "The last batch of an epoch has one row."
     return Case(Standardises(), torch.randn(1, 8))
 
@@ -231,13 +231,13 @@ class UnitLength(nn.Module):
 
 
 @specimen("root at zero", "backward", "", (1,))
-def root():
+def root() -> Case:
     "The square root of zero."
     return Case(UnitLength(), torch.randn(3, 8) * torch.tensor([[1.0], [0.0], [1.0]]))
 
 
 @specimen("root at zero", "backward", "", (0,))
-def constant_row():
+def constant_row() -> Case:
     "The spread of equal numbers."
 
     class Contrast(UnitLength):
@@ -261,7 +261,7 @@ class Chooses(nn.Module):
 
 
 @specimen("hidden branch", "backward", "", (1, 3))
-def hidden_branch():
+def hidden_branch() -> Case:
     "A division that `where` hides."
     model = Chooses()
     model.fc.weight.data = torch.eye(2, 8)
@@ -281,7 +281,7 @@ class Likelihood(nn.Module):
 
 
 @specimen("log of zero", "forward", "", (1,))
-def log_of_zero():
+def log_of_zero() -> Case:
     "The logarithm of a probability that underflows."
     return Case(Likelihood(), (torch.randn(3, 8) * torch.tensor([[1.0], [30.0], [1.0]]), torch.tensor([1, 3, 0])))
 
@@ -294,7 +294,7 @@ def _black(which):
 
 
 @specimen("corrupt input", "given", "batch['pixel_values']", (2,))
-def nan_pixels():
+def nan_pixels() -> Case:
     "A black picture divided by its own largest value."
     model, batch, pixels = _black(2)
     shifted = pixels + 0.5
@@ -303,7 +303,7 @@ def nan_pixels():
 
 
 @specimen("corrupt input", "given", "batch['pixel_values']", (0,))
-def inf_pixels():
+def inf_pixels() -> Case:
     "A black picture divided by its own spread."
     model, batch, pixels = _black(0)
     pixels[0] = pixels[0] / (pixels[0] - pixels[0].mean()).square().mean().sqrt()
@@ -323,14 +323,14 @@ class Sees(nn.Module):
 
 
 @specimen("pixels not normalised", "forward", "")
-def raw_pixels():
+def raw_pixels() -> Case:
     "Pixels from 0 to 255."
     pixels = torch.randint(0, 256, (4, 3, 32, 32)).half()
     return Case(Sees().half(), {"pixel_values": pixels, "labels": torch.tensor([0, 1, 2, 3])})
 
 
 @specimen("corrupt weights", "given", "resampler.kv_proj.weight")
-def cast_weights():
+def cast_weights() -> Case:
     "A checkpoint cast from bfloat16 to fp16."
     model, batch = lab()
     model.resampler.kv_proj.weight.data[3, 5] = 1e5  # an outlier that bfloat16 can hold
@@ -345,7 +345,7 @@ def weight_norms(
 
 
 @specimen("learning rate too high", "forward", "")
-def blow_up():
+def blow_up() -> Case:
     "A learning rate that is a hundred times too high."
     x, y = torch.randn(16, 8), torch.randn(16, 1)
 
@@ -365,7 +365,7 @@ def blow_up():
 
 
 @specimen("LoRA scale", "forward", "base_model.model.llm.model.layers.0.self_attn.q_proj")
-def lora_scale():
+def lora_scale() -> Case:
     "LoRA that starts at random and is scaled up."
     model, batch = lab(torch.float16)
     config = LoraConfig(target_modules=r"llm\..*\.(q_proj|v_proj)", r=8, lora_alpha=2**23, init_lora_weights=False)

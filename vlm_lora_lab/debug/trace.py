@@ -9,6 +9,7 @@ __all__ = ['Range', 'Event', 'Tracer', 'Trace', 'trace', 'Extent', 'extents']
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -200,7 +201,7 @@ def _first(events, phase):
 # %% ../../nbs/63_debug.trace.ipynb #91065171
 def trace(
     model: nn.Module,
-    batch,  # as the model takes it
+    batch: Any,  # as the model takes it
     loss: Callable = loss_of,
     optimizer: torch.optim.Optimizer | None = None,  # its step is watched, too
     scale: float = 1.0,  # the loss is multiplied by it and gradients are divided afterwards, as a gradient scaler does
@@ -271,7 +272,7 @@ class Extent:
 
 def extents(
     model: nn.Module,  # best in float32: then what fp16 could not hold is still seen
-    batch,
+    batch: Any,
     loss: Callable = loss_of,
     scale: float = 1.0,  # of the loss
 ) -> list[Extent]:  # in the order in which modules finish

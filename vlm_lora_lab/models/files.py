@@ -11,6 +11,7 @@ import json
 import pickle
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ def account(
     return Account(len(mine), dtypes.total(), dict(dtypes), aside)
 
 # %% ../../nbs/17_models.files.ipynb #c2666e06
-def shape_of(shape) -> str:
+def shape_of(shape: Iterable[int]) -> str:
     "A shape as people write it."
     return " × ".join(map(str, shape)) or "a single number"
 
@@ -236,7 +237,7 @@ _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"
 @contextmanager
 def no_bar_if_small(
     size: int,  # of the weights, bytes
-):
+) -> Iterator[None]:
     "transformers shows a progress bar for every load and save; one that takes no time needs none."
     small, shown = size < 2**27, hf_logging.is_progress_bar_enabled()
     if small:
@@ -278,7 +279,7 @@ def save_vlm(
     return folder
 
 # %% ../../nbs/17_models.files.ipynb #1fd6ee37
-def _aside(source, layout: Layout):
+def _aside(source: Path, layout: Layout) -> dict[str, torch.Tensor]:
     "The tensors of the source that the model did not load."
     if not layout.aside or not (source / "config.json").is_file():
         return {}
@@ -308,7 +309,7 @@ def true_config(
     "The source's configuration, true of what is written. Raises `RuntimeError` when it cannot be made to say that head and embeddings are two."
     values = {k: v for k, v in values.items() if k != "quantization_config"}
     floating = {d: n for d, n in kinds.items() if d.is_floating_point}
-    values["dtype" if "dtype" in values else "torch_dtype"] = str(max(floating, key=floating.get)).removeprefix("torch.")
+    values["dtype" if "dtype" in values else "torch_dtype"] = str(max(floating, key=floating.__getitem__)).removeprefix("torch.")
     if not tied and "model_type" in values and getattr(on_meta(values), "all_tied_weights_keys", None):
         values |= {"tie_word_embeddings": False} | {k: v | {"tie_word_embeddings": False} for k, v in values.items() if k == "text_config"}
         if on_meta(values).all_tied_weights_keys:

@@ -8,7 +8,7 @@ __all__ = ['GENERATIONS', 'Generation', 'Precision', 'precision_for', 'precision
 # %% ../../nbs/18_models.precision.ipynb #4dc897c9
 import re
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,7 +62,7 @@ class Precision:
     def context(
         self,
         device: str = "cuda",  # type of device
-    ):  # a context manager
+    ) -> AbstractContextManager:
         "Autocast, or nothing."
         return torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext()
 

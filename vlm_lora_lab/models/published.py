@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -33,7 +34,7 @@ def model_config(
     Raises `InputError` for a family that is not known, or for values that its class refuses."""
     kind = values.get("model_type")
     kind = kind if isinstance(kind, str) else repr(kind)
-    ours = {"minicpmv": MiniCPMVConfig, "minicpmo": MiniCPMOConfig, "qwen": QwenVLConfig}
+    ours: dict[str, Any] = {"minicpmv": MiniCPMVConfig, "minicpmo": MiniCPMOConfig, "qwen": QwenVLConfig}
     if kind == "qwen" and "visual" not in values:
         raise InputError("model_type is 'qwen', but there is no 'visual' in it: this is Qwen, which has no eyes", where, "Give a Qwen-VL checkpoint")
     if kind not in ours and (kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping):

@@ -10,6 +10,7 @@ __all__ = ['VISUAL_FIELDS', 'QwenVLConfig', 'resize_positions', 'VisualAttention
 # %% ../../nbs/13_models.qwenvl.ipynb #10594742
 import math
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attenti
 from transformers.utils import can_return_tuple
 
 from ..errors import InputError
+from .minicpmv import CACHE
 from .resampler import CrossAttention, sincos_2d
 
 # %% ../../nbs/13_models.qwenvl.ipynb #5b1b93ab
@@ -50,7 +52,7 @@ class QwenVLConfig(PreTrainedConfig):
     "Configuration of Qwen-VL (2023), field for field the published `config.json`, whose values are the defaults."
 
     model_type = "qwen"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 151936
     hidden_size: int = 4096
@@ -252,8 +254,8 @@ class QwenAttention(nn.Module):
         angles: tuple[torch.Tensor, torch.Tensor],  # from `rotary`
         logn: torch.Tensor | None = None,  # (batch, 1, tokens, 1) from `logn_scale`
         attention_mask: torch.Tensor | None = None,  # from `create_causal_mask`
-        past_key_values=None,
-        **kwargs,  # for the attention function
+        past_key_values: Any = None,
+        **kwargs: Any,  # for the attention function
     ) -> torch.Tensor:  # (batch, tokens, D)
         "Let every token look back."
         q, k, v = self.c_attn(x).unflatten(-1, (3, -1, self.config.kv_channels)).permute(2, 0, 3, 1, 4)  # (batch, heads, tokens, ·)
@@ -289,7 +291,7 @@ class QwenBlock(GradientCheckpointingLayer):
         self.ln_1, self.ln_2 = (Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon) for _ in range(2))
         self.attn, self.mlp = QwenAttention(config, layer_idx), QwenMLP(config)
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:  # (batch, tokens, D) both; the rest is for `attn`
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # (batch, tokens, D) both; the rest is for `attn`
         x = x + self.attn(self.ln_1(x), *args, **kwargs)
         return x + self.mlp(self.ln_2(x))
 
@@ -304,7 +306,7 @@ class QwenTransformer(nn.Module):
         self.drop = nn.Dropout(config.emb_dropout_prob)
         self.h = nn.ModuleList(QwenBlock(config, i) for i in range(config.num_hidden_layers))
         self.ln_f = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.visual = QwenVisual(config.visual)
+        self.visual = QwenVisual(config.visual or {})
 
     def _alpha(self, tokens, past, cache):
         "Decided by the prompt and kept with its cache, whose keys were rotated by it."
@@ -315,7 +317,14 @@ class QwenTransformer(nn.Module):
             cache.ntk_alpha = alpha
         return alpha
 
-    def forward(self, x, attention_mask=None, position_ids=None, past_key_values=None, **kwargs) -> torch.Tensor:  # (batch, tokens, D)
+    def forward(
+        self,
+        x: torch.Tensor,  # (batch, tokens, D)
+        attention_mask: torch.Tensor | None = None,  # (batch, tokens)
+        position_ids: torch.Tensor | None = None,  # (batch, tokens) int
+        past_key_values: Any = None,
+        **kwargs: Any,  # for the attention function
+    ) -> torch.Tensor:  # (batch, tokens, D)
         "Run the layers over embeddings, pictures included."
         config, past = self.config, 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
@@ -340,7 +349,7 @@ class QwenVLBase(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
     _no_split_modules = ["QwenBlock", "QwenVisual"]
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # only where the configuration ties them
 
     def _init_weights(self, module):
@@ -407,7 +416,7 @@ class QwenVLEmbedder(QwenVLBase):
         if not pictures and self.training and any(p.requires_grad for p in visual.parameters()):
             empty = x.new_zeros(1, 3, *visual.conv1.stride)  # vision tower and connector get zeros as gradients, and not None
             return x + visual(empty).mean().to(x.dtype) * 0
-        if not pictures:
+        if pixel_values is None or image_bound is None or not pictures:
             return x
         queries, lengths = len(visual.attn_pool.query), image_bound[:, 2] - image_bound[:, 1]
         if (lengths != queries).any():
@@ -441,10 +450,11 @@ class QwenVL(QwenVLEmbedder, GenerationMixin):
         image_bound: torch.Tensor | None = None,  # (pictures, 3) int: row, start, end
         inputs_embeds: torch.Tensor | None = None,  # (batch, tokens, D) instead of ids and pictures
         labels: torch.Tensor | None = None,  # (batch, tokens) int, not shifted, -100 where there is nothing to learn
-        past_key_values=None,
+        past_key_values: Any = None,
+        cache: Any = None,  # what transformers calls past_key_values from 5.24 on
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,  # num_items_in_batch of the Trainer, flash-attention arguments
+        **kwargs: Any,  # num_items_in_batch of the Trainer, flash-attention arguments
     ) -> CausalLMOutputWithPast:
         "Logits for every token, and the loss when there are labels. Raises `InputError` for an argument that is not implemented."
         _refuse_unknown(kwargs)
@@ -452,16 +462,24 @@ class QwenVL(QwenVLEmbedder, GenerationMixin):
             raise InputError("exactly one of input_ids and inputs_embeds is needed", "forward")
         x = self.embed(input_ids, pixel_values, image_bound) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        x = self.transformer(x, attention_mask, position_ids, past_key_values, **kwargs)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        x = self.transformer(x, attention_mask, position_ids, cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])
         loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
 
     @torch.no_grad()
-    def generate(self, input_ids, pixel_values=None, image_bound=None, attention_mask=None, **kwargs) -> torch.Tensor:  # (batch, new) int
+    def generate(
+        self,
+        input_ids: torch.Tensor,  # (batch, tokens) int
+        pixel_values: torch.Tensor | None = None,  # (pictures, 3, H, H)
+        image_bound: torch.Tensor | None = None,  # (pictures, 3) int: row, start, end
+        attention_mask: torch.Tensor | None = None,  # (batch, tokens), 1 where there is text
+        **kwargs: Any,  # whatever `GenerationMixin.generate` takes
+    ) -> torch.Tensor:  # (batch, new) int
         "Answer prompts that are padded on the left. Pictures are looked at once, before the first token."
         embeds = self.embed(input_ids, pixel_values, image_bound)
         return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)

@@ -126,7 +126,7 @@ class Resampler(nn.Module):
             if side**2 != query_num:
                 raise ValueError(f"Queries with positions lie on a square grid, but {query_num} is no square.")
             self.register_buffer("pos_embed", sincos_2d(width, side, side).flatten(0, 1))
-        self._table = None  # grows with the largest picture seen; neither parameter nor buffer, so never loaded
+        self._table: torch.Tensor | None = None  # grows with the largest picture seen; neither parameter nor buffer, so never loaded
 
     def positions(
         self,

@@ -18,6 +18,7 @@ import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -418,7 +419,7 @@ def version_of(
     kind, version = config.get("model_type"), config.get("version")
     if kind == "qwen" and "visual" in config:
         return "qwenvl"
-    name = {"minicpmv": str(version or "2.0"), "minicpmo": f"o-{version or '2.6'}"}.get(kind)
+    name = {"minicpmv": str(version or "2.0"), "minicpmo": f"o-{version or '2.6'}"}.get(str(kind))
     if name not in VERSIONS or (kind == "minicpmv" and not version and not {"vision_encoder", "scale_emb"} & set(config)):
         raise InputError(f"model_type {kind!r} with version {version!r} is none of {', '.join(VERSIONS)}", where, "Take the published config.json")
     return name
@@ -455,7 +456,7 @@ def special_tokens(
     filler = "<imgpad>" if qwen else "<unk>"
     if missing := [t for t in (*sum(pairs, ()), filler, turn_end) if t not in vocab]:
         raise InputError(f"the tokenizer lacks {', '.join(missing)}", where, f"It is not the tokenizer of version {version}")
-    ids = [(vocab[a], vocab[b]) for a, b in pairs] + [None, None]
+    ids: list[Any] = [(vocab[a], vocab[b]) for a, b in pairs] + [None, None]
     return SpecialTokens(ids[0], ids[1], ids[2], vocab[filler], tokenizer.eos_token_id, vocab[turn_end])
 
 # %% ../../nbs/15_models.tokenizer.ipynb #cade62e6

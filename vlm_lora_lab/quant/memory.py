@@ -9,6 +9,7 @@ __all__ = ['PIECE', 'CARDS', 'CUDA', 'TERAFLOPS', 'Alive', 'in_pieces', 'step_by
 # %% ../../nbs/42_quant.memory.ipynb #16a062e9
 import re
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -104,8 +105,8 @@ PIECE = 2**24  # logits that chapter 50's loss holds at a time; a test keeps the
 def in_pieces(
     model: nn.Module,  # on the meta device, wrapped or not
     at_once: int = PIECE,  # logits that exist at a time
-    cast=nullcontext,  # autocast, for what is computed twice
-):
+    cast: Callable = nullcontext,  # autocast, for what is computed twice
+) -> Iterator[None]:
     "Inside, a model on shapes computes its loss as `fit` does, with a label at every token."
     base, place = model.get_base_model() if hasattr(model, "get_base_model") else model, layout_of(model).head[0]
     owner, head = base.get_submodule(place.rpartition(".")[0]), base.get_submodule(place)
@@ -286,7 +287,7 @@ def estimate(
     if batch_size > 1:
         changes.append((f"batch_size 1 and accumulation {batch_size}", 1 / batch_size, 0))
     changes += [(f"{p}: lora in place of full", 1, 12 * by_part[p]) for p in PARTS if any(r.word == "full" for r in plan.rules(p))]
-    notes = () if seen or not pictures else ("the activations of vision tower and connector are not in this number; they are for MiniCPM-V",)
+    notes: tuple[str, ...] = () if seen or not pictures else ("the activations of vision tower and connector are not in this number; they are for MiniCPM-V",)
     if seen and plan.vision == "freeze":
         kept = int(batch["tgt_sizes"][0].prod()) * model.config.vision_config.hidden_size * 2  # in 16 bit
         notes += (f"a vision cache (chapter 51) keeps {kept / 2**20:.2f} MiB for each picture or slice, in main memory or on disk and not on the card",)

@@ -10,6 +10,7 @@ __all__ = ['WHY', 'BARE', 'IN_FULL', 'PAINT', 'read_bare', 'Packing', 'four_bit_
 import html
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -210,7 +211,7 @@ def plan_picture(
     plan: TuningPlan,
     name: str,  # for the title
     four_bit: bool = True,
-):  # a matplotlib figure
+) -> Any:  # a matplotlib figure
     "A model under a plan, to scale: memory of each part's weights in training, in the colour and pattern of its word."
     import matplotlib.pyplot as plt
 
@@ -219,7 +220,7 @@ def plan_picture(
     sizes, total = plan_bytes(model, plan, four_bit), count(model)
     fig, ax = figure(width=5.2, height=3)
     for y, part in enumerate(PARTS):
-        left, whole = 0, 2 * total[part] / 2**30
+        left, whole = 0.0, 2 * total[part] / 2**30
         for kind, (color, hatch) in PAINT.items():
             ax.barh(y, sizes[part][kind] / 2**30, 0.62, left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0)
             left += sizes[part][kind] / 2**30

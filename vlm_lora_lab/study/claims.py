@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from ..errors import InputError, write_json
 from ..style import COLORS, figure
@@ -380,7 +381,7 @@ class Ledger:
 def forest(
     ledger: Ledger,
     ids: tuple[str, ...] | None = None,  # None: all claims with seeds
-):  # a figure
+) -> Figure:
     "Every effect over seeds with its 95 % interval; those whose interval leaves out zero are filled."
     rows = [(f"{k}  {name}", _mean(e.numbers, name)) for k, e in ledger.entries.items() if (ids is None or k in ids) for name, v in e.numbers.items() if isinstance(v, list)]
     fig, ax = figure(width=6.5, height=0.9 + 0.19 * len(rows))
@@ -440,7 +441,7 @@ def measure(
     claims: list[Claim],
     path: str | Path,  # of the ledger; entries of other claims stay
     read: Callable[[str], Results] = results,  # experiments by name
-    say=print,  # called with a line per claim
+    say: Callable = print,  # called with a line per claim
 ) -> Ledger:
     "Measure claims and write each into a ledger as soon as it is known."
     path = Path(path)
@@ -460,7 +461,7 @@ def measure(
 def compare(
     claims: list[Claim],
     ledger: Ledger,
-    say=print,
+    say: Callable = print,
 ) -> dict[str, str]:  # claim -> what is different
     "A reduced run of today against a ledger. Raises `InputError` for a claim that is not in it."
     if missing := [c.id for c in claims if c.id not in ledger.entries]:

@@ -14,10 +14,12 @@ __all__ = ['BITS', 'REAL', 'NF4', 'NAN_CAUSES', 'TOO_FAST', 'QUICK', 'REDUCED', 
 import math
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -89,7 +91,7 @@ def left_frozen() -> dict:
 
 
 def repaired(
-    **options,  # of `LoraConfig`; none: the resampler is unfrozen by hand
+    **options: Any,  # of `LoraConfig`; none: the resampler is unfrozen by hand
 ) -> dict:
     "C2, C3: the resampler trained in one of the two ways, saved by PEFT and loaded by PEFT."
     torch.manual_seed(0)
@@ -299,7 +301,7 @@ def stages() -> dict:
         run = fit_stages(_lab(), way, train, Schedule(batch_size=4), Path(folder) / "run", say=lambda line: None, save=False, checkpoint_activations=False)
         again = load_adapter(save_adapter(run.model, Path(folder) / "adapter", run.plan, "lab", tokenizer, four_bit=False), model=_lab())
         same = torch.equal(_logits(run.model), _logits(again))
-    return {"methods_in_a_model": (len(ranks) + (start.moved(mixed)["language"][0] > 0)) * (losses[-1] < losses[0]), "stages": len(run.runs), "largest_jump": max(*(r.moved for r in run.runs), run.moved), "adapter_same": float(same)}
+    return {"methods_in_a_model": (len(ranks) + (start.moved(mixed)["language"][0] > 0)) * (losses[-1] < losses[0]), "stages": len(run.runs), "largest_jump": max(m for m in (*(r.moved for r in run.runs), run.moved) if m is not None), "adapter_same": float(same)}
 
 
 def memory(
@@ -412,7 +414,7 @@ def nan_log(
     return log, tuple(lost.after), all(math.isfinite(r["grad_norm"]) for r in log) and all(p.isfinite().all().item() for p in model.parameters())
 
 
-def is_the_log(log) -> bool:
+def is_the_log(log: Sequence[dict]) -> bool:
     "A loss and a NaN at rate zero, then 0.0 and NaN for ever."
     first, *rest = log
     return (math.isfinite(first["loss"]) and math.isnan(first["grad_norm"]) and first["learning_rate"] == 0
@@ -455,12 +457,12 @@ def _minus(read, experiment, arm, other, task="pictures", what="new"):
     return list((read(experiment).of(task, arm, what) - read(experiment).of(task, other, what)).values)
 
 
-def resampler_gain(read) -> dict:
+def resampler_gain(read: Callable) -> dict:
     "C4: the resampler in full against frozen, new and old questions of three tasks."
     return {f"{what} {t}": _minus(read, "resampler", "resampler full", "resampler frozen", t, what) for what in ("new", "old") for t in SHIFTS}
 
 
-def eyes_gain(read) -> dict:
+def eyes_gain(read: Callable) -> dict:
     "C20: LoRA on the vision tower besides, new and old questions of three tasks."
     return {f"{what} {t}": _minus(read, "resampler", "and LoRA on vision", "resampler full", t, what) for what in ("new", "old") for t in SHIFTS}
 
@@ -471,36 +473,36 @@ def _before():
     return ExactMatch.of(generate_answers(model, Processor.of(model.config, load_tokenizer("lab")), OLD), OLD).rate
 
 
-def forgotten(read) -> dict:
+def forgotten(read: Callable) -> dict:
     "C29: the share of old questions lost to LoRA alone; and with 30 % old data beside a trained resampler."
     lost = lambda arm, t: [_before() - v for v in read("resampler").of(t, arm, "old").values]  # noqa: E731
     return {"before": _before()} | {f"lost {t}": lost("resampler frozen", t) for t in SHIFTS} | {f"lost {t}, 30 % old": lost("resampler full, 30 % old", t) for t in SHIFTS}
 
 
-def vocabulary_gain(read) -> dict:
+def vocabulary_gain(read: Callable) -> dict:
     "C9: answers in letters that were never written before."
     pairs = {"head": ("and head", "LoRA"), "embeddings": ("and embeddings", "LoRA"), "both over head": ("and both", "and head")}
     return {k: _minus(read, "vocabulary", *p, "names") for k, p in pairs.items()}
 
 
-def both_over_full(read) -> dict:
+def both_over_full(read: Callable) -> dict:
     "C10, C11: what both at once learns more than full alone, beside the facts of a step."
     return both_at_once() | {"both over full": _minus(read, "exclusive", "both at once", "full")}
 
 
-def full_over_lora(read) -> dict:
+def full_over_lora(read: Callable) -> dict:
     "C14: what full reads better than LoRA, and the time of a step."
     took = lambda arm: read("exclusive").of("pictures", arm, "seconds").mean  # noqa: E731
     return {"full over LoRA": _minus(read, "exclusive", "full", "LoRA"), "LoRA and resampler over full": _minus(read, "exclusive", "LoRA and resampler", "full"), "step_time_ratio": took("LoRA") / took("full")}
 
 
-def staged(read) -> dict:
+def staged(read: Callable) -> dict:
     "C15: LoRA first, then key modules, against the alternatives."
     pairs = {"over LoRA": ("LoRA, then resampler", "LoRA"), "over both together": ("LoRA, then resampler", "LoRA and resampler"), "then full over full": ("LoRA, then full", "full")}
     return {k: _minus(read, "exclusive", *p) for k, p in pairs.items()}
 
 
-def pairs_of_targets(read) -> dict:
+def pairs_of_targets(read: Callable) -> dict:
     "C17: q,v against q,k, at equal rank and at equal size."
     ranked, sized = (next(a for a in read("targets").arms if a.startswith("q,v, ") and (a.endswith(" 8") == eight)) for eight in (True, False))
     return {"rank 8": _minus(read, "targets", ranked, ranked.replace("q,v", "q,k")), "equal size": _minus(read, "targets", sized, sized.replace("q,v", "q,k"))}

@@ -12,6 +12,7 @@ import math
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from ..data.batch import Processor, Samples
 from ..data.drawn import Drawn
@@ -106,11 +108,11 @@ class Experiment:
     def run(
         self,
         path: str | Path,  # JSON file of results; what it holds already is not computed again
-        say=print,  # called with a line per run
+        say: Callable = print,  # called with a line per run
     ) -> "Results":
         "Compute what is missing. Raises `InputError` when the file holds another experiment."
         path, facts = Path(path), {"question": self.question, "steps": self.steps, "arms": list(self.arms)}
-        done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else facts | {"rows": []}
+        done: dict = json.loads(path.read_text(encoding="utf-8")) if path.exists() else facts | {"rows": []}
         if changed := [k for k in facts if done[k] != facts[k]]:
             raise InputError(f"these results have another {', '.join(changed)}", path, "Delete the file, or write to another one")
         known = {(r["task"], r["arm"], r["seed"], r["factor"], r["split"]): r for r in done["rows"]}
@@ -216,7 +218,7 @@ class Results:
         lines = [" " * width + "".join(f"{t:>18}" for t in self.tasks)]
         return "\n".join(lines + [a.ljust(width) + "".join(f"{str(self.of(t, a, what)):>18}" for t in self.tasks) for a in self.arms])
 
-    def plot(self, arms=None, title: str = "", what: str = "new", height: float | None = None):
+    def plot(self, arms: Sequence[str] | None = None, title: str = "", what: str = "new", height: float | None = None) -> Figure:
         "Every seed a dot, every arm a mean with its interval, every task a panel."
         arms = list(arms or self.arms)
         fig, axes = figure(1, len(self.tasks), width=3 + 2.4 * len(self.tasks), height=height or 0.8 + 0.24 * len(arms))
@@ -269,7 +271,7 @@ EXPERIMENTS = {
     "exclusive": lambda: Experiment("What happens when LoRA and the weights under it are trained together?", _exclusive()),
     "vocabulary": lambda: Experiment("When do embeddings and head have to be trained?", _vocabulary(), ("names",)),
 }
-RESULTS = files("vlm_lora_lab.study") / "results"
+RESULTS = Path(str(files("vlm_lora_lab.study") / "results"))
 
 
 def results(

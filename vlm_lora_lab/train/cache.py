@@ -12,9 +12,10 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -38,7 +39,7 @@ class Seam:
 
     method = "forward"
 
-    def __init__(self, tower: nn.Module, config, eyes: Sequence[tuple[str, nn.Module]]):
+    def __init__(self, tower: nn.Module, config: Any, eyes: Sequence[tuple[str, nn.Module]]):
         self.tower, self.config, self.eyes = tower, config, eyes  # eyes: the modules of the tower, without a connector that lies in it
         wanted = getattr(config, "vision_feature_layer", None)
         self.layers = [] if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
@@ -50,7 +51,7 @@ class Seam:
         plain = {k: v for k, v in vision.items() if k not in ("_name_or_path", "transformers_version", "dtype", "architectures")}
         return {"tower": type(self.tower).__name__, "layers": self.layers, "config": plain}
 
-    def pictures(self, pixel_values, **kwargs) -> list[tuple[tuple, dict]]:  # the tower's arguments for each picture
+    def pictures(self, pixel_values: torch.Tensor, **kwargs: Any) -> list[tuple[tuple, dict]]:  # the tower's arguments for each picture
         "Raises `InputError` for arguments that do not come apart."
         n = len(pixel_values)
         if bad := [k for k, v in kwargs.items() if not isinstance(v, (bool, int, float, str, type(None))) and not (isinstance(v, torch.Tensor) and len(v) == n)]:
@@ -58,12 +59,12 @@ class Seam:
         own = lambda v, i: v[i : i + 1] if isinstance(v, torch.Tensor) else v  # noqa: E731
         return [((pixel_values[i : i + 1],), {k: own(v, i) for k, v in kwargs.items()}) for i in range(n)]
 
-    def keep(self, out, args, kwargs) -> dict[str, torch.Tensor]:
+    def keep(self, out: Any, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
         "What is worth keeping of one picture's result."
         kept = {f"hidden_states.{i}": out.hidden_states[i] for i in self.layers if out.hidden_states is not None}
         return kept if kept and -1 not in self.layers else kept | {"last_hidden_state": out.last_hidden_state}
 
-    def join(self, kept: Sequence[dict], *args, **kwargs):
+    def join(self, kept: Sequence[dict], *args: Any, **kwargs: Any) -> Any:
         "The result of a whole batch."
         whole = {k: torch.cat([one[k] for one in kept]) for k in kept[0]}
         layers = _Layers({int(k.rpartition(".")[2]): v for k, v in whole.items() if k.startswith("hidden")})
@@ -148,7 +149,7 @@ def _eyes(base, layout):
 
 # %% ../../nbs/51_train.cache.ipynb #c0085e57
 def is_random(
-    samples,  # rows by number
+    samples: Any,  # rows by number
     rows: int = 4,  # with pictures, that are prepared twice
 ) -> bool:
     "Does the same row give other pixels the second time? A data set may also say so itself, as `samples.augments`."
@@ -272,6 +273,15 @@ def _kept_as(t, precision, tower):
 class _Account:
     "Entries that can be believed, up to a limit."
 
+    store: "_InMemory | _OnDisk"
+    say: Callable
+    asked: int  # entries that were looked for
+    found: int
+    used: int  # bytes
+    limit: int
+    full: bool
+    warned: bool
+
     def __deepcopy__(self, memo):
         return self  # entries are shared; a copied tower has a fingerprint of its own
 
@@ -285,7 +295,7 @@ class _Account:
             self.say(f"Vision cache: an entry was damaged ({self.store}); damaged entries are computed anew.")
         return kept
 
-    def put(self, key: str, kept: dict):
+    def put(self, key: str, kept: dict) -> None:
         "Keep an entry, if there is room and it is finite."
         size = sum(t.nbytes for t in kept.values())
         if self.full or not all(t.isfinite().all() for t in kept.values()):
@@ -399,7 +409,7 @@ class VisionCache(_Account):
         say: Callable = print,  # called with each line of the account
     ):
         self.store = _InMemory() if folder is None else _OnDisk(folder)
-        self.used = 0 if folder is None else self.store.size()
+        self.used = self.store.size() if isinstance(self.store, _OnDisk) else 0
         free = (psutil.virtual_memory().available if folder is None else shutil.disk_usage(_existing(folder)).free) + self.used
         sharers = 4 * (1 if folder else int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.limit, self.check_every, self.say = free // sharers if limit is None else limit, check_every, say
@@ -411,7 +421,7 @@ class VisionCache(_Account):
     def at(
         self,
         model: nn.Module,  # with a plan that freezes its vision tower
-    ):
+    ) -> Iterator["VisionCache"]:
         "Inside, the model's vision tower looks at every picture once. Raises `InputError` when the tower is not a constant."
         if reason := why_not(model):
             raise InputError(f"nothing can be remembered: {reason}", "vision cache", "Set vision_cache: off, or freeze the vision tower")
@@ -442,7 +452,7 @@ CHOICES = ("auto", "off", "memory", "disk")
 def choose_cache(
     choice: str,  # one of `CHOICES`
     model: nn.Module,  # with its plan applied
-    samples,  # what is trained on
+    samples: Any,  # what is trained on
     epochs: float,  # how often every row is seen
     say: Callable = print,
 ) -> VisionCache | None:

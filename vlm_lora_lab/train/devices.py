@@ -7,12 +7,13 @@ __all__ = ['CONFIGS', 'config_file', 'Devices', 'devices', 'meet', 'agreeing', '
 
 # %% ../../nbs/56_train.devices.ipynb #90dfb57f
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ def meet() -> Devices:
 
 # %% ../../nbs/56_train.devices.ipynb #fe02e865
 @contextmanager
-def agreeing():
+def agreeing() -> Iterator[None]:
     "What fails inside on one process ends all; the first one says what it was."
     error = None
     try:
@@ -78,7 +79,7 @@ def agreeing():
         if error is not None:
             raise error
         return
-    said = [None] * here.world
+    said: list[Any] = [None] * here.world
     dist.all_gather_object(said, None if error is None else (error.found, error.where, error.remedy))
     wrong = [(rank, e) for rank, e in enumerate(said) if e is not None]
     if wrong and here.first:
@@ -107,7 +108,8 @@ def split_up(
     here = devices()
     if here.world == 1 or not dist.is_initialized():
         return work(items)
-    own, error, told = [items[i] for i in range(here.rank, len(items), here.world)], None, [None] * here.world
+    own, error = [items[i] for i in range(here.rank, len(items), here.world)], None
+    told: list[Any] = [None] * here.world
     try:
         own = work(own) if own else []
     except InputError as e:

@@ -6,7 +6,7 @@
 __all__ = ['AT_ONCE', 'label_loss', 'NotComputed', 'Promise', 'label_only']
 
 # %% ../../nbs/50_train.loss.ipynb #0c9d55ea
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -180,7 +180,7 @@ class _Model(_StandIn):
 def label_only(
     model: nn.Module,  # native or of transformers, plain, quantised or wrapped by PEFT
     at_once: int | None = None,  # logits that may exist at a time; None: `AT_ONCE`
-):
+) -> Iterator[None]:
     """Inside, a model that is called with labels returns the loss and no logits; without labels it does what it always did.
 
     Raises `InputError`, also later at the call, for a model whose loss is not the plain cross-entropy of the next token."""

@@ -10,6 +10,7 @@ __all__ = ['SPECIAL', 'CHAT_TEMPLATE', 'LABELS', 'QUESTIONS', 'lab_tokenizer', '
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -162,7 +163,7 @@ def pretrain(
     words: int = 5000,  # steps of stage two
     questions: int = 1200,  # steps of stage three, which is done twice
     seed: int = 0,
-    say=print,  # called with each line of the account
+    say: Callable = print,  # called with each line of the account
 ) -> Path:  # the folder
     """Make the lab model from nothing. With the default steps it takes about half an hour on two cores.
 

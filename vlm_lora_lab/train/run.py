@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,7 +84,7 @@ class Schedule:
 class PartTrainer(Trainer):
     "A `Trainer` with one learning rate for LoRA and one for parts that are trained in full, and others where a plan says so."
 
-    def __init__(self, *args, full_rate: float, plan: TuningPlan | None = None, ask: Callable | None = None, **kwargs):
+    def __init__(self, *args: Any, full_rate: float, plan: TuningPlan | None = None, ask: Callable | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.full_rate, self.plan, self.ask, self.batch = full_rate, plan, ask, {}
 
@@ -169,7 +170,7 @@ class Progress(TrainerCallback):
         if logs and "loss" in logs:
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
 
-    def close(self):
+    def close(self) -> None:
         "Take the bar away."
         if self.bar is not None:
             self.bar.close()
@@ -203,7 +204,7 @@ class StopOnSignal(TrainerCallback):
         if self.stopped:
             control.should_evaluate = False  # the Trainer would evaluate before it stops
 
-    def restore(self):
+    def restore(self) -> None:
         "Give the signals back."
         for s, old in getattr(self, "old", {}).items():
             signal.signal(s, old)
@@ -244,7 +245,7 @@ class OutOfMemory(InputError):
     "A batch that does not fit. What was saved before it is still there."
 
     @classmethod
-    def of(cls, error, trainer, train, schedule, checkpointed, cache) -> "OutOfMemory":
+    def of(cls, error: Exception, trainer: PartTrainer, train: Samples, schedule: Schedule, checkpointed: bool, cache: Any) -> "OutOfMemory":
         "Name the batch, its rows, tokens and pictures, and what would make it smaller."
         batch, step = trainer.batch, trainer.state.global_step + 1
         rows, tokens = batch.get("input_ids", (0, 0))

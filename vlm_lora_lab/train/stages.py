@@ -14,12 +14,14 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -271,7 +273,7 @@ def timeline(
     model: nn.Module,  # the meta device is enough
     way: Route,
     lengths: Sequence[float] | None = None,  # of the stages, such as steps; None: each its own steps or epochs where it says them
-):  # a matplotlib figure
+) -> Figure:
     "Parts from top to bottom, stages from left to right, and what happens to each layer: the first layer of a part is at the bottom of its band."
     lengths = lengths or [t.stage.steps or t.stage.epochs or 1 for t in way.turns]
     fig, ax = figure(width=6.5, height=2.6)
@@ -394,7 +396,7 @@ def moved(
 
 def bound_of(
     model: nn.Module,
-    folded,  # layers that took in LoRA at this change
+    folded: Collection[str],  # layers that took in LoRA at this change
     variant: str = "lora",
 ) -> float:
     "0 where nothing is computed otherwise than before: same weights, same operations. Merging changes the order of a sum, and DoRA divides by a norm."
@@ -553,10 +555,10 @@ def fit_stages(
     schedule: Schedule,  # what a stage does not say itself
     folder: str | Path,  # for checkpoints, in `stage-1`, `stage-2`, …
     resume: bool = False,  # go on from the newest state in `folder`
-    callbacks=lambda number: (),  # of a stage's number, from 1: the Trainer callbacks for it
-    say=print,  # called with each line of the account
+    callbacks: Callable = lambda number: (),  # of a stage's number, from 1: the Trainer callbacks for it
+    say: Callable = print,  # called with each line of the account
     save: bool = True,  # write checkpoints, and what a stage hands to the next
-    **options,  # of `fit`: evaluation, log_every, checkpoint_activations, …
+    **options: Any,  # of `fit`: evaluation, log_every, checkpoint_activations, …
 ) -> FittedStages:
     """Train stage after stage with `fit`, and prove each change.
 
@@ -570,9 +572,9 @@ def fit_stages(
         own, title, carry = turn.stage.schedule(schedule, number), f"stage {number + 1} of {count_}", Carry(moments)
         model, moments = enter_stage(model, turn, lora, own.seed), {}
         far = moved(before, probe_logits(model, train), bound_of(model, turn.folded, turn.stage.plan.variant), title)
-        taken_up = resume and number == first and last_checkpoint(here) is not None
-        say(f"{title.capitalize()}: {turn.stage}.\n{PlanTable.of(model, turn.stage.plan)}\n" + _told(turn, far) + (f" Taken up at {last_checkpoint(here).name}." if taken_up else ""))
-        run = fit(model, train, own, here, resume=taken_up, desc=title, save=save, plan=turn.stage.plan, callbacks=[carry, *callbacks(number + 1)], **options)
+        at = last_checkpoint(here) if resume and number == first else None
+        say(f"{title.capitalize()}: {turn.stage}.\n{PlanTable.of(model, turn.stage.plan)}\n" + _told(turn, far) + (f" Taken up at {at.name}." if at else ""))
+        run = fit(model, train, own, here, resume=at is not None, desc=title, save=save, plan=turn.stage.plan, callbacks=[carry, *callbacks(number + 1)], **options)
         runs.append(StageRun(turn.stage.plan.words, len(turn.kept), len(turn.folded), carry.carried, carry.fresh, far, run.steps, round(run.seconds, 2), run.history))
         if run.stopped:
             return FittedStages(model, way.plan, tuple(runs), None, True)
@@ -591,7 +593,7 @@ def from_top(
     part: str = "language",
     layers: int = 4,  # that join in each stage
     word: str = "full",  # how they are trained: full or lora
-    **stage,  # what every stage says besides: steps or epochs, learning_rate, …
+    **stage: Any,  # what every stage says besides: steps or epochs, learning_rate, …
 ) -> tuple[Stage, ...]:
     "Stages that thaw a part from its last layer down. Raises `InputError` for a part without layers, and for a word that the plan says already."
     numbers = sorted({int(m[1]) for n in linear_layers(model).get(part, ()) if (m := re.search(r"\.(\d+)\.", n))})
@@ -604,4 +606,5 @@ def from_top(
         raise InputError(f"layers is {layers!r}", "from_top, layers", "Write a whole number from 1 on")
     lines = [f"{word} on {_span(max(low, numbers[0]), numbers[-1])}" for low in range(numbers[-1] + 1 - layers, numbers[0] - layers, -layers)]
     below = "" if line == "freeze" else f"{line}, "
-    return tuple(Stage(replace(plan, **{part: (below if on != lines[-1] else "") + on}), **stage) for on in lines)
+    plans: list[dict[str, Any]] = [{part: (below if on != lines[-1] else "") + on} for on in lines]
+    return tuple(Stage(replace(plan, **words), **stage) for words in plans)

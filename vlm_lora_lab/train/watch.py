@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
@@ -51,7 +52,7 @@ def some(
 # %% ../../nbs/55_train.watch.ipynb #245628ce
 def training_curve(
     history: list[dict],  # the Trainer's `state.log_history`
-):  # a matplotlib figure
+) -> Figure:
     "Loss by step, and below it what was asked at each evaluation."
     points = [(row["step"], row["loss"]) for row in history if "loss" in row]
     held = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
