@@ -28,7 +28,7 @@ TABLE = ROOT / "tests" / "MATRIX.md"
 BOUND = ("torch", "transformers", "peft")
 SHOWN = (*BOUND, "accelerate", "bitsandbytes", "huggingface_hub")
 # Models, data, plans, training, saving and merging, for every family: what changes first when a library changes.
-TESTS = ("families", "golden_minicpmv", "golden_qwenvl", "train_families", "checkpoint", "lora_linear", "plan", "tokenizer", "data_batch")
+TESTS = ("families", "golden_minicpmv", "golden_qwenvl", "train_families", "checkpoint", "lora_linear", "plan", "tokenizer", "data_batch", "data_native")
 HEAD = ["Python", "versions", *SHOWN, "install", "pip check", "--version", "demo", "tests", "minutes", "date"]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -428,3 +429,18 @@ def test_saving_refuses_what_it_would_lose(original, tmp_path):
         assert all(f.get_slice(n).get_dtype() == "F32" for n in f.keys())
     values = json.loads((small / "config.json").read_text())
     assert values.get("dtype", values.get("torch_dtype")) == "float32"
+
+
+def test_a_stand_in_takes_the_place_of_a_name_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vlm_lora_lab.models.load._said", set())
+    monkeypatch.setenv("VLM_LORA_LAB_STAND_IN", f"some/model={lab_folder()}{os.pathsep}other/model={tmp_path}")
+    assert model_folder("some/model") == lab_folder() and model_folder("some/model", weights=False) == lab_folder()
+    said = capsys.readouterr().err
+    assert said.count("VLM_LORA_LAB_STAND_IN is set: some/model is not the model of that name") == 1 and str(lab_folder()) in said
+    assert load_vlm("some/model").config.model_type == "minicpmv"
+    with pytest.raises(InputError, match="no config.json"):  # a stand-in is looked at as any folder is
+        model_folder("other/model")
+    for bad in ("some/model", "some/model=", f"some/model={tmp_path / 'nowhere'}"):
+        monkeypatch.setenv("VLM_LORA_LAB_STAND_IN", bad)
+        with pytest.raises(InputError, match="puts no folder in place of a model"):
+            model_folder("some/model")
