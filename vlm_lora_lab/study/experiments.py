@@ -64,7 +64,7 @@ def _train(model, plan, samples, schedule, base_too=False):
 # %% ../../nbs/91_study.experiments.ipynb #fcd2fb01
 def run_arm(
     arm: Arm,
-    task: str,  # words, places, pictures or names
+    task: str,  # that `shift` knows
     seed: int,
     steps: int,
     factor: float = 1.0,  # of the learning rates
@@ -263,11 +263,17 @@ def _vocabulary():
             "and both": Arm(_language(embeddings="full", head="full"))}  # fmt: skip
 
 
+def _meaning():
+    "What the question says in new letters, or in old words that mean something else; each arm with its best rate."
+    return {name: replace(arm, factors=(1 / 3, 1.0, 3.0)) for name, arm in _vocabulary().items() if name != "and both"}
+
+
 EXPERIMENTS = {
     "resampler": lambda: Experiment("What does it bring to train the resampler, and what does it cost?", _resampler(), SHIFTS),
     "targets": lambda: Experiment("Which layers of the language model should get LoRA?", _targets(), ("pictures",)),
     "exclusive": lambda: Experiment("What happens when LoRA and the weights under it are trained together?", _exclusive()),
     "vocabulary": lambda: Experiment("When do embeddings and head have to be trained?", _vocabulary(), ("names",)),
+    "meaning": lambda: Experiment("Which part has to be trained when the words of a question are new, or mean something else?", _meaning(), ("letters", "sides")),
 }
 RESULTS = files("vlm_lora_lab.study") / "results"
 
