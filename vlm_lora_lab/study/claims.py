@@ -9,8 +9,6 @@ __all__ = ['WORDS', 'TASKS', 'CLAIMS', 'LEDGER', 'SMALL', 'SHOWN', 'LARGE', 'Ver
 # %% ../../nbs/92_study.claims.ipynb #64b34f8b
 import argparse
 import json
-import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +22,7 @@ import torch
 from ..errors import InputError, write_json
 from ..style import COLORS, figure
 from . import evidence
-from .experiments import EXPERIMENTS, RESULTS, Mean, Results, results
+from .experiments import EXPERIMENTS, RESULTS, Mean, Results, _command, results
 
 # %% ../../nbs/92_study.claims.ipynb #6c7765e2
 WORDS = ("confirmed", "refuted", "depends")
@@ -481,6 +479,7 @@ def compare(
     return wrong
 
 # %% ../../nbs/92_study.claims.ipynb #c01153de
+@_command
 def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit code
@@ -491,23 +490,16 @@ def main(
     parser.add_argument("--quick", action="store_true", help="compare a reduced run with the ledger; exit status 1 where it disagrees")
     parser.add_argument("--output", help="JSON file of the ledger, read by --quick (default: claims.json here; of --quick: the course's)")
     said = parser.parse_args(arguments)
-    try:
-        if said.quick and said.stored:
-            raise InputError("--quick and --stored were both given", "study", "Write one of them: --quick writes no ledger")
-        claims = _chosen(said.claims)
-        if said.quick:
-            wrong = compare(claims, Ledger.read(said.output or LEDGER))
-            print(f"{len(wrong)} of {len(claims)} disagree" if wrong else f"all {len(claims)} agree")
-            return int(bool(wrong))
-        path = Path(said.output or "claims.json")
-        if path.exists():
-            Ledger.read(path)  # before hours are spent
-        names = [n for n in EXPERIMENTS if any(n in c.experiments for c in claims)]
-        print(measure(claims, path, results if said.stored else _fresh(names, path.parent)).counts())
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. What was measured is in the file; the experiments go on where they were.", file=sys.stderr)
-        return 130
+    if said.quick and said.stored:
+        raise InputError("--quick and --stored were both given", "study", "Write one of them: --quick writes no ledger")
+    claims = _chosen(said.claims)
+    if said.quick:
+        wrong = compare(claims, Ledger.read(said.output or LEDGER))
+        print(f"{len(wrong)} of {len(claims)} disagree" if wrong else f"all {len(claims)} agree")
+        return int(bool(wrong))
+    path = Path(said.output or "claims.json")
+    if path.exists():
+        Ledger.read(path)  # before hours are spent
+    names = [n for n in EXPERIMENTS if any(n in c.experiments for c in claims)]
+    print(measure(claims, path, results if said.stored else _fresh(names, path.parent)).counts())
     return 0

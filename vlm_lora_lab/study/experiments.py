@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import wraps
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -265,7 +266,7 @@ def _vocabulary():
 
 def _meaning():
     "What the question says in new letters, or in old words that mean something else; each arm with its best rate."
-    return {name: replace(arm, factors=(1 / 3, 1.0, 3.0)) for name, arm in _vocabulary().items() if name != "and both"}
+    return {name: replace(arm, factors=(1 / 3, 1.0, 3.0, 9.0)) for name, arm in _vocabulary().items() if name != "and both"}
 
 
 EXPERIMENTS = {
@@ -287,6 +288,24 @@ def results(
     return Results.read(RESULTS / f"{name}.json")
 
 # %% ../../nbs/91_study.experiments.ipynb #3a6d437f
+def _command(main):
+    "A command that ends with an exit code: 2 for input that cannot be used, 130 when it was stopped."
+
+    @wraps(main)
+    def run(arguments=None):
+        try:
+            return main(arguments)
+        except InputError as e:
+            print(e, file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("Stopped. What was computed is in its file; an experiment goes on where it was.", file=sys.stderr)
+            return 130
+
+    return run
+
+
+@_command
 def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit code
@@ -298,16 +317,9 @@ def main(
     parser.add_argument("--seeds", type=int, help="how many, up to 10 (default: as in the course)")
     parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: as in the course)")
     said = parser.parse_args(arguments)
-    try:
-        if not 1 <= (said.seeds or 1) <= 10 or (said.steps or 2) < 2:
-            raise InputError(f"seeds is {said.seeds} and steps is {said.steps}", "study", "Write 1 to 10 seeds and at least 2 steps")
-        experiment = EXPERIMENTS[said.name]()
-        experiment = replace(experiment, seeds=said.seeds or experiment.seeds, steps=said.steps or experiment.steps)
-        print(experiment.run(said.output or f"{said.name}.json").table())
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on where it was.", file=sys.stderr)
-        return 130
+    if not 1 <= (said.seeds or 1) <= 10 or (said.steps or 2) < 2:
+        raise InputError(f"seeds is {said.seeds} and steps is {said.steps}", "study", "Write 1 to 10 seeds and at least 2 steps")
+    experiment = EXPERIMENTS[said.name]()
+    experiment = replace(experiment, seeds=said.seeds or experiment.seeds, steps=said.steps or experiment.steps)
+    print(experiment.run(said.output or f"{said.name}.json").table())
     return 0
