@@ -122,8 +122,8 @@ def _c9(n):
     gains = {what: (_mean(n, f"{named} {t}"), _mean(n, f"{other} {t}")) for t, (named, other, what) in _NAMED.items()}
     holds = [what for what, (named, other) in gains.items() if named.sign > 0 < (named - other).sign]
     fails = [what for what, (named, other) in gains.items() if named.sign <= 0 or (named - other).sign < 0]
-    said = "points over LoRA alone, head and embedding: " + "; ".join(f"{what} {_points(_mean(n, f'head {t}'))} and {_points(_mean(n, f'embeddings {t}'))}" for t, (*_, what) in _NAMED.items())
-    on = f"the half: as said for {', '.join(holds) or 'none'}; not for {', '.join(fails) or 'none'}"
+    said = f"points over LoRA alone after {n['steps']} steps, head and embedding: " + "; ".join(f"{what} {_points(_mean(n, f'head {t}'))} and {_points(_mean(n, f'embeddings {t}'))}" for t, (*_, what) in _NAMED.items())
+    on = f"what is new: as said for {', '.join(holds) or 'none'}; not for {', '.join(fails) or 'none'}"
     return judge(len(holds) == len(gains), len(fails) == len(gains), said, on, _mean(n, "head names"))
 
 
