@@ -2,13 +2,16 @@
 
 import json
 import math
+import random
 
 import pytest
 
+from vlm_lora_lab.data.drawn import scene
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.lora.targets import CHOICES, lora_size, rank_for
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan import TuningPlan, lora_layers
+from vlm_lora_lab.study import claims
 from vlm_lora_lab.study.experiments import EXPERIMENTS, Mean, Results, main, results
 from vlm_lora_lab.study.shifts import SHIFTS, shift
 
@@ -57,7 +60,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         Results("q", 1, ("a",), (), {}).of("words", "a")
 
 
-@pytest.mark.parametrize("name", [*SHIFTS, "names"])
+@pytest.mark.parametrize("name", [*SHIFTS, "names", "letters", "sides"])
 def test_a_task_is_the_same_every_time_and_its_splits_are_apart(name):
     task = shift(name)
     assert (len(task.train), len(task.validation), len(task.test)) == (2000, 200, 200)
@@ -66,6 +69,28 @@ def test_a_task_is_the_same_every_time_and_its_splits_are_apart(name):
         assert task.test[7].answer == task.test[7].answer and task.test[7].images[0].tobytes() == task.test[7].images[0].tobytes()
     with pytest.raises(KeyError):
         shift("sounds")
+
+
+def test_a_question_with_another_meaning_is_answered_by_what_is_there():
+    where = {"K": "top left", "Q": "top right", "Z": "bottom left", "X": "bottom right"}
+    for name, place_of in (("letters", where.get), ("sides", lambda said: said.replace("left", "RIGHT").replace("right", "left").lower())):
+        seen = set()
+        for seed in range(40):
+            row, (_, content, _) = shift(name).train[seed], scene(random.Random(f"{name} {seed}"), 4)
+            said = row.question.split("at the ")[1].rstrip("?")
+            assert len(content) == 4 and row.answer == "a {} {}".format(*content[place_of(said)])
+            seen.add(said)
+        assert len(seen) == 4
+
+
+def test_a_stopped_command_says_so(monkeypatch, capsys):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(EXPERIMENTS, "resampler", stop)
+    monkeypatch.setattr(claims, "measure", stop)
+    for command, arguments in ((main, ["resampler"]), (claims.main, ["--claims", "C1", "--output", "nowhere.json"])):
+        assert command(arguments) == 130 and "Stopped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["openbmb/MiniCPM-V-2_6", "Qwen/Qwen2.5-VL-7B-Instruct", "lab"])

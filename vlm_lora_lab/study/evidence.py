@@ -480,9 +480,9 @@ def forgotten(read: Callable) -> dict:
 
 
 def vocabulary_gain(read: Callable) -> dict:
-    "C9: answers in letters that were never written before."
-    pairs = {"head": ("and head", "LoRA"), "embeddings": ("and embeddings", "LoRA"), "both over head": ("and both", "and head")}
-    return {k: _minus(read, "vocabulary", *p, "names") for k, p in pairs.items()}
+    "C9: the head and the embeddings over LoRA alone, for letters to write, letters to read, and words that change places."
+    tasks = [(e, t) for e in ("vocabulary", "meaning") for t in EXPERIMENTS[e]().tasks]
+    return {"steps": read("meaning").steps} | {f"{part} {t}": _minus(read, e, f"and {part}", "LoRA", t) for e, t in tasks for part in ("head", "embeddings")}
 
 
 def both_over_full(read: Callable) -> dict:
@@ -522,7 +522,7 @@ def _today(experiment, arm, other, task="pictures", what="new", factor=1.0):
 
 REDUCED = {  # what a small run can say of a claim, under the names of the large one
     "C4": lambda: {f"{what} places": _today("resampler", "resampler full", "resampler frozen", "places", what) for what in ("new", "old")},
-    "C9": lambda: {"head": _today("vocabulary", "and head", "LoRA", "names")},
+    "C9": lambda: {"head names": _today("vocabulary", "and head", "LoRA", "names"), "embeddings letters": _today("meaning", "and embeddings", "LoRA", "letters")},
     "C14": lambda: {"LoRA and resampler over full": _today("exclusive", "LoRA and resampler", "full")},
     "C15": lambda: {"over both together": _today("exclusive", "LoRA, then resampler", "LoRA and resampler")},
     "C17": lambda: {"rank 8": _today("targets", "q,v, rank 8", "q,k, rank 8", factor=3.0)},

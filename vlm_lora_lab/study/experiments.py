@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import wraps
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -66,7 +67,7 @@ def _train(model, plan, samples, schedule, base_too=False):
 # %% ../../nbs/91_study.experiments.ipynb #fcd2fb01
 def run_arm(
     arm: Arm,
-    task: str,  # words, places, pictures or names
+    task: str,  # that `shift` knows
     seed: int,
     steps: int,
     factor: float = 1.0,  # of the learning rates
@@ -265,11 +266,17 @@ def _vocabulary():
             "and both": Arm(_language(embeddings="full", head="full"))}  # fmt: skip
 
 
+def _meaning():
+    "What the question says in new letters, or in old words that mean something else; each arm with its best rate."
+    return {name: replace(arm, factors=(1 / 3, 1.0, 3.0, 9.0)) for name, arm in _vocabulary().items() if name != "and both"}
+
+
 EXPERIMENTS = {
     "resampler": lambda: Experiment("What does it bring to train the resampler, and what does it cost?", _resampler(), SHIFTS),
     "targets": lambda: Experiment("Which layers of the language model should get LoRA?", _targets(), ("pictures",)),
     "exclusive": lambda: Experiment("What happens when LoRA and the weights under it are trained together?", _exclusive()),
     "vocabulary": lambda: Experiment("When do embeddings and head have to be trained?", _vocabulary(), ("names",)),
+    "meaning": lambda: Experiment("Which part has to be trained when the words of a question are new, or mean something else?", _meaning(), ("letters", "sides")),
 }
 RESULTS = Path(str(files("vlm_lora_lab.study") / "results"))
 
@@ -283,6 +290,24 @@ def results(
     return Results.read(RESULTS / f"{name}.json")
 
 # %% ../../nbs/91_study.experiments.ipynb #3a6d437f
+def _command(main):
+    "A command that ends with an exit code: 2 for input that cannot be used, 130 when it was stopped."
+
+    @wraps(main)
+    def run(arguments=None):
+        try:
+            return main(arguments)
+        except InputError as e:
+            print(e, file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("Stopped. What was computed is in its file; an experiment goes on where it was.", file=sys.stderr)
+            return 130
+
+    return run
+
+
+@_command
 def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit code
@@ -294,16 +319,9 @@ def main(
     parser.add_argument("--seeds", type=int, help="how many, up to 10 (default: as in the course)")
     parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: as in the course)")
     said = parser.parse_args(arguments)
-    try:
-        if not 1 <= (said.seeds or 1) <= 10 or (said.steps or 2) < 2:
-            raise InputError(f"seeds is {said.seeds} and steps is {said.steps}", "study", "Write 1 to 10 seeds and at least 2 steps")
-        experiment = EXPERIMENTS[said.name]()
-        experiment = replace(experiment, seeds=said.seeds or experiment.seeds, steps=said.steps or experiment.steps)
-        print(experiment.run(said.output or f"{said.name}.json").table())
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on where it was.", file=sys.stderr)
-        return 130
+    if not 1 <= (said.seeds or 1) <= 10 or (said.steps or 2) < 2:
+        raise InputError(f"seeds is {said.seeds} and steps is {said.steps}", "study", "Write 1 to 10 seeds and at least 2 steps")
+    experiment = EXPERIMENTS[said.name]()
+    experiment = replace(experiment, seeds=said.seeds or experiment.seeds, steps=said.steps or experiment.steps)
+    print(experiment.run(said.output or f"{said.name}.json").table())
     return 0
