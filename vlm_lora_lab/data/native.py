@@ -10,6 +10,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -138,11 +139,13 @@ class SlicedPictures(NativeProcessor):
         "Height and width of the overview and of each slice in pixels, and rows and columns of slices."
         p, size = self.images, size[::-1]
         grid = p.get_sliced_grid(size, p.max_slice_nums, p.scale_resolution) if p.slice_mode else None
-        shape = (p.scale_resolution, p.patch_size, p.downsample_mode)
-        overview = p.find_best_resize(size, *shape, allow_upscale=grid is None)
+        shape = {"scale_resolution": p.scale_resolution, "patch_size": p.patch_size}
+        if "downsample_mode" in signature(p.find_best_resize).parameters:  # transformers 5.20 resizes alike for both modes
+            shape["downsample_mode"] = p.downsample_mode
+        overview = p.find_best_resize(size, **shape, allow_upscale=grid is None)
         if grid is None:
             return overview, None, None
-        height, width = p.get_refine_size(size, grid, *shape, allow_upscale=True)
+        height, width = p.get_refine_size(size, grid, **shape, allow_upscale=True)
         return overview, (height // grid[0], width // grid[1]), grid
 
     def grid(self, size: tuple[int, int]) -> str:
