@@ -57,7 +57,7 @@ class Rows(Samples):
     "Rows that were prepared beforehand; the loop still makes batches of them."
 
     def __init__(self, rows):
-        super().__init__(rows, SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0)))
+        super().__init__(rows, SimpleNamespace(collate=Collator(0)))
 
     def __getitem__(self, i):
         return self.conversations[i]
