@@ -9,6 +9,7 @@ __all__ = ['InputError', 'nearest', 'unknown_keys', 'explain_write_errors', 'emp
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
@@ -49,6 +50,11 @@ def unknown_keys(
     return InputError(f"{', '.join(map(repr, names))} is unknown", where, " ".join([*near, f"Known are {', '.join(known)}"]))
 
 # %% ../nbs/02_errors.ipynb #1f82cf9c
+def _safetensors_errors():
+    "What safetensors raises, if it was imported: a start does not wait for that."
+    return (sys.modules["safetensors"].SafetensorError,) if "safetensors" in sys.modules else ()
+
+
 @contextmanager
 def explain_write_errors(
     folder: str | Path,  # what is being written
@@ -56,9 +62,7 @@ def explain_write_errors(
     "Turn a full disk, a quota or a read-only folder into an `InputError`; anything else passes through."
     try:
         yield
-    except Exception as e:
-        if not isinstance(e, (OSError, RuntimeError)) and type(e).__name__ != "SafetensorError":  # by name: a start does not wait for that import
-            raise
+    except (OSError, RuntimeError, *_safetensors_errors()) as e:
         cause: BaseException = e
         while not isinstance(cause, OSError) and (below := cause.__cause__ or cause.__context__):
             cause = below
