@@ -241,7 +241,7 @@ def within(
         shorter = drop_turns(conversation, 1)
         if not drop or not any(m.role == "user" for m in shorter.messages):
             raise InputError(f"{len(e.input_ids)} tokens are more than the limit of {max_length}", conversation.where,
-                             "Shorten the text, use fewer pictures, lower max_pixels, or raise max_length")  # fmt: skip
+                             "Shorten the text, use fewer pictures, set a smaller max_pixels, or raise max_length")  # fmt: skip
         conversation, dropped = shorter, dropped + 1
     return replace(e, dropped=dropped)
 
