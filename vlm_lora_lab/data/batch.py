@@ -105,7 +105,7 @@ class BaseProcessor(ABC):
         kept = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
         return {"input_ids": e.input_ids, "labels": e.labels, "image_bound": e.image_bound, "dropped": e.dropped, **self.pictures(kept)}
 
-
+# %% ../../nbs/23_data.batch.ipynb #7b5aef15
 @dataclass(frozen=True)
 class Processor(BaseProcessor):
     "What MiniCPM-V up to 4.5 and Qwen-VL want of their input; made from a configuration by `Processor.of`."
