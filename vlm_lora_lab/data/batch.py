@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .records import Conversation
 from .slicing import cut_of, load_image, picture_size, tiles_of, to_patches, to_square
-from .tokens import FAMILIES, IGNORE, Encoded, Family, drop_turns, encode, family_of
+from .tokens import FAMILIES, IGNORE, Encoded, Family, drop_turns, encode, family_of, named_tokens
 from ..errors import InputError, unknown_keys
 
 # %% ../../nbs/23_data.batch.ipynb #37d3dc65
@@ -63,6 +63,7 @@ class BaseProcessor(ABC):
     tokenizer: PreTrainedTokenizerBase
     max_length: int = field(default=2048, kw_only=True)  # tokens
     drop: bool = field(default=False, kw_only=True)  # a text that is too long loses whole turns at the front; False: it is an error
+    named: tuple[str, ...] = field(default=(), kw_only=True)  # tokens that the model's configuration names: commands, as in `control_tokens`
 
     echoes: ClassVar[bool] = False  # does the model's `generate` return the prompt as well?
 
@@ -121,7 +122,7 @@ class Processor(BaseProcessor):
     def of(cls, config: Any, tokenizer: Any, max_length: int = 2048, drop: bool = False) -> "Processor":
         "From a model's configuration. Raises `InputError` for a family that is not known."
         limit = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
-        return cls(tokenizer=tokenizer, max_length=limit, drop=drop, family=family_of(config), **_wants(config))
+        return cls(tokenizer=tokenizer, max_length=limit, drop=drop, named=named_tokens(config, tokenizer), family=family_of(config), **_wants(config))
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
         "Columns and rows of slices of a picture of a size."
@@ -129,7 +130,7 @@ class Processor(BaseProcessor):
 
     def encode(self, conversation: Conversation, grids: Sequence[tuple[int, int] | None] | None, answer: bool = True) -> Encoded:
         "Tokens, labels and places. Raises `InputError`."
-        return encode(conversation, self.tokenizer, self.query_num, self.max_length, self.use_image_id, answer, self.family, grids, self.drop)
+        return encode(conversation, self.tokenizer, self.query_num, self.max_length, self.use_image_id, answer, self.family, grids, self.drop, self.named)
 
     def pictures(self, images: list[Image.Image]) -> dict:
         return {"patches": [p for image in images for p in _seen(self, image)]}

@@ -24,7 +24,7 @@ from transformers.image_utils import SizeDict
 
 from .batch import BaseProcessor, Processor, pad_texts, slices_within
 from .records import Conversation
-from .tokens import Encoded, ids_and_labels, no_commands, supervised, within
+from .tokens import Encoded, ids_and_labels, named_tokens, no_commands, supervised, within
 from ..errors import InputError
 from ..models.load import load_tokenizer, model_folder
 from ..models.published import model_config, read_json
@@ -53,7 +53,7 @@ class NativeProcessor(BaseProcessor):
         return texts
 
     def encode(self, conversation: Conversation, grids: Sequence[str], answer: bool = True) -> Encoded:
-        no_commands(conversation, self.tokenizer)
+        no_commands(conversation, self.tokenizer, named=(self.image_token, *self.named))
         marker = self.tokenizer.convert_tokens_to_ids(self.image_token)
 
         def whole(c):
@@ -214,7 +214,7 @@ def _native(config, tokenizer, max_length, drop):
     if token is None or tokenizer(token, add_special_tokens=False)["input_ids"] != [config.image_token_id]:
         raise InputError(f"image_token_id is {config.image_token_id}, and that is no token of its own in the tokenizer", f"{folder}/config.json", "Take the tokenizer of this model")
     limit = min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
-    processor = kind(tokenizer, images, token, config.model_type != "minicpmv4_6", max_length=limit, drop=drop)
+    processor = kind(tokenizer, images, token, config.model_type != "minicpmv4_6", max_length=limit, drop=drop, named=named_tokens(config, tokenizer))
     if wrong := processor.disagreement(config):
         raise InputError(wrong, folder, remedy)
     return processor
