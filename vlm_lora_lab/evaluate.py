@@ -52,7 +52,7 @@ def _read(
     "Text up to the first token that ends an answer. Every token that is no command stays, marked as special or not."
     ends = ends or end_ids(tokenizer)
     stop = next((i for i, t in enumerate(ids) if t in ends), None)
-    silent = {tokenizer.convert_tokens_to_ids(t) for t in control_tokens(tokenizer, named=named) if t in tokenizer.get_vocab()}
+    silent = {tokenizer.backend_tokenizer.token_to_id(t) for t in control_tokens(tokenizer, named=named)}
     return Answer(tokenizer.decode([t for t in ids[:stop] if t not in silent], clean_up_tokenization_spaces=False).strip(), stop is None)
 
 # %% ../nbs/80_evaluate.ipynb #f44207b5

@@ -123,7 +123,7 @@ def _word(tokenizer, text):
 
 def _read_whole(tokenizer, text):
     "Does the tokenizer read this text as one token?"
-    number = tokenizer.get_vocab().get(text)
+    number = tokenizer.backend_tokenizer.token_to_id(text)
     return number is not None and number in tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
