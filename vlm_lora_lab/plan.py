@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from .errors import InputError, unknown_keys
-from .models.parts import PARTS, count, layout_of, linear_layers, numel, plain_name
+from .models.parts import PARTS, TIED, count, layout_of, linear_layers, numel, plain_name
 
 # %% ../nbs/32_plan.ipynb #5e3c1cb8
 WORDS = ("freeze", "lora", "full")
@@ -408,7 +408,10 @@ class PlanTable:
         everything = ("all", "", sum(r[2] for r in self.rows), sum(r[3] for r in self.rows), "")
         yield ("part", "mode", "parameters", "trainable", "share", "dtype")
         for part, word, total, trained, dtype in (*self.rows, everything):
-            yield part, word, f"{total:,}", f"{trained:,}", f"{trained / total:.1%}", dtype
+            if total:
+                yield part, word, f"{total:,}", f"{trained:,}", f"{trained / total:.1%}", dtype
+            else:
+                yield part, word, "–", "–", "–", TIED
 
     def __repr__(self):
         cells = list(self._cells())
