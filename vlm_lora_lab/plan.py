@@ -279,7 +279,8 @@ def full_modules(
         if not any(owner[id(p)] == part and plan.rule(part, n) == rule for n, p in model.named_parameters() if layout.part_of(n) == part):
             if rule.on or len(plan.rules(part)) > 1:
                 raise InputError(f"nothing in the part {part!r} of {layout.family} is left for '{rule}'", f"plan, {part}", _where(linear_layers(model)[part]))
-            raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is tied to another", f"plan, {part}", "Write 'freeze' there")
+            raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}", f"plan, {part}",
+                             "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: lora")  # fmt: skip
     found = walk("", model)
     if tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
         raise InputError(f"the head of {layout.family} is the embedding's own tensor, which this plan trains in full; it cannot have LoRA as well", "plan, head",
