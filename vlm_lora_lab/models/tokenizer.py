@@ -534,11 +534,12 @@ def picture_file(
 
     Raises `InputError` when both are there and differ."""
     flat, nested = _json(Path(folder) / PICTURES), _json(Path(folder) / "processor_config.json").get("image_processor")
+    one = _one_notation(flat, PICTURES)
     if nested is None:
         return flat, PICTURES
     if not isinstance(nested, dict):
         raise InputError(f"image_processor is {nested!r:.60} and no object", Path(folder) / "processor_config.json", AGAIN)
-    one, other = _one_notation(flat, PICTURES), _one_notation(nested, "processor_config.json")
+    other = _one_notation(nested, "processor_config.json")
     for key in sorted(set(one) & set(other) - {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}):
         if None not in (one[key], other[key]) and one[key] != other[key]:
             raise InputError(f"{key} is {one[key]!r:.60} in {PICTURES} and {other[key]!r:.60} in processor_config.json", folder, "Take both files from the same model, or delete one")
