@@ -15,6 +15,7 @@ import platform
 import re
 import sys
 from dataclasses import fields
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from . import __version__
@@ -77,7 +78,9 @@ def _configuration(path, kind=dict):
             values = json.loads(text)
         except json.JSONDecodeError:
             values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, PermissionError) as e:
+    except RecursionError:
+        raise InputError("this is neither YAML nor JSON of a job: it is nested too deeply", path) from None
+    except (yaml.YAMLError, ValueError, PermissionError) as e:  # a ValueError: bytes that are no text, a number of 5000 digits, a 13th month
         mark = getattr(e, "problem_mark", None)
         raise InputError(f"this is neither YAML nor JSON: {getattr(e, 'problem', e)}", f"{path}, line {mark.line + 1}" if mark else path) from None
     if kind is list and isinstance(values, dict) and set(values) == {"stages"}:
@@ -677,6 +680,12 @@ def main(
         return options.run(options) or 0
     except InputError as e:
         print(f"vlm-lora-lab {options.command}: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # what the file system refuses, by name; anything else is a bug
+        if e.filename is None or e.errno not in (EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS):
+            raise
+        name = os.fsdecode(e.filename)
+        print(f"vlm-lora-lab {options.command}: {name[:100]}{'…' * (len(name) > 100)}: {e.strerror}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"vlm-lora-lab {options.command}: stopped before anything was finished.", file=sys.stderr)
