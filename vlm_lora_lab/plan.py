@@ -133,6 +133,8 @@ class TuningPlan(Settings):
             if not isinstance(getattr(self, part), (str, Rule)):
                 raise InputError(f"{shown(getattr(self, part))} is not a way to train a part", f"plan, {part}", f"Write one of {', '.join(WORDS)}")
             object.__setattr__(self, part, ", ".join(map(str, read_rules(str(getattr(self, part)), f"plan, {part}"))))
+        if isinstance(self.targets, str):
+            raise InputError(f"targets is {shown(self.targets)}", "plan, targets", "Write a list of layers, such as [q_proj, v_proj]")
         super().__post_init__()
 
     def check(self):

@@ -124,7 +124,7 @@ def fitting(
         return None if value is None else fitting(value, options[0], name, where)
     if get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{name} is {shown(value)}", where, "Write a list, such as [q_proj, v_proj]" if options[0] is str else "Write a list")
+            raise InputError(f"{name} is {shown(value)}", where, "Write a list, such as [a, b]")
         return tuple(fitting(v, options[0], f"{name}[{i}]", where) for i, v in enumerate(value))
     if kind is bool:
         if not isinstance(value, bool):
