@@ -22,10 +22,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from .errors import InputError, unknown_keys
-from .models.parts import PARTS, TIED, count, layout_of, linear_layers, numel, plain_name
 from .errors import InputError
-from .models.parts import PARTS, count, layout_of, linear_layers, numel, plain_name
+from .models.parts import PARTS, TIED, count, layout_of, linear_layers, numel, plain_name
 from .settings import OneOf, Settings, Within, shown
 
 # %% ../nbs/32_plan.ipynb #5e3c1cb8

@@ -25,9 +25,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .records import Conversation
 from .slicing import CLIP_MEAN, CLIP_STD, HALF, Colours, cut_of, load_image, picture_size, tiles_of, to_patches, to_square
 from .tokens import FAMILIES, IGNORE, Encoded, Family, drop_turns, encode, family_of
-from ..errors import InputError, unknown_keys
-from ..models.tokenizer import ImageSettings
 from ..errors import InputError
+from ..models.tokenizer import ImageSettings
 from ..settings import Settings, Within
 
 # %% ../../nbs/23_data.batch.ipynb #37d3dc65
