@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from .errors import InputError, unknown_keys
-from .models.parts import PARTS, count, layout_of, linear_layers, numel, plain_name
+from .models.parts import PARTS, TIED, count, layout_of, linear_layers, numel, plain_name
 
 # %% ../nbs/32_plan.ipynb #5e3c1cb8
 WORDS = ("freeze", "lora", "full")
@@ -279,7 +279,8 @@ def full_modules(
         if not any(owner[id(p)] == part and plan.rule(part, n) == rule for n, p in model.named_parameters() if layout.part_of(n) == part):
             if rule.on or len(plan.rules(part)) > 1:
                 raise InputError(f"nothing in the part {part!r} of {layout.family} is left for '{rule}'", f"plan, {part}", _where(linear_layers(model)[part]))
-            raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is tied to another", f"plan, {part}", "Write 'freeze' there")
+            raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}", f"plan, {part}",
+                             "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: lora")  # fmt: skip
     found = walk("", model)
     if tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
         raise InputError(f"the head of {layout.family} is the embedding's own tensor, which this plan trains in full; it cannot have LoRA as well", "plan, head",
@@ -408,7 +409,10 @@ class PlanTable:
         everything = ("all", "", sum(r[2] for r in self.rows), sum(r[3] for r in self.rows), "")
         yield ("part", "mode", "parameters", "trainable", "share", "dtype")
         for part, word, total, trained, dtype in (*self.rows, everything):
-            yield part, word, f"{total:,}", f"{trained:,}", f"{trained / total:.1%}", dtype
+            if total:
+                yield part, word, f"{total:,}", f"{trained:,}", f"{trained / total:.1%}", dtype
+            else:
+                yield part, word, "–", "–", "–", TIED
 
     def __repr__(self):
         cells = list(self._cells())
