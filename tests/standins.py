@@ -196,6 +196,11 @@ ORDINARY = {*TOOLS, *THINKS}  # tokens of their own that are text all the same
 QWEN_ROLES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 
+# Llama 3's special tokens in the order of their ids, from 128000 on.
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)), "<|start_header_id|>", "<|end_header_id|>",
+          "<|reserved_special_token_4|>", "<|eot_id|>", *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))  # fmt: skip
+
+
 def _spare(first, last):
     return {f"<|reserved_special_token_{i - first}|>": i for i in range(first, last)}
 
@@ -231,7 +236,7 @@ def words(name):
         special = _series(0, "<unk>", "<s>", "</s>") | _series(32000, "<fake_token_around_image>", "<image>", "<end_of_utterance>")
         return Words(special, rows, plain | {"pad_token": "<unk>"}, missing=("the vocabulary of Mistral", "the chat template"))
     if rows > 128000:  # Idefics 3, on Llama 3
-        special = _series(128000, "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>") | _series(128256, "<fake_token_around_image>", "<image>", "<end_of_utterance>")
+        special = _series(128000, *LLAMA3) | _series(128256, "<fake_token_around_image>", "<image>", "<end_of_utterance>")
         roles = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|reserved_special_token_0|>"}
         return Words(special, rows, roles, base="llama3", missing=("the chat template",))
     special = _series(0, *TURNS) | {"<image>": values["image_token_id"]}
@@ -240,8 +245,7 @@ def words(name):
 
 def _minicpm_words(version, rows):
     if version == "2.5":
-        special = _series(128000, "<|begin_of_text|>", "<|end_of_text|>", "<unk>") | _series(128006, "<|start_header_id|>", "<|end_header_id|>") | {"<|eot_id|>": 128009}
-        special |= _series(128010, *TAGS) | {f"<|reserved_special_token_{i}|>": 128005 + i for i in range(17, 251)}
+        special = _series(128000, *LLAMA3[:2], "<unk>", *LLAMA3[3:10], *TAGS, *LLAMA3[22:])
         return Words(special, rows, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "unk_token": "<unk>", "pad_token": "!"}, base="llama3")
     roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "pad_token": "<|endoftext|>"}
     if version == "4.5":
