@@ -10,9 +10,9 @@ __all__ = ['slices_within', 'BaseProcessor', 'Processor', 'WorkerError', 'Sample
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -23,26 +23,36 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .records import Conversation
-from .slicing import cut_of, load_image, picture_size, tiles_of, to_patches, to_square
+from .slicing import CLIP_MEAN, CLIP_STD, HALF, Colours, cut_of, load_image, picture_size, tiles_of, to_patches, to_square
 from .tokens import FAMILIES, IGNORE, Encoded, Family, drop_turns, encode, family_of, named_tokens
-from ..errors import InputError, unknown_keys
+from ..errors import InputError
+from ..models.tokenizer import ImageSettings
+from ..settings import Settings, Within
 
 # %% ../../nbs/23_data.batch.ipynb #37d3dc65
 def _wants(config):
-    "The numbers of a configuration that pictures depend on."
+    "The numbers of a configuration that pictures depend on, where no picture processor's file is at hand."
     if config.model_type == "qwen":
         visual = config.visual
-        return {"query_num": visual.get("n_queries", 256), "patch_size": visual["patch_size"], "scale_resolution": visual["image_size"], "use_image_id": True}
+        return {"query_num": visual.get("n_queries", 256), "patch_size": visual["patch_size"], "scale_resolution": visual["image_size"], "use_image_id": True,
+                "mean": CLIP_MEAN, "std": CLIP_STD}  # fmt: skip
     slices = config.slice_config
     return {"query_num": config.query_num, "patch_size": config.vision_config.patch_size, "scale_resolution": slices["scale_resolution"],
-            "max_slice_nums": slices["max_slice_nums"], "use_image_id": bool(getattr(config, "use_image_id", False))}  # fmt: skip
+            "max_slice_nums": slices["max_slice_nums"] if getattr(config, "slice_mode", True) else 1,
+            "use_image_id": bool(getattr(config, "use_image_id", False))}  # fmt: skip
+
+
+def _settled(settings, family):
+    "The same numbers from a model's files."
+    return {"query_num": settings.query_num, "patch_size": settings.patch_size, "scale_resolution": settings.size, "max_slice_nums": settings.max_slice_nums,
+            "use_image_id": settings.use_image_id or family is FAMILIES["qwen"], "mean": settings.mean, "std": settings.std}  # fmt: skip
 
 
 def _seen(p, image):
     "What the vision tower sees of one RGB picture: (pixels, rows and columns of patches) of the overview and each slice."
     if p.family is FAMILIES["qwen"]:
-        return [(to_square(image, p.scale_resolution), None)]
-    return to_patches(image, p.scale_resolution, p.patch_size, p.max_slice_nums)
+        return [(to_square(image, p.scale_resolution, p.mean, p.std), None)]
+    return to_patches(image, p.scale_resolution, p.patch_size, p.max_slice_nums, p.mean, p.std)
 
 # %% ../../nbs/23_data.batch.ipynb #936c7ddd
 def slices_within(
@@ -117,12 +127,21 @@ class Processor(BaseProcessor):
     use_image_id: bool = False  # number the pictures in the text
     max_slice_nums: int = 1  # most slices of a picture; 1: overview only
     family: Family = FAMILIES["2.6"]
+    mean: Colours = HALF  # of red, green and blue in 0…1
+    std: Colours = HALF
 
     @classmethod
-    def of(cls, config: Any, tokenizer: Any, max_length: int = 2048, drop: bool = False) -> "Processor":
-        "From a model's configuration. Raises `InputError` for a family that is not known."
-        limit = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
-        return cls(tokenizer=tokenizer, max_length=limit, drop=drop, named=named_tokens(config, tokenizer), family=family_of(config), **_wants(config))
+    def of(
+        cls,
+        config: Any,  # of a model
+        tokenizer: Any,
+        max_length: int = 2048,  # tokens
+        drop: bool = False,  # a text that is too long loses whole turns
+        settings: ImageSettings | None = None,  # from the model's files (chapter 15); None: what the configuration alone says
+    ) -> "Processor":
+        "From a model's configuration, and from its picture processor's file. Raises `InputError` for a family that is not known."
+        limit, family = min(max_length, getattr(config, "max_position_embeddings", None) or max_length), family_of(config)
+        return cls(tokenizer=tokenizer, max_length=limit, drop=drop, named=named_tokens(config, tokenizer), family=family, **_settled(settings, family) if settings else _wants(config))
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
         "Columns and rows of slices of a picture of a size."
@@ -259,30 +278,18 @@ def loader(
 
 # %% ../../nbs/23_data.batch.ipynb #33230f9a
 @dataclass(frozen=True)
-class Reading:
+class Reading(Settings):
     "How data files are read. Raises `InputError` for a value that cannot work."
 
-    workers: int = 0  # processes that prepare pictures and text beside the one that trains
+    SECTION: ClassVar[str] = "reading"
+
+    workers: Annotated[int, Within(0, 256)] = 0  # processes that prepare pictures and text beside the one that trains
     group_by_length: bool = False  # batches of rows of similar length, against padding
     skip_bad_rows: bool = False  # leave bad rows out, and list them in the report; otherwise the first one is an error
     drop_turns: bool = False  # let a text that is too long lose whole turns at its front; otherwise it is an error
     allow_outside: bool = False  # let picture paths leave the folder of the data file, or --image-root
     allow_urls: bool = False  # let pictures be fetched from the network
-    max_pixels: int = 0  # most pixels that the model looks at of one picture (MiniCPM-V: fewer slices); 0: what its own files say
-
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            most = {"workers": 256, "max_pixels": 10**9}.get(f.name)
-            if type(value) is not type(f.default) or (most and not 0 <= value <= most):
-                raise InputError(f"{f.name} is {value!r:.60}", "reading", f"Write a number from 0 to {most:,}" if most else "Write true or false")
-
-    @classmethod
-    def of(cls, values: dict) -> "Reading":
-        "From a dictionary. Raises `InputError` for unknown keys."
-        if unknown := sorted(map(str, set(values) - {f.name for f in fields(cls)})):
-            raise unknown_keys(unknown, [f.name for f in fields(cls)], "reading")
-        return cls(**values)
+    max_pixels: Annotated[int, Within(0, 10**9)] = 0  # most pixels that the model looks at of one picture (MiniCPM-V: fewer slices); 0: what its own files say
 
 
 @dataclass(frozen=True)
