@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, DynamicCache, Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, DynamicCache, Trainer, TrainingArguments
 
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.models.published import model_config, read_json
 from vlm_lora_lab.models.qwenvl import AttnPool, QwenVL, QwenVLConfig, find_pictures, resize_positions
 from vlm_lora_lab.models.resampler import sincos_2d
 
@@ -344,7 +345,7 @@ def test_a_published_configuration_needs_no_remote_code(golden, checkpoint, tmp_
     code = {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}
     del config["dtype"]
     (tmp_path / "c" / "config.json").write_text(json.dumps(config | {"auto_map": code, "tokenizer_type": "QWenTokenizer", "torch_dtype": "bfloat16"}))
-    assert isinstance(AutoConfig.from_pretrained(tmp_path / "c"), QwenVLConfig)
+    assert isinstance(model_config(read_json(tmp_path / "c" / "config.json")), QwenVLConfig)
     model = QwenVL.from_pretrained(tmp_path / "c", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     model.save_pretrained(tmp_path / "again")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, GenerationMixin, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationMixin, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -154,10 +154,6 @@ class MiniCPMOConfig(MiniCPMV26Config):
     "MiniCPM-o 2.6: its eyes and its language model are those of MiniCPM-V 2.6."
 
     model_type = "minicpmo"
-
-
-AutoConfig.register("minicpmv", MiniCPMVConfig)
-AutoConfig.register("minicpmo", MiniCPMOConfig)
 
 # %% ../../nbs/12_models.minicpmv.ipynb #b62fc9d3
 def position_buckets(

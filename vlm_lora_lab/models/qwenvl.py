@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -84,9 +84,6 @@ class QwenVLConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         "The fields, under the class name that the published files carry."
         return super().to_dict() | {"architectures": ["QWenLMHeadModel"]}
-
-
-AutoConfig.register("qwen", QwenVLConfig)
 
 # %% ../../nbs/13_models.qwenvl.ipynb #5889f211
 def resize_positions(
