@@ -30,7 +30,7 @@ from .settings import OneOf, Settings, Within, shown
 WORDS = ("freeze", "lora", "full")
 Rank = Annotated[int, Within(1, 16_384, "8 to 64 are usual")]
 Alpha = Annotated[float, Within(0, 10**6, "twice the rank is usual", above=True)]
-Rate = Annotated[float, Within(0, 10, "0.0002 is usual for LoRA, a tenth of it in full", above=True)]
+Rate = Annotated[float, Within(0, 3e38, "0.0002 is usual for LoRA, a tenth of it in full", above=True)]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class TuningPlan(Settings):
     dropout: Annotated[float, Within(0, 1, below=True)] = 0.0  # before LoRA's first matrix
     targets: tuple[str, ...] | None = None  # layers of the language model that get LoRA; None: all linear ones
     variant: Annotated[str, OneOf(tuple(VARIANTS))] = "lora"  # lora, rslora, dora or pissa
-    lora_plus: Annotated[float, Within(0, 1000, "16 is usual", above=True)] | None = None  # LoRA+: learning rate of LoRA's second matrix over that of its first, such as 16; None: the same
+    lora_plus: Annotated[float, Within(0, 1e38, "16 is usual", above=True)] | None = None  # LoRA+: learning rate of LoRA's second matrix over that of its first, such as 16; None: the same
 
     def __post_init__(self):
         for part in PARTS:

@@ -50,7 +50,7 @@ class Schedule(Settings):
     batch_size: Annotated[int, Within(1, 65_536)] = 8  # conversations that are computed at once
     accumulation: Annotated[int, Within(1, 10**6)] = 1  # batches per optimizer step
     learning_rate: Rate = 2e-4  # peak, for LoRA
-    full_learning_rate: Annotated[float, Within(0, 10, "it cannot be negative")] | None = None  # peak, for parts trained in full; None: a tenth of `learning_rate`
+    full_learning_rate: Annotated[float, Within(0, 3e38, "it cannot be negative")] | None = None  # peak, for parts trained in full; None: a tenth of `learning_rate`
     warmup: Annotated[float, Within(0, 1, "0.05 is usual", below=True)] = 0.05  # share of the steps in which the rate rises; then it falls as a cosine
     save_every: Annotated[int, Within(1, 10**9)] = 200  # steps between checkpoints
     max_length: Annotated[int, Within(1, 10**7, "2048 is usual")] = 2048  # tokens; a longer conversation is an error
