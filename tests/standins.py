@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from families import THINKING_TEMPLATE, VISION_TEMPLATE
+from real import real
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import MiniCPMV4_6ImageProcessorPil
@@ -21,8 +22,6 @@ from vlm_lora_lab.models.published import PUBLISHED, model_class, model_config
 from vlm_lora_lab.models.tokenizer import PUBLISHED_TOKENS, QWEN_SPECIAL, version_of
 
 TOKENIZERS = Path(__file__).parent / "golden" / "tokenizer"
-ROWS = 420  # of the smaller vocabulary, before special tokens
-
 # What may differ from the published config.json; * stands for the whole of a list.
 SIZES = {
     "language": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "kv_channels", "dim_model_base",
@@ -70,6 +69,7 @@ def may_differ(name, small=False):
     paths |= {f"visual.{p}" for p in SIZES["vision"]} | {f"perceiver_config.{p}" for p in SIZES["perceiver"]} | set(SIZES["top"]) | set(SIZES["added"])
     if "scale_emb" in values:
         paths |= set(SIZES["timm"])
+    small = small or (values["model_type"] == "qwen" and not real("qwen.tiktoken"))  # its file of ranks holds no spare words
     return paths | ({p for i in IDS for p in (i, f"text_config.{i}", f"vision_config.{i}", f"visual.{i}")} if small else set())
 
 
@@ -196,6 +196,11 @@ ORDINARY = {*TOOLS, *THINKS}  # tokens of their own that are text all the same
 QWEN_ROLES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 
+# Llama 3's special tokens in the order of their ids, from 128000 on.
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)), "<|start_header_id|>", "<|end_header_id|>",
+          "<|reserved_special_token_4|>", "<|eot_id|>", *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))  # fmt: skip
+
+
 def _spare(first, last):
     return {f"<|reserved_special_token_{i - first}|>": i for i in range(first, last)}
 
@@ -231,7 +236,7 @@ def words(name):
         special = _series(0, "<unk>", "<s>", "</s>") | _series(32000, "<fake_token_around_image>", "<image>", "<end_of_utterance>")
         return Words(special, rows, plain | {"pad_token": "<unk>"}, missing=("the vocabulary of Mistral", "the chat template"))
     if rows > 128000:  # Idefics 3, on Llama 3
-        special = _series(128000, "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>") | _series(128256, "<fake_token_around_image>", "<image>", "<end_of_utterance>")
+        special = _series(128000, *LLAMA3) | _series(128256, "<fake_token_around_image>", "<image>", "<end_of_utterance>")
         roles = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|reserved_special_token_0|>"}
         return Words(special, rows, roles, base="llama3", missing=("the chat template",))
     special = _series(0, *TURNS) | {"<image>": values["image_token_id"]}
@@ -240,8 +245,7 @@ def words(name):
 
 def _minicpm_words(version, rows):
     if version == "2.5":
-        special = _series(128000, "<|begin_of_text|>", "<|end_of_text|>", "<unk>") | _series(128006, "<|start_header_id|>", "<|end_header_id|>") | {"<|eot_id|>": 128009}
-        special |= _series(128010, *TAGS) | {f"<|reserved_special_token_{i}|>": 128005 + i for i in range(17, 251)}
+        special = _series(128000, *LLAMA3[:2], "<unk>", *LLAMA3[3:10], *TAGS, *LLAMA3[22:])
         return Words(special, rows, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "unk_token": "<unk>", "pad_token": "!"}, base="llama3")
     roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "pad_token": "<|endoftext|>"}
     if version == "4.5":
@@ -255,24 +259,36 @@ def _minicpm_words(version, rows):
 
 
 @cache
-def _base(kind):
-    "A small byte-level tokenizer.json without its special tokens, and its words in the order of their ids."
-    path = lab_folder() / "tokenizer.json" if kind == "qwen" else TOKENIZERS / "minicpmv25" / "tokenizer.json"
-    data = json.loads(path.read_text(encoding="utf-8"))
+def _base(kind, small=False):
+    "A byte-level tokenizer.json without its special tokens, and its words in the order of their ids; the real one where it is at hand."
+    ours = lab_folder() / "tokenizer.json" if kind == "qwen" else TOKENIZERS / "minicpmv25" / "tokenizer.json"
+    text = None if small else real({"qwen": "qwen3.json", "llama3": "llama3.json"}[kind])
+    data = json.loads(text or ours.read_text(encoding="utf-8"))
     own = {t["content"] for t in data["added_tokens"]}
     return data, [t for t, _ in sorted(data["model"]["vocab"].items(), key=lambda item: item[1]) if t not in own]
 
 
+def has_real_words(known):
+    "Whether the real words of a published tokenizer are at hand: its special tokens then stand behind them, or are among them."
+    words = real({"qwen": "qwen3.json", "llama3": "llama3.json"}[known.base])
+    if words is None:
+        return False
+    vocab = _base(known.base)[0]["model"]["vocab"]
+    return all(i >= len(vocab) or vocab.get(t) == i for t, i in known.special.items())
+
+
 def tokenizer_json(known, small=False):
     "The content of tokenizer.json: common words first, then words that no text becomes, and every special token at its published id (small: one behind the other)."
-    data, common = deepcopy(_base(known.base))
+    genuine = not small and has_real_words(known)
+    data, common = deepcopy(_base(known.base, not genuine))
     if small:
         ids = {t: len(common) + i for i, t in enumerate(sorted(known.special, key=known.special.get))}
         vocab = {t: i for i, t in enumerate(common)} | ids
     else:
         ids, taken = dict(known.special), set(known.special.values())
         free = [i for i in range(known.size) if i not in taken]
-        vocab = dict(zip(common, free)) | {f"Ġw{i}": i for i in free[len(common) :]} | ids
+        vocab = dict(zip(common, free)) | {f"Ġw{i}": i for i in free[len(common) :]}
+        vocab = (data["model"]["vocab"] if genuine else vocab) | ids
     data["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
     data["added_tokens"] = [_added(t) | {"id": i} for t, i in sorted(ids.items(), key=lambda item: item[1])]
     data["post_processor"] = None
@@ -296,10 +312,13 @@ def _tokenizer_files(name, folder, small):
         for file in source.iterdir():
             if file.name != "cases.json":
                 (folder / file.name).write_bytes(file.read_bytes())
+        if version == "qwenvl" and not small and (ranks := real("qwen.tiktoken")):
+            (folder / "qwen.tiktoken").write_bytes(ranks)
+            return {}, PUBLISHED_TOKENS["qwenvl"]
         if version == "2.0":
             return {i: i for i in range(113)}, 0
-        ranks = len((source / "qwen.tiktoken").read_text().split("\n")) - 1
-        return {151643 + i: ranks + i for i in range(len(QWEN_SPECIAL))}, ranks + len(QWEN_SPECIAL)
+        count = len((source / "qwen.tiktoken").read_text().split("\n")) - 1
+        return {151643 + i: count + i for i in range(len(QWEN_SPECIAL))}, count + len(QWEN_SPECIAL)
     known = words(name)
     data = tokenizer_json(known, small)
     _write(folder, "tokenizer.json", data)
@@ -412,8 +431,10 @@ def stand_in(
     folder.mkdir(parents=True)
     values = shrunk(name)
     ids, rows = _tokenizer_files(name, folder, small)
-    if small or values["model_type"] == "qwen":
+    if small or (values["model_type"] == "qwen" and not real("qwen.tiktoken")):
         values = _renumber(values, ids, rows or 1024)
+        if "text_config" in values:  # some files leave the rows to the class
+            values["text_config"]["vocab_size"] = rows
     _picture_files(values, folder)
     torch.manual_seed(seed)
     config = model_config(values)
@@ -430,11 +451,13 @@ def stand_in(
 def account_of(name, small=False):
     "What a stand-in has in common with the model of its name."
     values = PUBLISHED[name].config
-    fewer = small or values["model_type"] == "qwen"
+    fewer = small or (values["model_type"] == "qwen" and not real("qwen.tiktoken"))
     known = None if values["model_type"] == "qwen" or "scale_emb" in values else words(name)
     real = ("every field of config.json but sizes", "types and names of the tensors", *(() if fewer else ("special ids", "rows of the embeddings")))
     missing = known.missing if known else ()
-    return Account(name, real, tuple(sorted(set(differences(values, shrunk(name))) - set(SIZES["added"]))), (*missing, "real words: the vocabulary is filled up with words that no text becomes"))
+    words_at_hand = not small and (has_real_words(known) if known else not fewer and "scale_emb" not in values)
+    unreal = () if words_at_hand else ("real words: a few hundred short ones, and others that no text becomes",)
+    return Account(name, real, tuple(sorted(set(differences(values, shrunk(name))) - set(SIZES["added"]))), (*missing, *unreal))
 
 
 def weights_besides_embeddings(folder):

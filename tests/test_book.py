@@ -18,7 +18,7 @@ FACTS = ConfigParser(delimiters=["="])
 FACTS.read(ROOT / "settings.ini", encoding="utf-8")
 FACTS = FACTS["DEFAULT"]
 # A module may import modules of a lower floor, and of its own room.
-FLOORS = {"errors": 0, "style": 0, "models": 1, "data": 2, "lora": 3, "plan": 4, "flags": 5, "preview": 5, "quant": 5, "unfreeze": 5, "explorer": 6, "train": 6, "debug": 7, "checkpoint": 7,
+FLOORS = {"errors": 0, "style": 0, "settings": 1, "models": 1, "data": 2, "lora": 3, "plan": 4, "flags": 5, "preview": 5, "quant": 5, "unfreeze": 5, "explorer": 6, "train": 6, "debug": 7, "checkpoint": 7,
           "evaluate": 7, "compare": 8, "job": 8, "study": 8, "tour": 8, "cli": 9}  # fmt: skip
 
 

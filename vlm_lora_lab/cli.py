@@ -15,10 +15,12 @@ import platform
 import re
 import sys
 from dataclasses import fields
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from . import __version__
 from .errors import InputError, explain_write_errors, nearest
+from .settings import Within, shown
 
 # %% ../nbs/95_cli.ipynb #8238ab28
 def _options(cls):
@@ -34,16 +36,31 @@ def _number(text):
     return int(value) if value == int(value) and "." not in text and "e" not in text.lower() else value
 
 
-def _positive(text):
-    if (value := int(text)) < 1:
-        raise ValueError(text)
-    return value
+def _within(low, high, whole=True, above=False):
+    "Reads a number between bounds; the message of a wrong one says them."
+    limits = Within(low, high, above=above)
+
+    def read(text):
+        try:
+            value = int(text) if whole else float(text)
+        except ValueError:  # also of more digits than Python converts
+            value = math.nan
+        if value not in limits:
+            raise argparse.ArgumentTypeError(f"expected a {'whole ' if whole else ''}number {limits}, found {shown(text)}")
+        return value
+
+    return read
 
 
-def _seed(text):
-    if not 0 <= (value := int(text)) < 2**32:
-        raise ValueError(text)
-    return value
+_SEED, _STEPS, _ROWS = _within(0, 2**32 - 1), _within(1, 10**6), _within(1, 65_536)
+_TOKENS, _PIXELS, _WORKERS = _within(1, 10**7), _within(0, 10**9), _within(0, 256)
+
+
+def _read_number(text):
+    try:
+        return _number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {shown(text)}") from None
 
 
 def _add(group, cls, names=None):
@@ -56,7 +73,7 @@ def _add(group, cls, names=None):
             elif name == "targets":
                 kind |= {"type": lambda s: tuple(s.split(",")), "metavar": "q_proj,v_proj"}
             elif isinstance(default, (int, float)) or name in ("full_learning_rate", "lora_plus"):
-                kind |= {"type": _number, "metavar": "N"}
+                kind |= {"type": _read_number, "metavar": "N"}
             else:
                 choices = {"nan": "stop|skip|rollback", "metric": "NAME", "vision_cache": "auto|off|memory|disk", "variant": "lora|rslora|dora|pissa"}
                 kind |= {"metavar": choices.get(name, "freeze|lora|full" if cls.__name__ == "TuningPlan" else "PATH")}
@@ -77,7 +94,9 @@ def _configuration(path, kind=dict):
             values = json.loads(text)
         except json.JSONDecodeError:
             values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, PermissionError) as e:
+    except RecursionError:
+        raise InputError("this is neither YAML nor JSON of a job: it is nested too deeply", path) from None
+    except (yaml.YAMLError, ValueError, PermissionError) as e:  # a ValueError: bytes that are no text, a number of 5000 digits, a 13th month
         mark = getattr(e, "problem_mark", None)
         raise InputError(f"this is neither YAML nor JSON: {getattr(e, 'problem', e)}", f"{path}, line {mark.line + 1}" if mark else path) from None
     if kind is list and isinstance(values, dict) and set(values) == {"stages"}:
@@ -468,8 +487,8 @@ def _check_data(o):
 def _check_data_parser(p):
     p.add_argument("file", metavar="FILE", help="JSON or JSON Lines, in any dialect")
     p.add_argument("--model", metavar="FOLDER", help='"lab" or a model folder: count tokens and labels as this model would')
-    p.add_argument("--max-length", type=_positive, default=2048, metavar="N", help="longest text, tokens; with --model (default: 2048)")
-    p.add_argument("--max-pixels", type=_seed, default=0, metavar="N", help="most pixels that the model looks at of one picture; with --model (default: 0, what its own files say)")
+    p.add_argument("--max-length", type=_TOKENS, default=2048, metavar="N", help="longest text, tokens; with --model (default: 2048)")
+    p.add_argument("--max-pixels", type=_PIXELS, default=0, metavar="N", help="most pixels that the model looks at of one picture; with --model (default: 0, what its own files say)")
     p.add_argument("--drop-turns", action="store_true", help="let a text that is too long lose whole turns at its front; with --model")
     p.add_argument("--against", action="append", default=[], metavar="FILE", help="another split that must share nothing with this one; repeat for several")
     p.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)")
@@ -477,10 +496,10 @@ def _check_data_parser(p):
                    help="decode: unfold every picture; header: only sizes, many times as fast; none: only whether the file is there (default: decode)")  # fmt: skip
     p.add_argument("--allow-outside", action="store_true", help="let picture paths leave that folder")
     p.add_argument("--allow-urls", action="store_true", help="let pictures be fetched from the network")
-    p.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one for each core, at most 16)")
+    p.add_argument("--workers", type=_within(1, 256), metavar="N", help="processes (default: one for each core, at most 16)")
     p.add_argument("--format", default="text", choices=("text", "json", "html"), help="of the report (default: text)")
     p.add_argument("--output", metavar="FILE", help="write the report there instead of printing it")
-    p.add_argument("--show", type=int, default=20, metavar="N", help="findings in a printed report (default: 20)")
+    p.add_argument("--show", type=_within(0, 10**6), default=20, metavar="N", help="findings in a printed report (default: 20)")
 
 # %% ../nbs/95_cli.ipynb #49b0d881
 COMPARE_HELP = """\
@@ -508,11 +527,11 @@ def _compare_parser(p, several):
     p.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)")
     p.add_argument("--allow-outside", action="store_true", help="let picture paths leave that folder")
     p.add_argument("--allow-urls", action="store_true", help="let pictures be fetched from the network")
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that look at the pictures beforehand (default: 0, this one)")
-    p.add_argument("--batch-size", type=_positive, default=50, metavar="N", help="questions asked at once (default: 50); fewer need less memory")
-    p.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="longest answer (default: 64)")
-    p.add_argument("--max-length", type=_positive, default=2048, metavar="N", help="longest question, tokens, pictures included (default: 2048)")
-    p.add_argument("--max-pixels", type=_seed, default=0, metavar="N", help="most pixels that a model looks at of one picture (default: 0, as an adapter was trained, or as the model's files say)")
+    p.add_argument("--workers", type=_WORKERS, default=0, metavar="N", help="processes that look at the pictures beforehand (default: 0, this one)")
+    p.add_argument("--batch-size", type=_ROWS, default=50, metavar="N", help="questions asked at once (default: 50); fewer need less memory")
+    p.add_argument("--max-new-tokens", type=_TOKENS, default=64, metavar="N", help="longest answer (default: 64)")
+    p.add_argument("--max-length", type=_TOKENS, default=2048, metavar="N", help="longest question, tokens, pictures included (default: 2048)")
+    p.add_argument("--max-pixels", type=_PIXELS, default=0, metavar="N", help="most pixels that a model looks at of one picture (default: 0, as an adapter was trained, or as the model's files say)")
 
 # %% ../nbs/95_cli.ipynb #aafd5fe7
 class _Version(argparse.Action):
@@ -540,9 +559,9 @@ def _parser(argv):
     p = command("demo", _demo, "Q-LoRA on handwriting with the small shipped model: three minutes, offline, on a CPU",
                 "Fine-tune the lab model on real handwriting by Q-LoRA; show before and after, what was forgotten,\nand prove that the saved and the merged model are the trained one.")  # fmt: skip
     p.add_argument("--output", default="vlm_lora_lab_demo", metavar="FOLDER", help="for the results; must be new or empty (default: vlm_lora_lab_demo)")
-    p.add_argument("--mix", type=float, default=0.0, metavar="SHARE", help="share of old samples mixed in against forgetting, such as 0.3 (default: 0)")
-    p.add_argument("--steps", type=_positive, metavar="N", help="training steps of 32 samples (default: enough for at least 85%% exact match)")
-    p.add_argument("--seed", type=_seed, default=0, metavar="N", help="(default: 0)")
+    p.add_argument("--mix", type=_within(0, 1, whole=False), default=0.0, metavar="SHARE", help="share of old samples mixed in against forgetting, such as 0.3 (default: 0)")
+    p.add_argument("--steps", type=_STEPS, metavar="N", help="training steps of 32 samples (default: enough for at least 85%% exact match)")
+    p.add_argument("--seed", type=_SEED, default=0, metavar="N", help="(default: 0)")
 
     p = command("train", _train, "fine-tune a model on your own data", TRAIN_HELP)
     if argv[:1] == ["train"]:  # its options need the training engine, which takes seconds to import
@@ -568,8 +587,8 @@ def _parser(argv):
     p.add_argument("--adapter", metavar="FOLDER", help="written by train or demo; its base model is found by itself")
     p.add_argument("--model", metavar="MODEL", help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)')
     p.add_argument("--allow-pickle", action="store_true", help="convert the model's pickled weights (*.bin) once, through a reader that runs no code")
-    p.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
-    p.add_argument("--max-pixels", type=_seed, default=0, metavar="N", help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the model's files say)")
+    p.add_argument("--max-new-tokens", type=_TOKENS, default=128, metavar="N", help="longest answer (default: 128)")
+    p.add_argument("--max-pixels", type=_PIXELS, default=0, metavar="N", help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the model's files say)")
 
     _compare_parser(command("compare", _compare, "ask checkpoints the same questions: which is better, and for sure?", COMPARE_HELP), True)
     _compare_parser(command("evaluate", _compare, "ask one checkpoint the questions of a file, and judge its answers", COMPARE_HELP), False)
@@ -606,9 +625,9 @@ def _parser(argv):
                 "  vlm-lora-lab estimate Qwen/Qwen2.5-VL-7B-Instruct --gpu 24 --rank 64 --batch-size 4")  # fmt: skip
     p.add_argument("model", help='owner/name of a published checkpoint, "lab", or a folder with a config.json')
     p.add_argument("--gpu", metavar="CARD", help="T4, V100, RTX 3090, RTX 4090, L4, A100, H100, H200, or GiB as a number (default: no verdict)")
-    p.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="conversations at once (default: 1)")
-    p.add_argument("--max-length", type=_positive, default=2048, metavar="N", help="tokens of a conversation (default: 2048)")
-    p.add_argument("--pictures", type=_seed, default=1, metavar="N", help="pictures of a conversation, slices counted (default: 1)")
+    p.add_argument("--batch-size", type=_ROWS, default=1, metavar="N", help="conversations at once (default: 1)")
+    p.add_argument("--max-length", type=_TOKENS, default=2048, metavar="N", help="tokens of a conversation (default: 2048)")
+    p.add_argument("--pictures", type=_within(0, 10_000), default=1, metavar="N", help="pictures of a conversation, slices counted (default: 1)")
     p.add_argument("--no-four-bit", action="store_true", help="the base in 16 bit")
     p.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     if argv[:1] == ["estimate"]:
@@ -621,7 +640,7 @@ def _parser(argv):
                 "  vlm-lora-lab merge runs/first/adapter --output runs/first/merged")  # fmt: skip
     p.add_argument("adapter", help="folder written by train or demo")
     p.add_argument("--output", required=True, metavar="FOLDER", help="for the merged model; must be new or empty")
-    p.add_argument("--max-shard-gb", type=float, default=5.0, metavar="N", help="largest file of weights, GB (default: 5)")
+    p.add_argument("--max-shard-gb", type=_within(0, 10_000, whole=False, above=True), default=5.0, metavar="N", help="largest file of weights, GB (default: 5)")
     _merging(p)
 
     p = command("export", _export, "write what vLLM, llama.cpp or transformers accept, check it, and say how to start the server",
@@ -645,10 +664,10 @@ def _parser(argv):
 
     p = command("pretrain", _pretrain, "make the lab model again, from nothing (about half an hour on two cores)")
     p.add_argument("--output", required=True, metavar="FOLDER", help="for the model; must be new or empty")
-    p.add_argument("--eyes", type=_positive, default=3000, metavar="N", help="steps of the vision tower alone (default: 3000)")
-    p.add_argument("--questions", type=_positive, default=1200, metavar="N", help="steps on hard questions, done twice (default: 1200)")
-    p.add_argument("--words", type=_positive, default=5000, metavar="N", help="steps of the whole model (default: 5000)")
-    p.add_argument("--seed", type=_seed, default=0, metavar="N", help="(default: 0)")
+    p.add_argument("--eyes", type=_STEPS, default=3000, metavar="N", help="steps of the vision tower alone (default: 3000)")
+    p.add_argument("--questions", type=_STEPS, default=1200, metavar="N", help="steps on hard questions, done twice (default: 1200)")
+    p.add_argument("--words", type=_STEPS, default=5000, metavar="N", help="steps of the whole model (default: 5000)")
+    p.add_argument("--seed", type=_SEED, default=0, metavar="N", help="(default: 0)")
     return parser
 
 
@@ -685,6 +704,12 @@ def main(
         return options.run(options) or 0
     except InputError as e:
         print(f"vlm-lora-lab {options.command}: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # what the file system refuses, by name; anything else is a bug
+        if e.filename is None or e.errno not in (EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS):
+            raise
+        name = os.fsdecode(e.filename)
+        print(f"vlm-lora-lab {options.command}: {name[:100]}{'…' * (len(name) > 100)}: {e.strerror}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"vlm-lora-lab {options.command}: stopped before anything was finished.", file=sys.stderr)

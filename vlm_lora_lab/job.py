@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import PeftModel
@@ -31,6 +31,7 @@ from .models.load import load_vlm, model_folder
 from .models.published import on_meta
 from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
+from .settings import FilePath, OneOf, Settings, Within, inside
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache
 from .train.devices import agreeing, check_devices, meet, split_up
@@ -40,74 +41,59 @@ from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, tra
 
 # %% ../nbs/94_job.ipynb #5d1e6638
 @dataclass(frozen=True)
-class Job:
+class Job(Settings):
     "One training run, as a configuration file or flags describe it."
 
-    data: str  # JSON file of conversations to learn
-    output: str  # folder for checkpoints, adapter and report
-    model: str = "lab"  # "lab", a folder, or owner/name on the Hugging Face hub
-    eval_data: str | None = None  # JSON file of conversations to be asked about afterwards
+    data: Annotated[str, FilePath()]  # JSON file of conversations to learn
+    output: Annotated[str, FilePath()]  # folder for checkpoints, adapter and report
+    model: Annotated[str, FilePath()] = "lab"  # "lab", a folder, or owner/name on the Hugging Face hub
+    eval_data: Annotated[str, FilePath()] | None = None  # JSON file of conversations to be asked about afterwards
     metric: str = "exact"  # how those answers are judged: exact, cer, anls, iou or iou@0.5
-    image_root: str | None = None  # folder that picture paths start from; default: that of the JSON file
+    image_root: Annotated[str, FilePath()] | None = None  # folder that picture paths start from; default: that of the JSON file
     allow_pickle: bool = False  # convert pickled weights (*.bin) once, through a reader that runs no code
     four_bit: bool = True  # NF4 for the language model's decoder layers (Q-LoRA); False: plain LoRA
-    mix_data: str | None = None  # JSON file of old samples to mix in; "drawn": the lab model's own
-    mix_share: float = 0.3  # of old samples, when `mix_data` is given
-    vision_cache: str = "auto"  # remember what a frozen vision tower saw: off, memory, disk, or auto (memory, where it pays)
-    nan: str = "stop"  # at a step that is not finite: stop, skip (leave it out and count), or rollback (to a healthy copy, at half the rate)
+    mix_data: Annotated[str, FilePath()] | None = None  # JSON file of old samples to mix in; "drawn": the lab model's own
+    mix_share: Annotated[float, Within(0, 1, "0.3 is usual", below=True)] = 0.3  # of old samples, when `mix_data` is given
+    vision_cache: Annotated[str, OneOf(CHOICES)] = "auto"  # remember what a frozen vision tower saw: off, memory, disk, or auto (memory, where it pays)
+    nan: Annotated[str, OneOf(POLICIES)] = "stop"  # at a step that is not finite: stop, skip (leave it out and count), or rollback (to a healthy copy, at half the rate)
     plan: TuningPlan = field(default_factory=TuningPlan)
     schedule: Schedule = field(default_factory=Schedule)
     reading: Reading = field(default_factory=Reading)
     watch: Watch = field(default_factory=Watch)
     stages: tuple[Stage, ...] = ()  # plans one after the other; as a flag: a YAML or JSON file with the list
 
+    def check(self):
+        metric_of(self.metric)
+        if not self.eval_data and (self.watch.every or self.watch.questions not in (0, Watch().questions)):
+            raise InputError(f"watch says every {self.watch.every} steps and {self.watch.questions} questions, and there is no evaluation data", "watch", "Give eval_data, or leave them out")
+        if self.vision_cache in ("memory", "disk") and self.stages:
+            raise InputError(f"vision_cache is {self.vision_cache}, and stages have none", "vision_cache", "Write vision_cache: off")
+        if self.vision_cache in ("memory", "disk") and self.plan.vision != "freeze":
+            raise InputError(f"vision_cache is {self.vision_cache}, but the plan says vision: {self.plan.vision}", "vision_cache", "Write vision_cache: off, or vision: freeze")
+        lengths = [k for k in ("epochs", "max_steps") if getattr(self.schedule, k) != getattr(Schedule(), k)]
+        if self.stages and lengths and all(s.steps or s.epochs for s in self.stages):
+            raise InputError(f"{lengths[0]} is {getattr(self.schedule, lengths[0])!r}, and each stage says its own length", f"schedule, {lengths[0]}", "Say it in one of the two places")
+
     @classmethod
     def of(cls, values: dict, where: str = "configuration") -> "Job":
         "From nested dictionaries. Raises `InputError` for unknown, missing or ill-typed keys."
-        known = {f.name: f for f in fields(cls)}
+        known = [f.name for f in fields(cls)]
         if unknown := sorted(map(str, set(values) - set(known))):
             raise _misplaced(unknown, where) or unknown_keys(unknown, known, where)
-        values = dict(values)
-        for name in ("data", "output"):
-            if not isinstance(values.get(name), str):
-                raise InputError(f"{name!r} is missing" if values.get(name) is None else f"{name!r} must be text", where,
-                                 f"Write {name}: PATH in the file, or give --{name} PATH")  # fmt: skip
+        if missing := [n for n in ("data", "output") if values.get(n) is None]:
+            raise InputError(f"{missing[0]!r} is missing", where, f"Write {missing[0]}: PATH in the file, or give --{missing[0]} PATH")
         values = {k: v for k, v in values.items() if v is not None or k != "model"}
-        for name in ("model", "eval_data", "image_root", "mix_data"):
-            if not isinstance(values.get(name), (str, type(None))):
-                raise InputError(f"{name} is {values[name]!r}", where, "Write text, such as a path")
-        if not isinstance(values.get("mix_share", 0.3), (int, float)):
-            raise InputError(f"mix_share is {values['mix_share']!r}", where, "Write a number from 0 up to, not including, 1")
-        if values.get("nan", "stop") not in POLICIES:
-            raise InputError(f"nan is {values['nan']!r}", where, f"Write one of {', '.join(POLICIES)}")
-        metric_of(values.get("metric", "exact"))
         values["vision_cache"] = "off" if values.get("vision_cache") is False else values.get("vision_cache", "auto")  # YAML reads off as false
-        if values["vision_cache"] not in CHOICES:
-            raise InputError(f"vision_cache is {values['vision_cache']!r}", where, f"Write one of {', '.join(CHOICES)}")
-        for name in ("four_bit", "allow_pickle"):
-            if not isinstance(values.get(name, True), bool):
-                raise InputError(f"{name} is {values[name]!r}", where, "Write true or false")
-        values["stages"] = _stages(values) if values.get("stages") else ()
-        for name, make in (("plan", TuningPlan.of), ("schedule", _schedule), ("reading", Reading.of), ("watch", Watch.of)):
-            section = values.get(name) or {}
-            if isinstance(section, dict):
-                values[name] = make(section)
-            elif not isinstance(section, (TuningPlan, Schedule, Reading, Watch)):
-                raise InputError(f"{name} is {section!r:.60}", where, f"Write {name}: {{key: value, …}}")
-        watch = values.get("watch", Watch())
-        if not values.get("eval_data") and (watch.every or watch.questions not in (0, Watch().questions)):
-            raise InputError(f"watch says every {watch.every} steps and {watch.questions} questions, and there is no evaluation data", where, "Give eval_data, or leave them out")
-        if values["vision_cache"] in ("memory", "disk") and values["stages"]:
-            raise InputError(f"vision_cache is {values['vision_cache']}, and stages have none", where, "Write vision_cache: off")
-        if values["vision_cache"] in ("memory", "disk") and (word := values.get("plan", TuningPlan()).vision) != "freeze":
-            raise InputError(f"vision_cache is {values['vision_cache']}, but the plan says vision: {word}", where, "Write vision_cache: off, or vision: freeze")
-        return cls(**values)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
+        with inside(where):
+            for name, section in SECTIONS.items():
+                given = values.get(name) or {}
+                values[name] = section.of(given) if isinstance(given, dict) else given
+            plan = values["plan"].to_dict() if isinstance(values["plan"], TuningPlan) else {}
+            values["stages"] = read_stages(values["stages"], plan) if values.get("stages") else ()
+            return cls(**values)
 
 # %% ../nbs/94_job.ipynb #beeeddd4
-SECTIONS = {"plan": TuningPlan, "schedule": Schedule, "reading": Reading, "watch": Watch}
+SECTIONS: dict[str, type[Settings]] = {"plan": TuningPlan, "schedule": Schedule, "reading": Reading, "watch": Watch}
 
 
 def _misplaced(names, where):
@@ -116,22 +102,6 @@ def _misplaced(names, where):
         if inside := [n for n in names if n in {f.name for f in fields(cls)}]:
             return InputError(f"{inside[0]!r} is unknown here", where, f"It belongs into a section: {section}: {{{inside[0]}: …}}")
     return None
-
-
-def _schedule(values):
-    if unknown := sorted(map(str, set(values) - {f.name for f in fields(Schedule)})):
-        raise unknown_keys(unknown, [f.name for f in fields(Schedule)], "schedule")
-    return Schedule(**values)
-
-
-def _stages(values):
-    "The stages of a job; what their plans leave out comes from the job's own. Raises `InputError` for a length that no stage would heed."
-    plan, schedule = values.get("plan") or {}, values.get("schedule") or {}
-    stages = read_stages(values["stages"], plan.to_dict() if isinstance(plan, TuningPlan) else plan if isinstance(plan, dict) else {})
-    was, asked = asdict(Schedule()), asdict(schedule) if isinstance(schedule, Schedule) else schedule if isinstance(schedule, dict) else {}
-    if all(s.steps or s.epochs for s in stages) and (said := [k for k in ("epochs", "max_steps") if asked.get(k, was[k]) != was[k]]):
-        raise InputError(f"{said[0]} is {asked[said[0]]!r}, and each stage says its own length", f"schedule, {said[0]}", "Say it in one of the two places")
-    return stages
 
 
 def _checked(path, job, processor, desc, say):

@@ -10,9 +10,9 @@ __all__ = ['slices_within', 'BaseProcessor', 'Processor', 'WorkerError', 'Sample
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -25,8 +25,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .records import Conversation
 from .slicing import CLIP_MEAN, CLIP_STD, HALF, Colours, cut_of, load_image, picture_size, tiles_of, to_patches, to_square
 from .tokens import FAMILIES, IGNORE, Encoded, Family, drop_turns, encode, family_of
-from ..errors import InputError, unknown_keys
+from ..errors import InputError
 from ..models.tokenizer import ImageSettings
+from ..settings import Settings, Within
 
 # %% ../../nbs/23_data.batch.ipynb #37d3dc65
 def _wants(config):
@@ -276,30 +277,18 @@ def loader(
 
 # %% ../../nbs/23_data.batch.ipynb #33230f9a
 @dataclass(frozen=True)
-class Reading:
+class Reading(Settings):
     "How data files are read. Raises `InputError` for a value that cannot work."
 
-    workers: int = 0  # processes that prepare pictures and text beside the one that trains
+    SECTION: ClassVar[str] = "reading"
+
+    workers: Annotated[int, Within(0, 256)] = 0  # processes that prepare pictures and text beside the one that trains
     group_by_length: bool = False  # batches of rows of similar length, against padding
     skip_bad_rows: bool = False  # leave bad rows out, and list them in the report; otherwise the first one is an error
     drop_turns: bool = False  # let a text that is too long lose whole turns at its front; otherwise it is an error
     allow_outside: bool = False  # let picture paths leave the folder of the data file, or --image-root
     allow_urls: bool = False  # let pictures be fetched from the network
-    max_pixels: int = 0  # most pixels that the model looks at of one picture (MiniCPM-V: fewer slices); 0: what its own files say
-
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            most = {"workers": 256, "max_pixels": 10**9}.get(f.name)
-            if type(value) is not type(f.default) or (most and not 0 <= value <= most):
-                raise InputError(f"{f.name} is {value!r:.60}", "reading", f"Write a number from 0 to {most:,}" if most else "Write true or false")
-
-    @classmethod
-    def of(cls, values: dict) -> "Reading":
-        "From a dictionary. Raises `InputError` for unknown keys."
-        if unknown := sorted(map(str, set(values) - {f.name for f in fields(cls)})):
-            raise unknown_keys(unknown, [f.name for f in fields(cls)], "reading")
-        return cls(**values)
+    max_pixels: Annotated[int, Within(0, 10**9)] = 0  # most pixels that the model looks at of one picture (MiniCPM-V: fewer slices); 0: what its own files say
 
 
 @dataclass(frozen=True)

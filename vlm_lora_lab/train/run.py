@@ -8,7 +8,6 @@ __all__ = ['Schedule', 'PartTrainer', 'Progress', 'StopOnSignal', 'WeightsLost',
 
 # %% ../../nbs/52_train.run.ipynb #3ae16e37
 import json
-import math
 import random
 import re
 import shutil
@@ -16,10 +15,10 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,50 +30,35 @@ from ..data.batch import ByLength, Samples
 from ..errors import InputError, explain_write_errors
 from ..models.parts import layout_of
 from ..models.precision import not_finite, precision_of
-from ..plan import TuningPlan
+from ..plan import Rate, TuningPlan
+from ..settings import Settings, Within
 from .cache import VisionCache
 from .devices import any_of, devices
 from .loss import label_only
 
 # %% ../../nbs/52_train.run.ipynb #b3664787
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Settings):
     """How long, how fast, in which batches.
 
     Raises `InputError` for a value that cannot work."""
 
-    epochs: float = 3  # passes through the data
-    max_steps: int = -1  # optimizer steps; overrides `epochs` when positive
-    batch_size: int = 8  # conversations that are computed at once
-    accumulation: int = 1  # batches per optimizer step
-    learning_rate: float = 2e-4  # peak, for LoRA
-    full_learning_rate: float | None = None  # peak, for parts trained in full; None: a tenth of `learning_rate`
-    warmup: float = 0.05  # share of the steps in which the rate rises; then it falls as a cosine
-    save_every: int = 200  # steps between checkpoints
-    max_length: int = 2048  # tokens; a longer conversation is an error
-    seed: int = 0  # of the order of the data and of LoRA's first matrices
+    SECTION: ClassVar[str] = "schedule"
 
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name == "full_learning_rate" and value is None:
-                continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise InputError(f"expected a number, found {value!r}", f"schedule, {f.name}",
-                                 "YAML reads 2e-4 as text; write 2.0e-4 or 0.0002" if isinstance(value, str) else "")  # fmt: skip
-        for name in ("max_steps", "batch_size", "accumulation", "save_every", "max_length", "seed"):
-            if int(getattr(self, name)) != getattr(self, name):
-                raise InputError(f"expected a whole number, found {getattr(self, name)!r}", f"schedule, {name}")
-            object.__setattr__(self, name, int(getattr(self, name)))
-        for name in ("epochs", "batch_size", "accumulation", "learning_rate", "save_every", "max_length"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"expected a number above 0, found {getattr(self, name)!r}", f"schedule, {name}")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise InputError(f"max_steps is {self.max_steps}", "schedule, max_steps", "Write a number above 0, or -1 to go by epochs")
-        if not 0 <= self.seed < 2**32 or self.full_rate < 0:
-            raise InputError(f"seed is {self.seed} and full_learning_rate is {self.full_rate}", "schedule", "Neither can be negative")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup is {self.warmup!r}", "schedule, warmup", "Write a share of the steps, such as 0.05")
+    epochs: Annotated[float, Within(0, 10**6, above=True)] = 3  # passes through the data
+    max_steps: Annotated[int, Within(-1, 10**9, "-1 goes by epochs")] = -1  # optimizer steps; overrides `epochs` when positive
+    batch_size: Annotated[int, Within(1, 65_536)] = 8  # conversations that are computed at once
+    accumulation: Annotated[int, Within(1, 10**6)] = 1  # batches per optimizer step
+    learning_rate: Rate = 2e-4  # peak, for LoRA
+    full_learning_rate: Annotated[float, Within(0, 3e38, "it cannot be negative")] | None = None  # peak, for parts trained in full; None: a tenth of `learning_rate`
+    warmup: Annotated[float, Within(0, 1, "0.05 is usual", below=True)] = 0.05  # share of the steps in which the rate rises; then it falls as a cosine
+    save_every: Annotated[int, Within(1, 10**9)] = 200  # steps between checkpoints
+    max_length: Annotated[int, Within(1, 10**7, "2048 is usual")] = 2048  # tokens; a longer conversation is an error
+    seed: Annotated[int, Within(0, 2**32 - 1, "it cannot be negative")] = 0  # of the order of the data and of LoRA's first matrices
+
+    def check(self):
+        if self.max_steps == 0:
+            raise InputError("max_steps is 0", "schedule, max_steps", "Write a number above 0, or -1 to go by epochs")
 
     @property
     def full_rate(self) -> float:

@@ -15,10 +15,10 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from matplotlib.figure import Figure
@@ -31,35 +31,31 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..data.batch import Samples
-from ..errors import InputError, complete_or_nothing, unknown_keys, write_json
+from ..errors import InputError, complete_or_nothing, write_json
 from ..models.parts import PARTS, layout_of, linear_layers, mixed_precision, numel, plain_name
-from ..plan import WORDS, PlanTable, Rule, TuningPlan, apply_plan, full_modules, lora_layers
+from ..plan import WORDS, PlanTable, Rate, Rule, TuningPlan, apply_plan, full_modules, lora_layers
+from ..settings import OneOf, Settings, Within, inside, shown
 from ..style import COLORS, figure
 from .run import Schedule, fit, last_checkpoint
 
 # %% ../../nbs/54_train.stages.ipynb #41c42c12
 @dataclass(frozen=True)
-class Stage:
+class Stage(Settings):
     """One plan, for a while.
 
     Raises `InputError` for a length or a rate that cannot work."""
 
     plan: TuningPlan
-    epochs: float | None = None  # passes through the data
-    steps: int | None = None  # optimizer steps, in place of epochs; neither: what the schedule says
-    lora: str = "keep"  # what becomes of LoRA when the stage ends: "keep" leaves it beside its layer, "merge" folds it in
-    learning_rate: float | None = None  # peak, for LoRA; None: the schedule's
-    full_learning_rate: float | None = None  # peak, for what is trained in full; None: the schedule's
-    warmup: float | None = None  # share of the stage's steps in which the rate rises; None: the schedule's
+    epochs: Annotated[float, Within(0, 10**6, above=True)] | None = None  # passes through the data
+    steps: Annotated[int, Within(1, 10**9)] | None = None  # optimizer steps, in place of epochs; neither: what the schedule says
+    lora: Annotated[str, OneOf(("keep", "merge"))] = "keep"  # what becomes of LoRA when the stage ends: "keep" leaves it beside its layer, "merge" folds it in
+    learning_rate: Rate | None = None  # peak, for LoRA; None: the schedule's
+    full_learning_rate: Annotated[float, Within(0, 10, "it cannot be negative")] | None = None  # peak, for what is trained in full; None: the schedule's
+    warmup: Annotated[float, Within(0, 1, below=True)] | None = None  # share of the stage's steps in which the rate rises; None: the schedule's
 
-    def __post_init__(self):
-        if self.lora not in ("keep", "merge"):
-            raise InputError(f"lora is {self.lora!r}", "lora", "Write one of keep, merge")
+    def check(self):
         if self.epochs is not None and self.steps is not None:
             raise InputError(f"epochs is {self.epochs!r} and steps is {self.steps!r}", "steps", "Say how long the stage is once")
-        if self.steps is not None and (not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1):
-            raise InputError(f"steps is {self.steps!r}", "steps", "Write a whole number from 1 on")
-        self.schedule(Schedule(), 0)
 
     def schedule(
         self,
@@ -79,16 +75,11 @@ class Stage:
 # %% ../../nbs/54_train.stages.ipynb #c8a15ed1
 def _stage(values, plan, where):
     if not isinstance(values, dict):
-        raise InputError(f"{values!r:.60} is not a stage", where, "Write {plan: {language: lora}, steps: 200}")
-    known = [f.name for f in fields(Stage)]
-    if unknown := sorted(map(str, set(values) - set(known))):
-        raise unknown_keys(unknown, known, where)
+        raise InputError(f"{shown(values)} is not a stage", where, "Write {plan: {language: lora}, steps: 200}")
     if not isinstance(values.get("plan") or {}, dict):
-        raise InputError(f"plan is {values['plan']!r:.60}", where, "Write plan: {part: word, …}")
-    try:
-        return Stage(**values | {"plan": TuningPlan.of((plan or {}) | (values.get("plan") or {}))})
-    except InputError as e:
-        raise InputError(e.found, f"{where}, {e.where}", e.remedy) from None
+        raise InputError(f"plan is {shown(values['plan'])}", where, "Write plan: {part: word, …}")
+    with inside(where):
+        return Stage.of(values | {"plan": TuningPlan.of((plan or {}) | (values.get("plan") or {}))})
 
 
 def read_stages(
@@ -97,7 +88,7 @@ def read_stages(
 ) -> tuple[Stage, ...]:
     "Stages from a list; what a plan leaves out is taken from `plan`. Raises `InputError` that names the stage and the key."
     if not isinstance(values, (list, tuple)) or not values:
-        raise InputError(f"stages is {values!r:.60}", "stages", "Write a list, such as [{plan: {language: lora}, epochs: 1}, {plan: {language: full}, steps: 200}]")
+        raise InputError(f"stages is {shown(values)}", "stages", "Write a list, such as [{plan: {language: lora}, epochs: 1}, {plan: {language: full}, steps: 200}]")
     return tuple(s if isinstance(s, Stage) else _stage(s, plan, f"stages, {i}") for i, s in enumerate(values, 1))
 
 # %% ../../nbs/54_train.stages.ipynb #cf4d052e

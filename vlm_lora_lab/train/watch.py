@@ -8,37 +8,28 @@ __all__ = ['Watch', 'some', 'training_curve', 'in_notebook', 'LivePlot', 'summar
 # %% ../../nbs/55_train.watch.ipynb #522f521b
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ..errors import InputError, unknown_keys
+from ..errors import InputError
+from ..settings import Settings, Within
 from ..style import figure
 
 # %% ../../nbs/55_train.watch.ipynb #f3a01783
 @dataclass(frozen=True)
-class Watch:
+class Watch(Settings):
     "What is looked at during training. Raises `InputError` for a value that cannot work."
 
-    questions: int = 50  # of the evaluation data, asked at each evaluation; 0: none
-    every: int = 0  # steps between evaluations; 0: after each epoch
+    SECTION: ClassVar[str] = "watch"
+
+    questions: Annotated[int, Within(0, 10**9)] = 50  # of the evaluation data, asked at each evaluation; 0: none
+    every: Annotated[int, Within(0, 10**9)] = 0  # steps between evaluations; 0: after each epoch
     tensorboard: bool = False  # write files for TensorBoard beside the checkpoints
-
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if type(value) is not type(f.default) or value < 0:
-                raise InputError(f"{f.name} is {value!r:.60}", f"watch, {f.name}", "Write true or false" if f.type is bool else "Write a whole number from 0 on")
-
-    @classmethod
-    def of(cls, values: dict) -> "Watch":
-        "From a dictionary. Raises `InputError` for unknown keys."
-        if unknown := set(values) - {f.name for f in fields(cls)}:
-            raise unknown_keys(unknown, [f.name for f in fields(cls)], "watch")
-        return cls(**values)
 
 
 def some(
