@@ -91,7 +91,7 @@ def test_the_whole_road_on_a_packed_base(family, folders, tmp_path, capsys):
     job = ["--model", base, "--data", data, "--image-root", samples_folder() / "handwriting"]
     for command in (["plan", base], ["doctor", *job], ["train", *job, "--max-steps", "2", "--output", tmp_path / "no"]):
         status, said = run(capsys, *command)
-        assert status == 2 and "is stored in 4 bit and should be trained in full: integers have no gradient" in said and "connector: lora" in said, said
+        assert status == 2 and "is stored in 4 bit and should be whole, to be trained in full: integers have no gradient" in said and "connector: lora" in said, said
     assert not (tmp_path / "no").exists()
     assert run(capsys, "plan", base, "--connector", "lora")[0] == 0
     status, said = run(capsys, "train", *job, "--max-steps", "2", "--connector", "lora", "--output", tmp_path / "run")

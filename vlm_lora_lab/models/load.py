@@ -313,7 +313,7 @@ def _none_whole(packed, whole, empty):
     "Raises `InputError` when a module that should be whole is stored in 4 bit."
     if clash := sorted(n for n in packed if any(n == w or n.startswith(w + ".") for w in whole)):
         part = layout_of(empty).part_of(clash[0])
-        raise InputError(f"{clash[0]} is stored in 4 bit and should be trained in full: integers have no gradient", packed[clash[0]],
+        raise InputError(f"{clash[0]} is stored in 4 bit and should be whole, to be trained in full: integers have no gradient", packed[clash[0]],
                          f"Train this part by LoRA ({part}: lora), or give the model in 16 bit and load it with four_bit=True (four_bit: true)")  # fmt: skip
 
 
