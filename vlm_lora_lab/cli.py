@@ -273,7 +273,7 @@ def _doctor(o):
 
 def _parts(o):
     from vlm_lora_lab.models.parts import PARTS, PartsTable, count, layout_of
-    from vlm_lora_lab.models.published import PUBLISHED, on_meta
+    from vlm_lora_lab.models.published import PUBLISHED, on_meta, packed_copy
 
     if o.model is None:
         print(f"{'published checkpoint':42}" + "".join(f"{p:>11}" for p in PARTS) + f"{'all':>11}   (million weights)")
@@ -284,10 +284,12 @@ def _parts(o):
         return
     model = on_meta(o.model)
     layout = layout_of(model)
+    if copy := packed_copy(o.model):
+        print(f"{copy}\n")
     print(PartsTable.of(model, f"{o.model}: {layout.family}"))
     if layout.inferred:
         print("\nNobody registered this architecture. The parts above were inferred from its structure: look whether they are right before you train.")
-    known = {n.lower(): p for n, p in PUBLISHED.items()}.get(o.model.lower())
+    known = {n.lower(): p for n, p in PUBLISHED.items()}.get((copy.of if copy else o.model).lower())
     if known:
         print(f"\nSizes read from: {known.source}")
         print("".join(f"  not read there: {field}: {where}\n" for field, where in known.unread.items()), end="")
@@ -295,8 +297,9 @@ def _parts(o):
 
 def _plan(o):
     from vlm_lora_lab.flags import from_flags
-    from vlm_lora_lab.models.published import on_meta
-    from vlm_lora_lab.plan import TuningPlan
+    from vlm_lora_lab.models.load import check_stored
+    from vlm_lora_lab.models.published import on_meta, packed_copy
+    from vlm_lora_lab.plan import TuningPlan, full_modules
     from vlm_lora_lab.preview import Preview
 
     given = {f.name: getattr(o, f.name) for f in fields(TuningPlan) if hasattr(o, f.name)}
@@ -313,7 +316,12 @@ def _plan(o):
 
         print(route(on_meta(o.model), read_stages(_configuration(o.stages, list), given if not o.flags else plan.to_dict())))
         return
-    print(Preview.of(on_meta(o.model), plan))
+    model = on_meta(o.model)
+    preview = Preview.of(model, plan)
+    check_stored(o.model, full_modules(model, plan))
+    if copy := packed_copy(o.model):
+        print(f"{copy}\n")
+    print(preview)
 
 
 def _estimate(o):

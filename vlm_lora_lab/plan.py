@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'Rank', 'Alpha', 'Rate', 'VARIANTS', 'Rule', 'read_rules', 'TuningPlan', 'lora_layers', 'layer_pattern',
-           'packed_projections', 'full_modules', 'apply_plan', 'no_false_warning', 'fold_lora', 'audit', 'PlanTable']
+           'packed_projections', 'full_modules', 'apply_plan', 'no_false_warning', 'fold_lora', 'audit', 'experts_left',
+           'PlanTable']
 
 # %% ../nbs/32_plan.ipynb #4bc22416
 import html
@@ -389,11 +390,31 @@ def audit(
         raise RuntimeError(f"The model does not do what the plan says, in {len(wrong)} places: " + "; ".join(wrong[:8]))
 
 # %% ../nbs/32_plan.ipynb #2bd814de
+def experts_left(
+    model: nn.Module,  # plain or wrapped by PEFT, also on the meta device
+    plan: TuningPlan,
+) -> str:  # empty: there are none, or the plan trains them in full
+    "What a plan does not reach in a mixture of experts: transformers keeps all experts of a layer in one bare tensor of three dimensions, which is no linear layer."
+    layout, found, total = layout_of(model), Counter(), 0
+    for name, p in model.named_parameters():
+        plain = plain_name(name)
+        total += numel(p) if ".lora_" not in name else 0
+        if p.dim() > 2 and ".lora_" not in name and ".original_module." not in name and layout.part_of(plain) == "language" and plan.rule("language", plain).word != "full":
+            kernel = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
+            found[re.sub(r"(?<=\.)\d+(?=\.)", "*", plain)] += 0 if kernel else numel(p)
+    found = +found
+    if not found:
+        return ""
+    return (f"{found.total():,} of {total:,} weights are experts in bare tensors ({', '.join(found)}), which LoRA does not reach: "
+            "they stay frozen, and in 16 bit also where the model is in 4 bit")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PlanTable:
     "Every part: word, parameters, how many of them are trained, dtypes. Prints as text, shows as a table in a notebook."
 
     rows: tuple[tuple[str, str, int, int, str], ...]  # part, word, parameters, trainable, dtypes
+    left: str = ""  # experts that the plan does not reach
 
     @classmethod
     def of(cls, model: nn.Module, plan: TuningPlan) -> "PlanTable":
@@ -406,7 +427,7 @@ class PlanTable:
                 part = dtypes[layout.part_of(name)]
                 part[key] = part.get(key, 0) + numel(p)
         largest = lambda d: ", ".join(sorted(d, key=d.get, reverse=True))  # noqa: E731
-        return cls(tuple((part, plan.words[part], total[part], trained[part], largest(dtypes[part])) for part in PARTS))
+        return cls(tuple((part, plan.words[part], total[part], trained[part], largest(dtypes[part])) for part in PARTS), experts_left(model, plan))
 
     def _cells(self):
         everything = ("all", "", sum(r[2] for r in self.rows), sum(r[3] for r in self.rows), "")
@@ -421,9 +442,9 @@ class PlanTable:
         cells = list(self._cells())
         widths = [max(len(row[i]) for row in cells) for i in range(6)]
         line = lambda row: "  ".join(c.rjust(w) if 2 <= i <= 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()  # noqa: E731
-        return "\n".join([line(cells[0]), "  ".join("─" * w for w in widths), *map(line, cells[1:])])
+        return "\n".join([line(cells[0]), "  ".join("─" * w for w in widths), *map(line, cells[1:]), *([f"  · {self.left}"] if self.left else [])])
 
     def _repr_html_(self):
         head, *body = self._cells()
         row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
-        return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
+        return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>" + (f"<p>{html.escape(self.left)}</p>" if self.left else "")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .models.parts import PARTS, TIED, count, layout_of, linear_layers
-from .plan import TuningPlan, full_modules, lora_layers
+from .plan import TuningPlan, experts_left, full_modules, lora_layers
 
 # %% ../nbs/35_preview.ipynb #b18822d1
 BYTES = {"weight": 4, "gradient": 4, "optimizer": 8}  # of a trained weight: all in 32 bit, AdamW
@@ -27,6 +27,7 @@ class Preview:
     rows: tuple[tuple[str, str, int, int, str], ...]  # part, word, weights, trained weights, what is matched
     near: tuple[str, ...]  # layers whose name looks like a target, and that do not get LoRA
     bare: tuple[str, ...] = ()  # matrices under the word lora that belong to no layer, and stay frozen
+    left: str = ""  # experts that the plan does not reach
 
     @property
     def trained(self) -> int:
@@ -55,7 +56,7 @@ class Preview:
             trained += sum(p.numel() for n, p in model.named_parameters() if layout.part_of(n) == part and plan.rule(part, n).word == "full")
             matched = ", ".join([*_kinds(names), *_kinds(n for n in whole if any(layout.part_of(f"{n}.{p}") == part for p, _ in modules[n].named_parameters()))])
             rows.append((part, plan.words[part], total[part], trained, matched))
-        return cls(plan, tuple(rows), tuple(_near(model, adapted)), tuple(_bare(model, plan, adapted)))
+        return cls(plan, tuple(rows), tuple(_near(model, adapted)), tuple(_bare(model, plan, adapted)), experts_left(model, plan))
 
     def _cells(self):
         yield ("part", "mode", "weights", "trained", "matches")
@@ -68,6 +69,8 @@ class Preview:
 
     def _notes(self):
         yield f"adapter on disk {readable_bytes(self.adapter_bytes)}; trained weights, gradients and AdamW {readable_bytes(self.training_bytes)} of memory"
+        if self.left:
+            yield self.left
         if self.near:
             yield f"no LoRA there, although the name looks like a target: {', '.join(_kinds(self.near))}"
         if self.bare:

@@ -111,16 +111,20 @@ def infer_layout(
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     modules = dict(model.named_modules())
     names = {id(m): n for n, m in modules.items()}
-    embeddings = names.get(id(model.get_input_embeddings()))
+    try:
+        embeddings = names.get(id(model.get_input_embeddings()))
+    except NotImplementedError:
+        raise _unknown(kind, "it does not say which module holds its input embeddings") from None
     language = (embeddings or "").rpartition(".")[0]
     below = lambda name, root: name == root or name.startswith(root + ".")  # noqa: E731
     if not language or not any(isinstance(m, nn.ModuleList) and below(n, language) for n, m in modules.items()):
         raise _unknown(kind, f"its input embeddings ({embeddings or 'none'}) lie in no module with a list of layers")
     head = names.get(id(model.get_output_embeddings()), "lm_head")
     width = model.get_input_embeddings().weight.shape[1]
-    eyes = [n for n, m in modules.items() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3 and not below(n, language)]
+    outside = {n: m for n, m in modules.items() if not below(n, language)}
+    eyes = [n for n, m in outside.items() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3] or _patch_readers(model.config, outside)
     if not eyes:
-        raise _unknown(kind, "no convolution outside its language model reads a picture's 3 channels")
+        raise _unknown(kind, "no convolution outside its language model reads a picture's 3 channels, and no linear layer takes its patches")
     vision = eyes[0]
     while (parent := vision.rpartition(".")[0]) and not below(language, parent):
         vision = parent
@@ -129,10 +133,12 @@ def infer_layout(
     container = vision.rpartition(".")[0]
     bare = tuple(n for n in loose if n.rpartition(".")[0] in ("", container))
     depth = len(container.split(".")) + 1 if container else 1
-    connector += list(dict.fromkeys(".".join(n.split(".")[:depth]) for n in loose if n not in bare))
+    others = list(dict.fromkeys(".".join(n.split(".")[:depth]) for n in loose if n not in bare))
+    towers = [n for n in others if n in modules and _second_tower(kind, n, modules[n], modules[eyes[0]])]
+    connector += [n for n in others if n not in towers]
     if not connector:
         raise _unknown(kind, f"nothing between {vision!r} and {language!r} looks like a connector")
-    return Layout(f"{kind} (inferred)", vision, tuple(connector), language, (embeddings or "", *bare), head, inferred=True)
+    return Layout(f"{kind} (inferred)", (vision, *towers), tuple(connector), language, (embeddings or "", *bare), head, inferred=True)
 
 # %% ../../nbs/10_models.parts.ipynb #e2e6121c
 def _after_layers(tower):
@@ -145,6 +151,34 @@ def _after_layers(tower):
 def _writes(module, width):
     "Does it end in vectors of this width? A norm, whose weights are vectors, does not count."
     return any(p.dim() == 2 and p.shape[0] == width for p in module.parameters())
+
+
+def _patch_readers(config, modules):
+    "Linear layers, outside of any list of layers, that take a flattened patch of 3 colours (and one or two frames)."
+    vision = getattr(config, "vision_config", None)
+    side = getattr(vision, "patch_size", None)
+    if type(side) is not int:
+        return []
+    frames = getattr(vision, "temporal_patch_size", None)
+    sizes = {3 * side**2, 3 * side**2 * (frames if type(frames) is int else 1)}
+    listed = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.ModuleList))
+    return [n for n, m in modules.items() if isinstance(m, nn.Linear) and m.in_features in sizes and not n.startswith(listed)]
+
+
+def _second_tower(kind, name, module, eye):
+    "Does a module beside the vision tower look at pictures, too? Raises `InputError` for one that is neither an eye nor a connector."
+    inside = list(module.modules())
+    picture = [m for m in inside if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3]
+    sound = [m for m in inside if isinstance(m, nn.Conv1d) or (isinstance(m, nn.Conv2d) and m.in_channels == 1)]
+    layers = any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in inside)
+    if picture and picture[0].kernel_size == picture[0].stride and layers:  # patches that do not overlap, and layers behind them
+        return True
+    width = getattr(eye, "out_channels", None) or eye.out_features
+    if picture or (layers and sound) or "audio" in name:
+        raise _unknown(kind, f"{name!r} is no connector: it reads {'pictures' if picture else 'sound'} of its own")
+    if layers and not any(isinstance(m, nn.Linear) and m.in_features == width for m in inside):  # a connector with layers, as a Q-Former, takes the tower's width
+        raise _unknown(kind, f"{name!r} has its own list of layers, and none of them takes the {width} numbers that the vision tower hands over")
+    return False
 
 
 def _unknown(kind, why):

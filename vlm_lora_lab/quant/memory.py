@@ -27,7 +27,7 @@ from ..models.minicpmv import MiniCPMV
 from ..models.parts import PARTS, count, layout_of
 from ..models.precision import precision_for
 from ..models.published import on_meta
-from ..plan import TuningPlan, apply_plan
+from ..plan import TuningPlan, apply_plan, experts_left
 from .policy import Packing, Weights
 
 # %% ../../nbs/42_quant.memory.ipynb #d1132d28
@@ -287,7 +287,9 @@ def estimate(
     if batch_size > 1:
         changes.append((f"batch_size 1 and accumulation {batch_size}", 1 / batch_size, 0))
     changes += [(f"{p}: lora in place of full", 1, 12 * by_part[p]) for p in PARTS if any(r.word == "full" for r in plan.rules(p))]
-    notes: tuple[str, ...] = () if seen or not pictures else ("the activations of vision tower and connector are not in this number; they are for MiniCPM-V",)
+    left = experts_left(on_meta(name), plan)
+    notes: tuple[str, ...] = (left,) if left else ()
+    notes += () if seen or not pictures else ("the activations of vision tower and connector are not in this number; they are for MiniCPM-V",)
     if seen and plan.vision == "freeze":
         kept = int(batch["tgt_sizes"][0].prod()) * model.config.vision_config.hidden_size * 2  # in 16 bit
         notes += (f"a vision cache (chapter 51) keeps {kept / 2**20:.2f} MiB for each picture or slice, in main memory or on disk and not on the card",)
