@@ -73,7 +73,7 @@ THINKING_TEMPLATE = (  # MiniCPM-V 4.6: parts on lines of their own, no thoughts
 )
 
 
-def native_folder(family, folder, lab, seed=0):
+def native_folder(family, folder, lab, seed=0, tied=False):
     "A tiny random model of one of transformers' own families that can be trained from files, with tokenizer, template and picture processor, as on the hub."
     import json
     import shutil
@@ -96,6 +96,8 @@ def native_folder(family, folder, lab, seed=0):
     if "newline_id" in config:
         config["newline_id"] = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     config["text_config"] |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 2048}
+    if tied:  # said in both places, as published
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
     if family == "qwen3_vl":  # what the second merger adds comes in after the second layer; only a third one can see it
         config["text_config"] |= {"num_hidden_layers": 3}
     torch.manual_seed(seed)

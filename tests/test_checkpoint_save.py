@@ -323,12 +323,17 @@ def test_empty_tensors_are_refused_and_gathered_ones_accepted(tmp_path):
         save_adapter(model, tmp_path / "never", None, "lab", TOKENIZER, False, state=state)
 
 
-def test_nan_is_saved_with_a_warning_and_nothing_trained_is_said(tmp_path):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_adapter_that_holds_no_numbers_is_not_written(tmp_path, value):
     model, _ = adapter(tmp_path)
-    next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = float("nan")
-    with pytest.warns(UserWarning, match="1 trained tensors hold NaN"):
-        folder = save_adapter(model, tmp_path / "nan", None, "lab", TOKENIZER, False)
-    assert "NaN" in inspect_adapter(folder).findings[0].text
+    next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = value
+    with pytest.raises(InputError, match="1 of [0-9]+ trained tensors hold NaN or infinity"):
+        save_adapter(model, tmp_path / "nan", None, "lab", TOKENIZER, False)
+    assert not (tmp_path / "nan").exists()
+
+
+def test_nothing_trained_is_said(tmp_path):
+    model, _ = adapter(tmp_path)
     with pytest.warns(UserWarning, match="nothing of the adapter"):
         save_adapter(model.requires_grad_(False), tmp_path / "frozen", None, "lab", TOKENIZER, False)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,11 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import ByLength, Checked, Collator, Processor, Reading, Samples, check_rows, loader
 from vlm_lora_lab.data.drawn import Drawn, draw
+from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.data.records import Conversation, Conversations, Message, ask, samples_folder
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
-from vlm_lora_lab.models.load import load_vlm, load_tokenizer
+from vlm_lora_lab.models.load import lab_folder, load_vlm, load_tokenizer
 from vlm_lora_lab.models.minicpmv import MiniCPMV26Config
 from vlm_lora_lab.plan import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import Schedule, fit
@@ -196,3 +198,50 @@ def test_the_whole_course_s_data_passes(tokenizer):
     rows = Conversations.open(samples_folder() / "mixed.json")
     checked = check_rows(rows, processor(tokenizer))
     assert isinstance(checked, Checked) and checked.conversations is rows and not checked.skipped and checked.dropped == 0
+
+
+def like_the_lab(folder, config=None, **pre):
+    "The lab model's files without its weights, for patches of 14 and 4 queries, and a picture processor's file."
+    folder.mkdir(parents=True)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(lab_folder() / file, folder)
+    values = json.loads((lab_folder() / "config.json").read_text())
+    values["vision_config"] |= {"patch_size": 14, "image_size": 224}
+    values = {k: v for k, v in values.items() if k not in ("slice_config", "use_image_id")} | {"query_num": 4, "resampler_num_heads": 4}
+    (folder / "config.json").write_text(json.dumps(values | (config or {})))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"patch_size": 14, "image_feature_size": 4, "version": 2.6} | pre))
+    return folder
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_pictures_follow_the_picture_processors_file(golden_root, tmp_path, numbered):
+    "Slices, sizes, text and pixels of the original image processor, with settings that stand in the file alone; and the same pixels under another mean and deviation."
+    table = json.loads((golden_root / "preprocess" / "image_processor.json").read_text())
+    mean, std = (0.1, 0.2, 0.3), (0.25, 0.5, 0.75)
+    for i, c in enumerate(table["cases"]):
+        chosen = {k: c[k] for k in ("max_slice_nums", "scale_resolution")} | {"use_image_id": numbered}
+        image = Image.fromarray(np.random.RandomState(c["rng_seed"]).randint(0, 256, (c["height"], c["width"], 3), dtype=np.uint8))
+        plain, other = (load_processor(like_the_lab(tmp_path / f"{i}-{n}", **chosen, **more)) for n, more in (("plain", {}), ("other", {"norm_mean": mean, "norm_std": std})))
+        row, moved = plain(ask("What?", "x", image)), other(ask("What?", "x", image))
+        assert c["placeholder_with_id" if numbered else "placeholder_without_id"] + "\nWhat?" in plain.tokenizer.decode(row["input_ids"])
+        assert row["input_ids"] == moved["input_ids"] == plain.measure(ask("What?", "x", image)).input_ids
+        assert [list(size) for _, size in row["patches"]] == c["tgt_sizes_hw"] == [list(size) for _, size in moved["patches"]]
+        for (strip, _), (shifted, _), first in zip(row["patches"], moved["patches"], c["first_pixels"]):
+            torch.testing.assert_close(strip.flatten()[:8], torch.tensor(first), rtol=0, atol=1e-6)
+            for channel in range(3):
+                torch.testing.assert_close(shifted[channel], (strip[channel] * 0.5 + 0.5 - mean[channel]) / std[channel], rtol=0, atol=1e-5)
+
+
+def test_max_pixels_starts_from_the_files_number_of_slices(tmp_path):
+    with pytest.warns(UserWarning, match="max_slice_nums is contradictory: 4 in preprocessor_config.json max_slice_nums, 9 in slice_config"):
+        p = load_processor(like_the_lab(tmp_path / "m", {"slice_config": {"max_slice_nums": 9, "patch_size": 14}}, max_slice_nums=4, scale_resolution=56))
+    assert p.grid((300, 60)) == (4, 1) and p.smaller(3 * 56**2).grid((300, 60)) == (3, 1) and p.smaller(10**6).max_slice_nums == 4
+    assert load_processor(like_the_lab(tmp_path / "off", slice_mode=False, scale_resolution=56)).grid((300, 60)) is None
+
+
+@pytest.mark.parametrize(("pre", "said"), [({"do_resize": False}, "do_resize is False"), ({"resample": 2}, "resample is 2"), ({"patch_size": 16}, "patch_size is contradictory")])
+def test_a_file_that_is_not_followed_stops_every_command(tmp_path, capsys, pre, said):
+    folder = like_the_lab(tmp_path / "m", **pre)
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]))
+    assert main(["check-data", str(tmp_path / "data.json"), "--model", str(folder)]) == 2
+    assert said in capsys.readouterr().err

@@ -247,6 +247,17 @@ def test_files_that_do_not_belong_together(folders, tmp_path, family):
     refused("cannot read the picture processor", lambda f: (f / "preprocessor_config.json").unlink())
     refused("patch_size is 12", edit("preprocessor_config.json", patch_size=12))
     other = "qwen3_vl" if family in SLICED else "minicpmv4_6"
+    for field, value in (("do_resize", False), ("do_center_crop", True), ("do_pad", True), ("do_convert_rgb", False)):
+        refused(f"{field} is {value}", edit("preprocessor_config.json", **{field: value}))
+    refused("image_std is", edit("preprocessor_config.json", image_std=[0.5, 0.5]))
+    refused("rescale_factor is", edit("preprocessor_config.json", rescale_factor="1/255"))
+    if family in SLICED:
+        refused("max_slice_nums is 2.5", edit("preprocessor_config.json", max_slice_nums=2.5))
+        refused("scale_resolution is 0", edit("preprocessor_config.json", scale_resolution=0))
+    else:
+        refused("max_pixels .longest_edge. is contradictory", edit("preprocessor_config.json", max_pixels=5000))
+        refused("a least and a most number", edit("preprocessor_config.json", size={"shortest_edge": 9000, "longest_edge": 5000}))
+        refused("should be a least", edit("preprocessor_config.json", size={"height": 448, "width": 448}))
     refused("picture processor is a", lambda f: shutil.copy(folders[other] / "preprocessor_config.json", f))
     refused("no token of its own", edit("config.json", image_token_id=9999))
     (tmp_path / "t").mkdir()
@@ -268,6 +279,26 @@ def test_a_template_beside_the_weights_of_an_older_layout(folders, tmp_path):
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": preprocessor, "processor_class": "Qwen2VLProcessor"}))
     assert load_processor(folder)(TALK)["input_ids"] == load_processor(folders["qwen2_vl"])(TALK)["input_ids"]
+
+
+def test_pixels_and_tokens_follow_the_picture_processors_file(folders, tmp_path, family):
+    "Another mean, deviation and bound; in the older notation for Qwen."
+    folder, image = copy_of(folders[family], tmp_path), picture(300, 200)
+    path, mean, std = folder / "preprocessor_config.json", [0.1, 0.2, 0.3], [0.25, 0.5, 0.75]
+    values, before = json.loads(path.read_text()), load_processor(folder)
+    path.write_text(json.dumps(values | {"image_mean": mean, "image_std": std}))
+    a, b = (p([ask("What?", "1", image)][0]) for p in (before, load_processor(folder)))
+    was, now = (r["pixel_values"].reshape(len(r["pixel_values"]), 3, -1) for r in (a, b))
+    for c in range(3):
+        pixels = was[:, c] * before.images.image_std[c] + before.images.image_mean[c]
+        torch.testing.assert_close(now[:, c], (pixels - mean[c]) / std[c], rtol=0, atol=1e-5)
+    smaller = {"max_slice_nums": 2, "scale_resolution": 112} if family in SLICED else {k: v for k, v in values.items() if k != "size"} | {"min_pixels": 56 * 56, "max_pixels": 84 * 84}
+    path.write_text(json.dumps(smaller if "min_pixels" in smaller else values | smaller))
+    after = load_processor(folder)
+    assert len(after(ask("What?", "1", image))["input_ids"]) == len(after.measure(ask("What?", "1", image)).input_ids) < len(a["input_ids"])
+    if family in SLICED:
+        path.write_text(json.dumps(values | {"use_image_id": False}))
+        assert "<image_id>" not in load_processor(folder).tokenizer.decode(load_processor(folder)(ask("What?", "1", image))["input_ids"])
 
 
 def test_a_family_that_is_not_known_is_refused(tmp_path):

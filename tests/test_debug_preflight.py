@@ -82,7 +82,7 @@ def test_a_job_that_blows_up_stops_with_a_case_and_exit_status_1(data, tmp_path,
     flags = ["--data", str(data), "--batch-size", "4", "--max-steps", "12", "--learning-rate", "1.0e30", "--full-learning-rate", "1.0e30", "--warmup", "0"]
     assert main(["train", *flags, "--output", str(tmp_path / "out")]) == 1
     out = capsys.readouterr().out
-    assert "Stopped before the weights were lost, at step" in out
+    assert "The weights were lost in an earlier step, and nothing of them was saved. It showed at step" in out
     [case] = (tmp_path / "out" / "nan").iterdir()
     assert (case / "replay.py").is_file() and json.loads((case / "case.json").read_text())["rebuild"] == "base"
     assert not (tmp_path / "out" / "report.json").exists()

@@ -148,7 +148,7 @@ def test_a_target_that_matches_nothing_says_what_there_is():
 def test_a_bare_parameter_is_refused_and_not_forgotten():
     with pytest.raises(InputError, match="image_newline is a bare parameter"):
         full_modules(tiny_model("llava_onevision"), TuningPlan(embeddings="full"))
-    with pytest.raises(InputError, match="tied to another"):
+    with pytest.raises(InputError, match="tied to the embeddings"):
         full_modules(tiny_model("gemma3"), TuningPlan(head="full"))
     assert full_modules(tiny_model("qwen3_vl"), TuningPlan()) == ["model.visual.merger", "model.visual.deepstack_merger_list.0", "model.visual.deepstack_merger_list.1"]
 

@@ -584,11 +584,51 @@ def test_no_slices_when_switched_off(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "pre", "field", "value"),
+    [({}, {"use_image_id": False}, "use_image_id", False), ({"slice_config": {"max_slice_nums": 4}}, {}, "max_slice_nums", 9), ({}, {"slice_mode": False}, "max_slice_nums", 1),
+     ({"slice_config": {"max_slice_nums": 9}}, {"max_slice_nums": 4}, "max_slice_nums", 4), ({"scale_resolution": 336}, {}, "size", 448)],
+)  # fmt: skip
+def test_a_choice_follows_the_picture_processors_file_and_is_told(config, pre, field, value, tmp_path):
+    base, extra = FOLDERS["2.6"]
+    with pytest.warns(UserWarning, match="is contradictory: .*preprocessor_config.json.*The first is used"):
+        settings = image_settings(write(tmp_path, config__json=base | config, preprocessor_config__json=extra | pre))
+    assert getattr(settings, field) == value
+
+
+def test_settings_inside_processor_config(tmp_path):
+    config, pre = FOLDERS["2.6"]
+    assert image_settings(write(tmp_path, config__json=config, processor_config__json={"image_processor": pre | {"norm_mean": [0.1, 0.2, 0.3]}})).mean == (0.1, 0.2, 0.3)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pre))
+    with pytest.raises(InputError, match=r"norm_mean is \[0.5, 0.5, 0.5\] in preprocessor_config.json and \[0.1, 0.2, 0.3\] in processor_config.json"):
+        image_settings(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": 3}))
+    with pytest.raises(InputError, match="no object"):
+        image_settings(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "MiniCPMVProcessor"}))
+    assert image_settings(tmp_path).mean == (0.5,) * 3
+
+
+def test_a_square_of_another_model_is_refused(tmp_path):
+    config = {"model_type": "qwen", "visual": {"image_size": 56, "patch_size": 7, "n_queries": 16}}
+    for size in ({"height": 56, "width": 56}, 56):
+        s = image_settings(write(tmp_path, config__json=config, preprocessor_config__json={"size": size, "image_mean": [0.1, 0.2, 0.3]}))
+        assert (s.size, s.mean, s.std[0]) == (56, (0.1, 0.2, 0.3), 0.26862954)
+    for pre, said in (({"size": 224}, "image_size is contradictory: 56"), ({"size": {"shortest_edge": 56}}, "looks at squares"), ({"patch_size": 14}, "patch_size is contradictory"),
+                      ({"do_center_crop": True}, "do_center_crop is True"), ({"size": {"height": 56, "width": 28}}, "looks at squares")):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            image_settings(write(tmp_path, config__json=config, preprocessor_config__json=pre))
+
+
+@pytest.mark.parametrize(
     ("config", "pre", "said"),
     [({}, {"image_feature_size": 96}, "query_num is contradictory: 64 in config.json query_num, 96 in preprocessor_config.json"),
-     ({}, {"patch_size": 16}, "patch_size is contradictory"), ({}, {"use_image_id": False}, "use_image_id is contradictory"),
-     ({"slice_config": {"max_slice_nums": 4}}, {}, "max_slice_nums is contradictory"), ({}, {"slice_mode": False}, "slice_mode is contradictory"),
-     ({"scale_resolution": 336}, {}, "scale_resolution is contradictory"), ({}, {"version": 2.5}, "version is 2.5 in preprocessor_config.json and 2.6"),
+     ({}, {"patch_size": 16}, "patch_size is contradictory"), ({}, {"version": 2.5}, "version is 2.5 in preprocessor_config.json and 2.6"),
+     ({}, {"do_resize": False}, "do_resize is False"), ({}, {"do_center_crop": True}, "do_center_crop is True"), ({}, {"resample": 2}, "resample is 2"),
+     ({}, {"do_normalize": False}, "do_normalize is False"), ({}, {"rescale_factor": 1 / 127.5}, "divided by 255"), ({}, {"rescale_factor": "x"}, "1/255 in published"),
+     ({}, {"size": {"height": 448, "width": 448}}, "Write scale_resolution"), ({}, {"max_pixels": 10**6}, "max_pixels is 1000000"), ({}, {"im_start": "<img>"}, "written with <image>"),
+     ({}, {"image_processor_type": "CLIPImageProcessor"}, "image_processor_type is 'CLIPImageProcessor'"), ({}, {"image_mean": [0.4] * 3}, "norm_mean is contradictory"),
+     ({}, {"norm_std": [0.5, float("nan"), 0.5]}, "three numbers"), ({}, {"norm_mean": [True, 0, 0]}, "three numbers"), ({}, {"max_slice_nums": 2.5}, "whole number"),
+     ({}, {"scale_resolution": 0}, "whole number"), ({}, {"use_image_id": "yes"}, "true or false"), ({}, {"slice_mode": 1}, "true or false"),
      ({"vision_config": {"patch_size": 16}}, {}, "patch_size is contradictory"), ({}, {"norm_mean": [0.5, 0.5]}, "three numbers"),
      ({}, {"norm_std": [0.5, 0, 0.5]}, "divided by"), ({"query_num": 0}, {"image_feature_size": 0}, "query_num is 0"),
      ({"query_num": "64"}, {"image_feature_size": "64"}, "whole number"), ({"version": "7"}, {}, "none of 2.0"), ({"model_type": "llava"}, {}, "none of 2.0")],

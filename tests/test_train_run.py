@@ -9,17 +9,18 @@ import textwrap
 import pytest
 import torch
 from families import batch_of, tiny_model
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import Processor, Samples
 from vlm_lora_lab.data.drawn import Drawn
-from vlm_lora_lab.data.records import samples_folder
+from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.plan import TuningPlan, apply_plan
-from vlm_lora_lab.train.run import PartTrainer, Schedule, fit
+from vlm_lora_lab.train.run import PartTrainer, Schedule, WeightsLost, fit
 from vlm_lora_lab.train.watch import LivePlot
 
 
@@ -175,3 +176,35 @@ def test_an_unknown_flag_is_named_with_the_nearest_valid_one(capsys):
     with pytest.raises(SystemExit):
         main(["estimate", "lab", "--gpus=T4"])
     assert "--gpus: did you mean --gpu?" in capsys.readouterr().err
+
+
+def _spoiling(tmp_path, model, learning_rate=2e-3, **fields):
+    "Three steps on four rows with a checkpoint after each."
+    processor = Processor.of(model.config, load_tokenizer("lab"))
+    samples = Samples(read_conversations(samples_folder() / "handwriting" / "train.json")[:4], processor)
+    schedule = Schedule(max_steps=3, batch_size=4, learning_rate=learning_rate, warmup=0, save_every=1)
+    return fit(model, samples, schedule, tmp_path / "run", log_every=1, **fields)
+
+
+@pytest.mark.parametrize("plan, rate", [(TuningPlan(), 3e38), (TuningPlan(lora_plus=1e38), 3.0)])
+def test_weights_that_a_step_spoils_are_never_written(tmp_path, plan, rate):
+    torch.manual_seed(0)
+    with pytest.raises(WeightsLost, match="after step [12] the trained weights are lost: .* Nothing of them was written"):
+        _spoiling(tmp_path, apply_plan(load_vlm("lab"), plan), rate, plan=plan)
+    for file in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(file).values()), file
+
+
+class _Infinite(TrainerCallback):
+    "A moment of Adam's becomes infinite after the second step: the weights are numbers still."
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 2:
+            next(iter(optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
+
+
+def test_a_moment_that_is_infinite_is_not_written_and_the_last_healthy_checkpoint_is_named(tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(WeightsLost, match="the optimizer's exp_avg_sq of tensor 0.*The last healthy state is .*checkpoint-1"):
+        _spoiling(tmp_path, apply_plan(load_vlm("lab"), TuningPlan()), callbacks=[_Infinite()])
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]

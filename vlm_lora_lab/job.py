@@ -336,7 +336,8 @@ def train(
             cache = None if here.sharded else choose_cache(job.vision_cache, model, samples, passes, say)
             run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, **watch)
     except NonFiniteStep as e:
-        (say if here.first or doctors[-1].cause == "unknown" else print)(f"Stopped before the weights were lost, at {e}")
+        what = "The weights were lost in an earlier step, and nothing of them was saved. It showed at" if e.lost else "Stopped before the weights were lost, at"
+        (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")
         return {"not_finite_at_step": doctors[-1].bad_steps[-1][0]}
     if cache:
         say(f"Vision cache: {cache}.")

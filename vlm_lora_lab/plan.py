@@ -23,14 +23,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from .errors import InputError
-from .models.parts import PARTS, count, layout_of, linear_layers, numel, plain_name
+from .models.parts import PARTS, TIED, count, layout_of, linear_layers, numel, plain_name
 from .settings import OneOf, Settings, Within, shown
 
 # %% ../nbs/32_plan.ipynb #5e3c1cb8
 WORDS = ("freeze", "lora", "full")
 Rank = Annotated[int, Within(1, 16_384, "8 to 64 are usual")]
 Alpha = Annotated[float, Within(0, 10**6, "twice the rank is usual", above=True)]
-Rate = Annotated[float, Within(0, 10, "0.0002 is usual for LoRA, a tenth of it in full", above=True)]
+Rate = Annotated[float, Within(0, 3e38, "0.0002 is usual for LoRA, a tenth of it in full", above=True)]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class TuningPlan(Settings):
     dropout: Annotated[float, Within(0, 1, below=True)] = 0.0  # before LoRA's first matrix
     targets: tuple[str, ...] | None = None  # layers of the language model that get LoRA; None: all linear ones
     variant: Annotated[str, OneOf(tuple(VARIANTS))] = "lora"  # lora, rslora, dora or pissa
-    lora_plus: Annotated[float, Within(0, 1000, "16 is usual", above=True)] | None = None  # LoRA+: learning rate of LoRA's second matrix over that of its first, such as 16; None: the same
+    lora_plus: Annotated[float, Within(0, 1e38, "16 is usual", above=True)] | None = None  # LoRA+: learning rate of LoRA's second matrix over that of its first, such as 16; None: the same
 
     def __post_init__(self):
         for part in PARTS:
@@ -282,7 +282,8 @@ def full_modules(
         if not any(owner[id(p)] == part and plan.rule(part, n) == rule for n, p in model.named_parameters() if layout.part_of(n) == part):
             if rule.on or len(plan.rules(part)) > 1:
                 raise InputError(f"nothing in the part {part!r} of {layout.family} is left for '{rule}'", f"plan, {part}", _where(linear_layers(model)[part]))
-            raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is tied to another", f"plan, {part}", "Write 'freeze' there")
+            raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}", f"plan, {part}",
+                             "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: lora")  # fmt: skip
     found = walk("", model)
     if tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
         raise InputError(f"the head of {layout.family} is the embedding's own tensor, which this plan trains in full; it cannot have LoRA as well", "plan, head",
@@ -411,7 +412,10 @@ class PlanTable:
         everything = ("all", "", sum(r[2] for r in self.rows), sum(r[3] for r in self.rows), "")
         yield ("part", "mode", "parameters", "trainable", "share", "dtype")
         for part, word, total, trained, dtype in (*self.rows, everything):
-            yield part, word, f"{total:,}", f"{trained:,}", f"{trained / total:.1%}", dtype
+            if total:
+                yield part, word, f"{total:,}", f"{trained:,}", f"{trained / total:.1%}", dtype
+            else:
+                yield part, word, "–", "–", "–", TIED
 
     def __repr__(self):
         cells = list(self._cells())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .models.parts import PARTS, count, layout_of, linear_layers
+from .models.parts import PARTS, TIED, count, layout_of, linear_layers
 from .plan import TuningPlan, full_modules, lora_layers
 
 # %% ../nbs/35_preview.ipynb #b18822d1
@@ -60,7 +60,10 @@ class Preview:
     def _cells(self):
         yield ("part", "mode", "weights", "trained", "matches")
         for part, word, weights, trained, matched in self.rows:
-            yield part, word, f"{weights:,}", f"{trained:,}", matched
+            if weights:
+                yield part, word, f"{weights:,}", f"{trained:,}", matched
+            else:
+                yield part, word, "–", f"{trained:,}" if trained else "–", ", ".join(filter(None, (matched, TIED)))
         yield "all", "", f"{sum(r[2] for r in self.rows):,}", f"{self.trained:,}", f"{self.trained / sum(r[2] for r in self.rows):.2%} of the model"
 
     def _notes(self):

@@ -27,7 +27,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, Weigh
 
 from .save import check_seals, fingerprint, is_base, read_provenance
 from ..errors import InputError, complete_or_nothing, empty_folder, write_json
-from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in, true_config, weight_files
+from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
 from ..models.minicpmv import MiniCPMV
 from ..models.parts import linear_layers, mixed_precision
@@ -249,11 +249,7 @@ def _renamed(model, stored):
         return {n: n for n in model.state_dict() if n in stored}, lambda name: name
     state, steps = model.state_dict(), get_model_conversion_mapping(model)
     renamings, converters = ([s for s in steps if isinstance(s, kind)] for kind in (WeightRenaming, WeightConverter))
-    found = {}
-    for old in stored:
-        name, converted = rename_source_key(old, renamings, converters, model.base_model_prefix, state)
-        if name in state and converted is None and stored[old].shape == tuple(state[name].shape):  # a tensor that is rebuilt can be copied, but not changed
-            found[name] = old
+    found = {name: old for old, name in model_names(model, stored).items()}  # a tensor that is rebuilt can be copied, but not changed
     back = [r.reverse_transform() for r in renamings[::-1] if not isinstance(r, PrefixChange)]
 
     def as_stored(name):

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError, complete_or_nothing, empty_folder, write_json
 from ..models.files import stored_in
 from ..models.load import load_vlm, model_folder
+from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
 from ..plan import TuningPlan, audit, no_false_warning
 
@@ -268,7 +269,7 @@ def save_adapter(
 ) -> Path:
     """Save all that was trained, and prove it. Under `torch.distributed` every process must call it; the first one writes.
 
-    Raises `InputError` for a folder that is in use, a disk that is full or weights that are not here, `RuntimeError` when model and plan disagree."""
+    Raises `InputError` for a folder that is in use, a disk that is full, weights that are not here or are no numbers, `RuntimeError` when model and plan disagree."""
     peft, folder = _unwrapped(model), Path(folder)
     if plan is not None:
         audit(peft, plan)
@@ -277,8 +278,9 @@ def save_adapter(
     if not any(t.requires_grad for t in live.values()):
         warnings.warn(f"nothing of the adapter {adapter!r} asks for a gradient; it is saved as it is.", stacklevel=2)
     tensors, empty = _collected(live, state, {id(p): n for n, p in peft.state_dict(keep_vars=True).items()} if state is not None else None)
-    if bad := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
-        warnings.warn(f"{len(bad)} trained tensors hold NaN or infinity, such as {bad[0]}; they are saved, but of no use.", stacklevel=2)
+    if bad := not_finite(tensors):
+        raise InputError(f"{len(bad)} of {len(tensors)} trained tensors hold NaN or infinity, such as {bad[0]}", folder,
+                         "Nothing was written: such an adapter is of no use. Take an earlier checkpoint, and train on with a lower learning rate")  # fmt: skip
     config = copy.deepcopy(peft.peft_config[adapter])
     config.base_model_name_or_path, config.inference_mode = str(base), True
     provenance = {

@@ -23,27 +23,36 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .records import Conversation
-from .slicing import cut_of, load_image, picture_size, tiles_of, to_patches, to_square
+from .slicing import CLIP_MEAN, CLIP_STD, HALF, Colours, cut_of, load_image, picture_size, tiles_of, to_patches, to_square
 from .tokens import FAMILIES, IGNORE, Encoded, Family, drop_turns, encode, family_of
 from ..errors import InputError
+from ..models.tokenizer import ImageSettings
 from ..settings import Settings, Within
 
 # %% ../../nbs/23_data.batch.ipynb #37d3dc65
 def _wants(config):
-    "The numbers of a configuration that pictures depend on."
+    "The numbers of a configuration that pictures depend on, where no picture processor's file is at hand."
     if config.model_type == "qwen":
         visual = config.visual
-        return {"query_num": visual.get("n_queries", 256), "patch_size": visual["patch_size"], "scale_resolution": visual["image_size"], "use_image_id": True}
+        return {"query_num": visual.get("n_queries", 256), "patch_size": visual["patch_size"], "scale_resolution": visual["image_size"], "use_image_id": True,
+                "mean": CLIP_MEAN, "std": CLIP_STD}  # fmt: skip
     slices = config.slice_config
     return {"query_num": config.query_num, "patch_size": config.vision_config.patch_size, "scale_resolution": slices["scale_resolution"],
-            "max_slice_nums": slices["max_slice_nums"], "use_image_id": bool(getattr(config, "use_image_id", False))}  # fmt: skip
+            "max_slice_nums": slices["max_slice_nums"] if getattr(config, "slice_mode", True) else 1,
+            "use_image_id": bool(getattr(config, "use_image_id", False))}  # fmt: skip
+
+
+def _settled(settings, family):
+    "The same numbers from a model's files."
+    return {"query_num": settings.query_num, "patch_size": settings.patch_size, "scale_resolution": settings.size, "max_slice_nums": settings.max_slice_nums,
+            "use_image_id": settings.use_image_id or family is FAMILIES["qwen"], "mean": settings.mean, "std": settings.std}  # fmt: skip
 
 
 def _seen(p, image):
     "What the vision tower sees of one RGB picture: (pixels, rows and columns of patches) of the overview and each slice."
     if p.family is FAMILIES["qwen"]:
-        return [(to_square(image, p.scale_resolution), None)]
-    return to_patches(image, p.scale_resolution, p.patch_size, p.max_slice_nums)
+        return [(to_square(image, p.scale_resolution, p.mean, p.std), None)]
+    return to_patches(image, p.scale_resolution, p.patch_size, p.max_slice_nums, p.mean, p.std)
 
 # %% ../../nbs/23_data.batch.ipynb #936c7ddd
 def slices_within(
@@ -117,12 +126,21 @@ class Processor(BaseProcessor):
     use_image_id: bool = False  # number the pictures in the text
     max_slice_nums: int = 1  # most slices of a picture; 1: overview only
     family: Family = FAMILIES["2.6"]
+    mean: Colours = HALF  # of red, green and blue in 0…1
+    std: Colours = HALF
 
     @classmethod
-    def of(cls, config: Any, tokenizer: Any, max_length: int = 2048, drop: bool = False) -> "Processor":
-        "From a model's configuration. Raises `InputError` for a family that is not known."
-        limit = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
-        return cls(tokenizer=tokenizer, max_length=limit, drop=drop, family=family_of(config), **_wants(config))
+    def of(
+        cls,
+        config: Any,  # of a model
+        tokenizer: Any,
+        max_length: int = 2048,  # tokens
+        drop: bool = False,  # a text that is too long loses whole turns
+        settings: ImageSettings | None = None,  # from the model's files (chapter 15); None: what the configuration alone says
+    ) -> "Processor":
+        "From a model's configuration, and from its picture processor's file. Raises `InputError` for a family that is not known."
+        limit, family = min(max_length, getattr(config, "max_position_embeddings", None) or max_length), family_of(config)
+        return cls(tokenizer=tokenizer, max_length=limit, drop=drop, family=family, **_settled(settings, family) if settings else _wants(config))
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
         "Columns and rows of slices of a picture of a size."

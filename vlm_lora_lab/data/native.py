@@ -24,10 +24,11 @@ from transformers.image_utils import SizeDict
 
 from .batch import BaseProcessor, Processor, pad_texts, slices_within
 from .records import Conversation
-from .tokens import Encoded, ids_and_labels, no_commands, supervised, within
+from .tokens import Encoded, family_of, ids_and_labels, no_commands, supervised, within
 from ..errors import InputError
 from ..models.load import load_tokenizer, model_folder
 from ..models.published import model_config, read_json
+from ..models.tokenizer import check_pictures, image_settings, picture_file
 
 # %% ../../nbs/19_data.native.ipynb #2de16d06
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class NativeProcessor(BaseProcessor):
     along: ClassVar[int] = 0  # the dimension in which pictures follow each other in `pixel_values`
 
     kind: ClassVar[type]  # of `images`
+    acted_on: ClassVar[tuple[str, ...]] = ("do_rescale", "rescale_factor", "do_normalize", "resample")  # what it does as its file says; other switches are refused
 
     @abstractmethod
     def disagreement(self, config: Any) -> str:
@@ -122,6 +124,9 @@ class QwenPictures(NativeProcessor):
         return replace(self, images=images)
 
     def disagreement(self, config: Any) -> str:
+        least, most = self.images.size["shortest_edge"], self.images.size["longest_edge"]
+        if not all(type(edge) is int for edge in (least, most)) or not 0 < least <= most:
+            return f"size is {dict(self.images.size)} in the picture processor's file, and shortest_edge and longest_edge should be a least and a most number of pixels"
         vision = config.vision_config
         pairs = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size, "temporal_patch_size": vision.temporal_patch_size}
         return _differences(self.images, pairs)
@@ -174,6 +179,8 @@ class SlicedPictures(NativeProcessor):
     def disagreement(self, config: Any) -> str:
         if missing := [t for t in ("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>") if t not in self.tokenizer.get_vocab()]:
             return f"the tokenizer lacks {', '.join(missing)}"
+        if wrong := [k for k in ("max_slice_nums", "scale_resolution") if type(getattr(self.images, k)) is not int or getattr(self.images, k) < 1]:
+            return f"{wrong[0]} is {getattr(self.images, wrong[0])!r:.60} in the picture processor's file, and should be a whole number above 0"
         return _differences(self.images, {"patch_size": config.vision_config.patch_size, "downsample_mode": config.downsample_mode})
 
 
@@ -197,19 +204,26 @@ def load_processor(
     Raises `InputError` for a family that is not known, and for files that do not belong together."""
     folder = model_folder(name, weights=False)
     config = model_config(read_json(folder / "config.json"), folder / "config.json")
-    processor = (_native if config.model_type in NATIVE else Processor.of)(config, load_tokenizer(name), max_length, drop)
+    tokenizer = load_tokenizer(name)
+    if config.model_type in NATIVE:
+        processor: BaseProcessor = _native(config, tokenizer, folder, max_length, drop)
+    else:
+        family_of(config)  # an unknown family is told as such, before its files are read
+        processor = Processor.of(config, tokenizer, max_length, drop, image_settings(folder))
     return processor.smaller(max_pixels) if max_pixels else processor
 
 
-def _native(config, tokenizer, max_length, drop):
+def _native(config, tokenizer, folder, max_length, drop):
     "The processor of one of transformers' own families."
-    kind, folder, remedy = NATIVE[config.model_type], tokenizer.name_or_path, "Put the preprocessor_config.json, or processor_config.json, of the model beside its config.json"
+    kind, remedy = NATIVE[config.model_type], "Put the preprocessor_config.json, or processor_config.json, of the model beside its config.json"
     try:
         images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise InputError(f"transformers cannot read the picture processor of this model ({' '.join(str(e).split())[:160]})", folder, remedy) from None
     if not isinstance(images, kind.kind):
         raise InputError(f"the picture processor is a {type(images).__name__}, and {config.model_type} has a {kind.kind.__name__}", folder, remedy)
+    values, file = picture_file(folder)
+    check_pictures(values, Path(folder) / file, kind.acted_on)
     token = tokenizer.convert_ids_to_tokens(config.image_token_id)
     if token is None or tokenizer(token, add_special_tokens=False)["input_ids"] != [config.image_token_id]:
         raise InputError(f"image_token_id is {config.image_token_id}, and that is no token of its own in the tokenizer", f"{folder}/config.json", "Take the tokenizer of this model")

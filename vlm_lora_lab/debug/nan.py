@@ -35,6 +35,7 @@ from .trace import Event, trace
 from ..errors import InputError, complete_or_nothing, empty_folder
 from ..models.parts import PARTS, layout_of
 from ..models.load import load_vlm
+from ..models.precision import not_finite
 from ..models.published import model_class, model_config
 
 # %% ../../nbs/61_debug.nan.ipynb #cede18c9
@@ -467,10 +468,10 @@ POLICIES = ("stop", "skip", "rollback")
 
 
 class NonFiniteStep(RuntimeError):
-    "Training was stopped before a step that would have destroyed the weights."
+    "Training was stopped at a step that is not finite: before it could destroy the weights or, if `lost`, after an earlier one had."
 
-    def __init__(self, diagnosis, where, folder=None):
-        self.diagnosis, self.folder = diagnosis, folder
+    def __init__(self, diagnosis, where, folder=None, lost=False):
+        self.diagnosis, self.folder, self.lost = diagnosis, folder, lost
         super().__init__(f"{where}:\n{diagnosis}" + (f"\n  folder   {folder}; play it again with: python {folder}/replay.py" if folder else ""))
 
 
@@ -576,6 +577,9 @@ _UNREPEATED = Diagnosis("unknown", Event("backward", "", "accumulation", None, "
                         {"each call of the step by itself": "is healthy: it is their sum, or it does not repeat itself"})  # fmt: skip
 
 
+_SPOILED = Diagnosis("corrupt weights", Event("optimizer", "", "step", None, "nan", (), None), math.nan, (), None, {})
+
+
 class _Hands:
     "What is done with a bad step."
 
@@ -605,7 +609,7 @@ class _Hands:
         hopeless = (self.policy == "skip" and diagnosis.cause == "corrupt weights") or (self.policy == "rollback" and self.copy is None)
         if self.policy == "stop" or hopeless or spent > self.patience:
             self.close()
-            raise NonFiniteStep(diagnosis, f"step {step}", folder)
+            raise NonFiniteStep(diagnosis, f"step {step}", folder, lost=self._lost())
         action = "left out" if self.policy == "skip" else f"back to the weights of step {self.copy[0]}, at half the learning rate"
         self.say(f"step {step}: {diagnosis.cause}; {action}." + (f" Written to {folder}." if folder else ""))
         if self.policy == "rollback":
@@ -624,9 +628,24 @@ class _Steps(_Eyes, _Hands, _Memory, TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.micros = []
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         self.seen += sum(m.rows for m in self.micros)
         self.micros = []
+        if self.policy == "rollback" and self.copy is not None and (control.should_log or control.should_save):
+            self._heal(state.global_step, getattr(optimizer, "optimizer", optimizer), lr_scheduler)
+
+    def _lost(self):
+        "Are the weights no numbers, or a million times larger than they or anything else was at the beginning?"
+        largest = max([1.0, *self.start.values()])
+        return bool(not_finite(dict(enumerate(self.trained)))) or any(p.detach().double().norm() > 1e6 * largest for p in self.trained)
+
+    def _heal(self, step, optimizer, lr_scheduler):
+        "Weights that a healthy gradient has spoiled go back as well, as often as patience lasts."
+        if not not_finite(dict(enumerate(self.trained))) or len(self.bad_steps) >= self.patience:
+            return
+        self.bad_steps.append((step, _SPOILED))
+        self.say(f"step {step}: the weights are no numbers any more; back to those of step {self.copy[0]}, at half the learning rate.")
+        self._restore(optimizer, lr_scheduler)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and self.bad_steps and "loss" in logs:

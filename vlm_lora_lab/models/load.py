@@ -22,9 +22,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from transformers.utils import logging as hf_logging
 
 from ..errors import InputError
-from .files import FLOATS, account, convert_pickles, has_pickles, no_bar_if_small, shape_of, stored_in, weight_files
+from .files import FLOATS, account, convert_pickles, has_pickles, model_names, no_bar_if_small, shape_of, stored_in, weight_files
 from .minicpmv import MiniCPMV, MiniCPMVConfig
-from .parts import linear_layers
+from .parts import layout_of, linear_layers
 from .precision import precision_for
 from .published import lab_folder, model_config, on_meta, read_json
 from .qwenvl import QwenVL, QwenVLConfig
@@ -203,7 +203,7 @@ def load_vlm(
         raise InputError(f"{odd[0]} is stored as {stored[odd[0]].dtype}, which is no type of weights read here", stored[odd[0]].file,
                          "Give a checkpoint in 16 or 32 bit, or in bitsandbytes' 4 bit")  # fmt: skip
     aside = account(stored, empty, folder).aside if isinstance(empty, (MiniCPMV, QwenVL)) else ()
-    packed = _packed(config, stored, folder)
+    packed = _packed(config, stored, folder, empty)
     device, as_stored = _device(device), False
     if dtype is None:
         dtype = precision_for(device).stored
@@ -212,12 +212,9 @@ def load_vlm(
     elif (dtype := getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype) not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise InputError(f"dtype is {dtype!r}", "load_vlm", "Write float32, bfloat16, float16, float64, 'stored' or nothing")
     if packed:
-        if strange := sorted(packed - {n for names in linear_layers(empty).values() for n in names}):
-            raise InputError(f"{strange[0]} is stored in 4 bit under a name that the model does not have", stored[f"{strange[0]}.weight"].file,
-                             "Give the whole model and load it with four_bit=True")  # fmt: skip
         if clash := sorted(n for n in packed if any(n == w or n.startswith(w + ".") for w in whole)):
-            raise InputError(f"{clash[0]} is stored in 4 bit and should be whole", stored[f"{clash[0]}.weight"].file,
-                             "Train this part by LoRA, or give the whole model and load it with four_bit=True")  # fmt: skip
+            raise InputError(f"{clash[0]} is stored in 4 bit and should be whole: integers have no gradient", packed[clash[0]],
+                             f"Train this part by LoRA ({layout_of(empty).part_of(clash[0])}: lora), or give the model in 16 bit and load it with four_bit=True (four_bit: true)")  # fmt: skip
         keep = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and n not in packed]
         config.quantization_config = _four_bit(dtype, keep).to_dict()
     quantization = nf4_config(empty, dtype, whole) if four_bit and not packed else None
@@ -229,7 +226,7 @@ def load_vlm(
         p.data = p.data.to(dtype) if p.is_floating_point() and not hasattr(p, "quant_state") else p.data
     if as_stored:
         _as_stored(model, stored)
-    for layer in check_nf4(model, packed or None, None if packed else packable(empty, whole), dtype) if four_bit or packed else ():
+    for layer in check_nf4(model, set(packed) or None, None if packed else packable(empty, whole), dtype) if four_bit or packed else ():
         model.get_submodule(layer).support_avx512bf16_for_cpu = False  # see "Evaluated once, trained never" in chapter 14
     return model.eval()
 
@@ -271,8 +268,8 @@ def _device(name):
     return device
 
 
-def _packed(config, stored, folder):
-    "The layers that the files hold in 4 bit."
+def _packed(config, stored, folder, empty):
+    "The layers that the files hold in 4 bit, by their names in the model, and the file of each."
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
     packed = {n.removesuffix(".weight") for n, s in stored.items() if s.dtype in ("NF4", "FP4")}
     if method != "bitsandbytes":
@@ -281,7 +278,15 @@ def _packed(config, stored, folder):
         raise InputError(f"{fp4[0]} is stored as FP4, and only NF4 is read here", stored[fp4[0]].file, "Give the whole model and load it with four_bit=True")
     if getattr(config, "quantization_config", None) and not packed:
         raise InputError("config.json says that the weights are in 4 bit, and none of them is", folder, "The folder mixes files of different models")
-    return packed
+    names, layers = model_names(empty, stored) if packed else {}, {n for names in linear_layers(empty).values() for n in names}
+    found = {}
+    for old in sorted(packed):
+        name, file = names.get(f"{old}.weight", "").removesuffix(".weight"), stored[f"{old}.weight"].file
+        if name not in layers:
+            why = "and the model never calls this layer, it reads its weight alone" if name else "under a name that the model does not have"
+            raise InputError(f"{old} is stored in 4 bit {why}", file, "Give the whole model and load it with four_bit=True")
+        found[name] = file
+    return found
 
 
 def _as_stored(model, stored):

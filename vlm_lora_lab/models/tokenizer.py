@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['AGAIN', 'BYTE_SYMBOLS', 'QWEN_SPLIT', 'QWEN_SPECIAL', 'NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'BYTE',
            'CHATML', 'USER_AI', 'GENERIC', 'KEPT', 'VERSIONS', 'PUBLISHED_IDS', 'PUBLISHED_TOKENS', 'CLIP_MEAN',
-           'CLIP_STD', 'merges_of', 'SentencePieces', 'read_sentencepiece', 'tokenizer_of', 'version_of',
-           'SpecialTokens', 'special_tokens', 'check_special_ids', 'check_vocabulary', 'ImageSettings',
-           'image_settings']
+           'CLIP_STD', 'PICTURES', 'merges_of', 'SentencePieces', 'read_sentencepiece', 'tokenizer_of', 'version_of',
+           'SpecialTokens', 'special_tokens', 'check_special_ids', 'check_vocabulary', 'ImageSettings', 'picture_file',
+           'check_pictures', 'image_settings']
 
 # %% ../../nbs/15_models.tokenizer.ipynb #ee38b0b5
 import base64
 import binascii
 import json
+import math
 import re
 import struct
 import warnings
@@ -508,6 +509,7 @@ def check_vocabulary(
 
 # %% ../../nbs/15_models.tokenizer.ipynb #51430533
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP
+PICTURES = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -525,6 +527,37 @@ class ImageSettings:
     resample: str = "bicubic"
 
 
+def picture_file(
+    folder: str | Path,  # of a model
+) -> tuple[dict, str]:  # what it says of pictures, and the name of the file; nothing where there is none
+    """What preprocessor_config.json says, or what transformers 5 writes instead: `image_processor` in processor_config.json.
+
+    Raises `InputError` when both are there and differ."""
+    flat, nested = _json(Path(folder) / PICTURES), _json(Path(folder) / "processor_config.json").get("image_processor")
+    one = _one_notation(flat, PICTURES)
+    if nested is None:
+        return flat, PICTURES
+    if not isinstance(nested, dict):
+        raise InputError(f"image_processor is {nested!r:.60} and no object", Path(folder) / "processor_config.json", AGAIN)
+    other = _one_notation(nested, "processor_config.json")
+    for key in sorted(set(one) & set(other) - {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}):
+        if None not in (one[key], other[key]) and one[key] != other[key]:
+            raise InputError(f"{key} is {one[key]!r:.60} in {PICTURES} and {other[key]!r:.60} in processor_config.json", folder, "Take both files from the same model, or delete one")
+    return flat | {k: v for k, v in nested.items() if v is not None}, "processor_config.json"
+
+
+def _one_notation(values, file):
+    "Qwen's older bounds, min_pixels and max_pixels, as `size`. Raises `InputError` where both notations are there and differ."
+    size = dict(values["size"]) if isinstance(values.get("size"), dict) else {}
+    for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        inner = size.pop(old, None)
+        said = {old: values.get(old), f"size {old}": inner, f"size {new}": size.get(new)}
+        if any(v is not None for v in said.values()):
+            size[new] = _agreed(f"{old} ({new})", file, said)
+    plain = {k: v for k, v in values.items() if k not in ("min_pixels", "max_pixels")}
+    return plain | ({"size": size} if size else {})
+
+
 def _agreed(what, path, places, default=None):
     "The value that all places name, or the default. Raises `InputError` when two places differ or none has it."
     said = {where: value for where, value in places.items() if value is not None}
@@ -535,43 +568,107 @@ def _agreed(what, path, places, default=None):
     return next(iter(said.values()), default)
 
 
+def _chosen(what, places, default):
+    "The value of the first place that names it; a warning where a later one says something else."
+    said = {where: value for where, value in places.items() if value is not None}
+    if any(v != next(iter(said.values())) for v in said.values()):
+        warnings.warn(f"{what} is contradictory: {', '.join(f'{v} in {w}' for w, v in said.items())}. The first is used, as upstream does.", stacklevel=4)
+    return next(iter(said.values()), default)
+
+
 def _positive(what, value, path):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{what} is {value!r}", path, "It must be a whole number above 0")
     return value
 
+
+def _yes_or_no(what, value, path):
+    if not isinstance(value, bool):
+        raise InputError(f"{what} is {value!r}", path, "It must be true or false")
+    return value
+
+# %% ../../nbs/15_models.tokenizer.ipynb #c1528d92
+_NEUTRAL: dict[str, tuple] = {
+    "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,), "do_center_crop": (False,), "do_pad": (False,), "do_convert_rgb": (True,),
+    "do_image_splitting": (False,), "do_pan_and_scan": (False,), "crop_to_patches": (False,), "do_flip_channel_order": (False,), "resample": (3, "bicubic"),
+}  # fmt: skip  # field of transformers' picture processors -> the values that change nothing; 3 is bicubic
+
+
+def check_pictures(
+    values: dict,  # from `picture_file`
+    where: str | Path,  # for the error message
+    acted_on: tuple[str, ...] = (),  # fields that the caller does read
+) -> None:
+    "Raises `InputError` naming a field whose value would change pixels and that is not read, and for numbers that no picture can be divided by."
+    for key, neutral in _NEUTRAL.items():
+        if key not in acted_on and (value := values.get(key)) is not None and value not in neutral:
+            raise InputError(f"{key} is {value!r:.60}, and pictures of this model are prepared here as with {key}: {json.dumps(neutral[0])}", where,
+                             "Take the published file. If the model was trained like this, it needs a data pipeline of its own")  # fmt: skip
+    factor = values.get("rescale_factor")
+    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1):
+        raise InputError(f"rescale_factor is {factor!r:.60}", where, "It is 1/255 in published files: 0.00392156862745098")
+    if factor is not None and "rescale_factor" not in acted_on and not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise InputError(f"rescale_factor is {factor!r}, and pictures of this model are divided by 255 here", where, "Take the published file")
+    for key in ("norm_mean", "norm_std", "image_mean", "image_std"):
+        if values.get(key) is not None:
+            _colours(key, values[key], where)
+
+
+def _colours(key, value, where):
+    "Three finite numbers, for red, green and blue; a deviation is above 0."
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)  # noqa: E731
+    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(map(number, value)):
+        raise InputError(f"{key} is {value!r:.60}", where, "It must be three numbers, for red, green and blue")
+    if key.endswith("std") and min(value) <= 0:
+        raise InputError(f"{key} holds {min(value)}, and pixels are divided by it", where, AGAIN)
+    return tuple(map(float, value))
+
 # %% ../../nbs/15_models.tokenizer.ipynb #4cefab2e
 def _minicpm_settings(folder, config, version):
-    "From preprocessor_config.json and config.json, which must not contradict each other."
-    file, pre = "preprocessor_config.json", _json(folder / "preprocessor_config.json")
+    "From the picture processor's file and config.json, which must not contradict each other in what weights depend on."
+    pre, file = picture_file(folder)
     inner, tower = config.get("slice_config") or {}, config.get("vision_config") or {}
     recipe = lambda v: "2.6" if v not in ("2.0", "2.5") else v  # noqa: E731  # 4.5 publishes 2.6 in its preprocessor_config.json
     if pre.get("version") is not None and recipe(str(pre["version"])) != recipe(version):
         raise InputError(f"version is {pre['version']} in {file} and {version} in config.json", folder, "Take both files from the same model")
-    say = lambda key, *more: {f"{file} {key}": pre.get(key), f"config.json {key}": config.get(key), f"slice_config {key}": inner.get(key)} | dict(more)  # noqa: E731
-    number = lambda key, default, *more: _positive(key, _agreed(key, folder, say(key, *more), default), folder)  # noqa: E731
-    slices = number("max_slice_nums", 9)
+    _check_minicpm_file(pre, folder / file)
+    say = lambda key: {f"{file} {key}": pre.get(key), f"config.json {key}": config.get(key), f"slice_config {key}": inner.get(key)}  # noqa: E731
+    choose = lambda key, default: _chosen(key, say(key), default)  # noqa: E731
+    patch = _agreed("patch_size", folder, say("patch_size") | {"vision_config patch_size": tower.get("patch_size")}, 14)
     queries = _agreed("query_num", folder, {"config.json query_num": config.get("query_num"), f"{file} image_feature_size": pre.get("image_feature_size")})
-    scale = {}
-    for key in ("norm_mean", "norm_std"):
-        scale[key] = pre.get(key, [0.5, 0.5, 0.5])
-        if not isinstance(scale[key], list) or len(scale[key]) != 3 or not all(isinstance(v, (int, float)) for v in scale[key]):
-            raise InputError(f"{key} is {scale[key]!r}", folder / file, "It must be three numbers, for red, green and blue")
-    if not all(scale["norm_std"]):
-        raise InputError("norm_std holds a 0, and pixels are divided by it", folder / file, AGAIN)
+    sliced = _yes_or_no("slice_mode", choose("slice_mode", True), folder)
+    slices = _positive("max_slice_nums", choose("max_slice_nums", 9), folder)
+    colours = [_colours(ours, _agreed(ours, folder, {f"{file} {k}": pre.get(k) for k in (ours, theirs)}, [0.5] * 3), folder / file)
+               for ours, theirs in (("norm_mean", "image_mean"), ("norm_std", "image_std"))]  # fmt: skip
     return ImageSettings(
-        "patches", number("scale_resolution", 448), number("patch_size", None, ("vision_config patch_size", tower.get("patch_size"))),
-        slices if _agreed("slice_mode", folder, say("slice_mode"), True) else 1, _positive("query_num", queries, folder),
-        tuple(scale["norm_mean"]), tuple(scale["norm_std"]), bool(_agreed("use_image_id", folder, say("use_image_id"), recipe(version) == "2.6")),
+        "patches", _positive("scale_resolution", choose("scale_resolution", 448), folder), _positive("patch_size", patch, folder), slices if sliced else 1,
+        _positive("query_num", queries, folder), *colours, _yes_or_no("use_image_id", choose("use_image_id", recipe(version) == "2.6"), folder),
     )  # fmt: skip
+
+
+_TAGS_OF_PICTURES = {"im_start": "<image>", "im_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>", "unk": "<unk>",
+                     "im_id_start": "<image_id>", "im_id_end": "</image_id>"}  # fmt: skip
+
+
+def _check_minicpm_file(pre, where):
+    "Raises `InputError` for a field of a MiniCPM-V's file that says something else than what is done here."
+    check_pictures(pre, where)
+    if (kind := pre.get("image_processor_type")) and "MiniCPMV" not in str(kind):
+        raise InputError(f"image_processor_type is {kind!r:.60}, and this model has a MiniCPMVImageProcessor", where, "Take both files from the same model")
+    for key, tag in _TAGS_OF_PICTURES.items():
+        if pre.get(key) not in (None, tag):
+            raise InputError(f"{key} is {pre[key]!r:.60}, and pictures are written with {tag} here", where, "Take the published file")
+    for key in ("size", "crop_size", "min_pixels", "max_pixels"):
+        if pre.get(key) is not None:
+            raise InputError(f"{key} is {pre[key]!r:.60}, and this model's pictures do not follow it", where, "Write scale_resolution and max_slice_nums instead")
 
 # %% ../../nbs/15_models.tokenizer.ipynb #013062fa
 def image_settings(
-    folder: str | Path,  # with config.json and, where published, preprocessor_config.json
+    folder: str | Path,  # with config.json and, where published, preprocessor_config.json or processor_config.json
 ) -> ImageSettings:
-    """What a checkpoint wants done to a picture: MiniCPM-V 2.0 to 4.5 and Qwen-VL.
+    """What a checkpoint wants done to a picture: MiniCPM-V 2.0 to 4.5 and Qwen-VL. Chapter 19's `load_processor` prepares pictures by it.
 
-    Raises `InputError` for other models, for numbers that make no sense, and for files that contradict each other."""
+    Raises `InputError` for other models, for numbers that make no sense, and for files that contradict each other; warns where they differ in a choice."""
     folder = Path(folder)
     config = _json(folder / "config.json", optional=False)
     version = version_of(config, folder / "config.json")
@@ -579,6 +676,23 @@ def image_settings(
         return _minicpm_settings(folder, config, version)
     if not isinstance(visual := config["visual"], dict):
         raise InputError("visual is not an object", folder / "config.json", AGAIN)
-    numbers = [_positive(f"visual.{key}", visual.get(key, default), folder / "config.json")
-               for key, default in (("image_size", None), ("patch_size", None), ("n_queries", 256))]  # fmt: skip
-    return ImageSettings("square", numbers[0], numbers[1], 1, numbers[2], CLIP_MEAN, CLIP_STD, False)
+    pre, file = picture_file(folder)
+    check_pictures(pre, folder / file)
+    numbers = {key: _positive(f"visual.{key}", visual.get(key, default), folder / "config.json")
+               for key, default in (("image_size", None), ("patch_size", None), ("n_queries", 256))}  # fmt: skip
+    for key, value in (("image_size", _side(pre, folder / file)), ("patch_size", pre.get("patch_size")), ("n_queries", pre.get("image_feature_size"))):
+        _agreed(key, folder, {f"config.json visual.{key}": numbers[key], file: value})
+    mean, std = (_colours(k, pre.get(k) or default, folder / file) for k, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))
+    return ImageSettings("square", numbers["image_size"], numbers["patch_size"], 1, numbers["n_queries"], mean, std, False)
+
+
+def _side(pre, where):
+    "The side of Qwen-VL's square, in any of the notations of transformers' files; None: not said."
+    for key in ("size", "image_size"):
+        value = pre.get(key)
+        side = value.get("height") if isinstance(value, dict) else value
+        if isinstance(value, dict) and value != {"height": side, "width": side} or value is not None and type(side) is not int:
+            raise InputError(f"{key} is {value!r:.60}, and this model looks at squares", where, 'Write {"height": 448, "width": 448}, or leave it out')
+        if value is not None:
+            return side
+    return None
