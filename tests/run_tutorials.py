@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-# The stand-in of each tutorial: name on the hub, family of tests/families.py; None: it takes the lab model.
+# The model of each tutorial, which has a stand-in of tests/standins.py; None: it takes the lab model.
 TUTORIALS = {
-    "minicpmv_2_6": ("openbmb/MiniCPM-V-2_6", "minicpmv-2.6"),
-    "minicpmv_4_5": ("openbmb/MiniCPM-V-4_5", "minicpmv-4.5"),
-    "minicpmv_4_6": ("openbmb/MiniCPM-V-4.6", "minicpmv4_6"),
-    "qwen_vl": ("Qwen/Qwen-VL-Chat", "qwen"),
-    "qwen3_vl_2b": ("Qwen/Qwen3-VL-2B-Instruct", "qwen3_vl"),
-    "your_own_data": ("openbmb/MiniCPM-V-2_6", "minicpmv-2.6"),
+    "minicpmv_2_6": "openbmb/MiniCPM-V-2_6",
+    "minicpmv_4_5": "openbmb/MiniCPM-V-4_5",
+    "minicpmv_4_6": "openbmb/MiniCPM-V-4.6",
+    "qwen_vl": "Qwen/Qwen-VL-Chat",
+    "qwen3_vl_2b": "Qwen/Qwen3-VL-2B-Instruct",
+    "your_own_data": "openbmb/MiniCPM-V-2_6",
     "rescue_a_run": None,
 }
 
@@ -38,23 +38,6 @@ def run(stem, work):
     notebook.cells = [c for c in notebook.cells if not c.source.startswith("#| eval: false")]
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()
     return notebook
-
-
-def stand_in(family, folder):
-    "A tiny random checkpoint, with the fields and files of a published one that a server asks for; upstream's Python files are not among them."
-    from families import NATIVE, native_folder
-    from test_train_families import checkpoint
-    from vlm_lora_lab.models.load import lab_folder
-
-    if family in NATIVE:
-        return native_folder(family, folder, lab_folder())
-    checkpoint(family, folder, HERE / "golden")
-    if family != "qwen":
-        values = json.loads((folder / "config.json").read_text())
-        values |= {"architectures": ["MiniCPMV"], "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMVConfig", "AutoModel": "modeling_minicpmv.MiniCPMV"}}
-        (folder / "config.json").write_text(json.dumps(values))
-        (folder / "preprocessor_config.json").write_text("{}")
-    return folder
 
 
 def walk(stem, place):
@@ -72,6 +55,7 @@ def main(arguments):
         sys.exit(f"there is no tutorial {unknown[0]!r}; there are {', '.join(TUTORIALS)}")
     sys.path[0] = str(HERE)  # tests/ alone: the package must come from the environment
     import vlm_lora_lab
+    from standins import stand_in
 
     root = Path(vlm_lora_lab.__file__).resolve().parent.parent
     if "--installed" in arguments and root == HERE.parent:
@@ -80,7 +64,7 @@ def main(arguments):
     stems = [s for s in TUTORIALS if not chosen or s in chosen]
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(2) as two:
         work = Path(work)
-        hub = {name: stand_in(family, work / family) for name, family in {TUTORIALS[s] for s in stems if TUTORIALS[s]}}
+        hub = {name: stand_in(name, work / name.replace("/", "--"), small=True) for name in sorted({TUTORIALS[s] for s in stems if TUTORIALS[s]})}
         os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         os.environ["VLM_LORA_LAB_STAND_IN"] = os.pathsep.join(f"{name}={folder}" for name, folder in hub.items())
         list(two.map(lambda stem: walk(stem, work / "runs" / stem), stems))

@@ -255,7 +255,7 @@ def _minicpm_words(version, rows):
         special = _series(0, "<unk>", "<s>", "</s>") | _series(101, *TAGS, "<image_id>", "</image_id>") | _series(73440, "<|im_end|>", "<|im_start|>")
         return Words(special, rows, roles | {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}, missing=("the vocabulary of MiniCPM4", "the ids of <image_id>"))
     special = {"<unk>": 128244} | _series(151643, *TURNS, *TAGS, "<image_id>", "</image_id>")
-    return Words(special | _spare(151660, rows), rows, roles, missing=("the names of the tokens for speech",) if version == "o-2.6" else ())
+    return Words(special | _spare(151660, rows), rows, roles, missing=("the names of the tokens for speech", "its own preprocessor_config.json: 2.6's") if version == "o-2.6" else ())
 
 
 @cache
@@ -355,7 +355,7 @@ def _picture_files(values, folder):
         version = {"2.5": "2.5"}.get(str(values["version"]), 2.6)
         cls = "MiniCPMV" if kind == "minicpmv" else "MiniCPMO"
         _write(folder, "preprocessor_config.json", {
-            "image_processor_type": f"{cls}ImageProcessor", "processor_class": f"{cls}Processor", "max_slice_nums": 9, "scale_resolution": 448, "patch_size": 14,
+            "image_processor_type": "MiniCPMVImageProcessor", "processor_class": f"{cls}Processor", "max_slice_nums": 9, "scale_resolution": 448, "patch_size": 14,
             "image_feature_size": values["query_num"], "im_start": "<image>", "im_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>", "unk": "<unk>",
             "im_id_start": "<image_id>", "im_id_end": "</image_id>", "slice_mode": True, "norm_mean": [0.5] * 3, "norm_std": [0.5] * 3, "version": version,
             "use_image_id": version == 2.6, "auto_map": {"AutoProcessor": "processing_minicpmv.MiniCPMVProcessor", "AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor"},
