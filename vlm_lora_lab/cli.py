@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 from dataclasses import fields
-from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from . import __version__
@@ -699,7 +699,7 @@ def main(
         print(f"vlm-lora-lab {options.command}: {e}", file=sys.stderr)
         return 2
     except OSError as e:  # what the file system refuses, by name; anything else is a bug
-        if e.filename is None or e.errno not in (EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS):
+        if e.filename is None or e.errno not in (EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS):
             raise
         name = os.fsdecode(e.filename)
         print(f"vlm-lora-lab {options.command}: {name[:100]}{'…' * (len(name) > 100)}: {e.strerror}.", file=sys.stderr)

@@ -46,9 +46,11 @@ def unknown_keys(
     where: str | Path,
 ) -> InputError:
     "The error for keys that nobody would heed, with the nearest valid one of each."
-    names, known = sorted(map(str, names)), list(known)
+    names, known = sorted(str(n) if len(str(n)) <= 60 else f"{str(n)[:57]}..." for n in names), list(known)
+    more = f" and {len(names) - 10} others" if len(names) > 10 else ""
+    names = names[:10]
     near = [f"{n!r}: did you mean {m!r}?" for n in names if (m := nearest(n, known))]
-    return InputError(f"{', '.join(map(repr, names))} is unknown", where, " ".join([*near, f"Known are {', '.join(known)}"]))
+    return InputError(f"{', '.join(map(repr, names))}{more} is unknown", where, " ".join([*near, f"Known are {', '.join(known)}"]))
 
 # %% ../nbs/02_errors.ipynb #1f82cf9c
 def _safetensors_errors():
@@ -76,13 +78,22 @@ def explain_write_errors(
         raise
 
 
+def _is_there(path):
+    "Also a link that leads nowhere. Raises `OSError` for a name that the file system does not take."
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def check_writable(
     folder: str | Path,  # where results should go; it need not be there
 ) -> None:
     "Raises `InputError` for a folder that could not be made or written to. Nothing is touched."
     folder = Path(folder).absolute()
     with explain_write_errors(folder):
-        there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+        there = next(p for p in (folder, *folder.parents) if _is_there(p))
     if not there.is_dir():
         raise InputError(f"{there.name!r} is no folder, so nothing can be written there", folder, "Choose another folder with --output")
     if not os.access(there, os.W_OK | os.X_OK):
