@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
-from .save import check_seals, fingerprint, is_base, read_provenance
+from .save import check_seals, fingerprint, is_base, lora_config, read_provenance
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
@@ -144,7 +144,7 @@ class Adapter:
         try:
             with safe_open(file, framework="pt"):  # it looks at the whole header, and at the length of the file
                 self.reader = Reader(file)
-            self.config = LoraConfig(**{k: v for k, v in read_json(self.folder / "adapter_config.json").items() if k in LoraConfig.__dataclass_fields__})
+            self.config = lora_config(self.folder)
         except (SafetensorError, OSError) as e:
             raise InputError(f"this file is truncated or damaged ({e})", file, "Copy the whole folder again from where it was trained") from None
         if self.config.init_lora_weights not in _STARTS or self.config.lora_bias or self.config.layer_replication or self.config.use_qalora:
