@@ -6,6 +6,7 @@ from families import batch_of, tiny_config, tiny_model
 
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan import TuningPlan, apply_plan
 from vlm_lora_lab.quant.memory import CARDS, PIECE, Alive, estimate, shapes_of_batch, shapes_only, step_bytes
@@ -50,6 +51,35 @@ def test_the_text_of_other_families_is_predicted(family):
     assert guess == pytest.approx(step_bytes(apply_plan(tiny_model(family), plan), real, None, False), rel=0.1)
 
 
+def test_a_model_is_measured_in_both_ways_whatever_was_before():
+    model = shapes_only(apply_plan(on_meta("lab").to(torch.bfloat16), TuningPlan()))
+    batch = shapes_of_batch(model, 2, 128, 1, torch.bfloat16)[0]
+    kept, lean, again = (step_bytes(model, batch, torch.bfloat16, c, PIECE) for c in (False, True, False))
+    assert kept > 1.5 * lean and again == pytest.approx(kept, rel=0.02) and step_bytes(model, batch, torch.bfloat16, True, PIECE) == pytest.approx(lean, rel=0.02)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert step_bytes(model, batch, torch.bfloat16, False, PIECE) == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_both_figures_of_the_account_are_those_of_a_real_step(checkpointing):
+    "The lab model in NF4, eight rows of 128 tokens with a picture, on a CPU: within an eighth."
+    real = apply_plan(load_vlm("lab", four_bit=True, dtype=torch.bfloat16), TuningPlan())
+    batch, _ = shapes_of_batch(shapes_only(apply_plan(on_meta("lab"), TuningPlan())), 8, 128, 1, torch.bfloat16)
+    batch = {k: torch.zeros(v.shape, dtype=v.dtype) if v.is_meta else v for k, v in batch.items()}
+    with label_only(real, PIECE):
+        measured = step_bytes(real, batch, torch.bfloat16, checkpointing)
+    said = dict(estimate("lab", batch_size=8, tokens=128, checkpointing=checkpointing).rows)
+    assert 4 * sum(p.numel() for p in real.parameters() if p.requires_grad) < measured  # else gradients would be the larger
+    assert said["logits and loss, in pieces"] + said["activations, or gradients if larger"] == pytest.approx(measured, rel=0.125)
+
+
+def test_without_checkpointing_more_is_needed_and_the_change_says_how_much():
+    lean, kept = (estimate("openbmb/MiniCPM-V-2_6", gpu="T4", pictures=10, checkpointing=c) for c in (True, False))
+    assert lean.fits and not kept.fits and kept.total > 2 * lean.total
+    [saved] = [s for what, s in kept.changes if what == "gradient checkpointing"]
+    assert kept.total - saved == pytest.approx(lean.total, rel=0.01)
+
+
 def test_the_account_adds_up_and_says_what_to_change():
     small, large = estimate("lab", gpu="T4", tokens=128), estimate("lab", gpu=0.5, tokens=128, batch_size=4, four_bit=False, checkpointing=False)
     assert small.fits and small.total == sum(b for _, b in small.rows) < large.total and "fits" in repr(small)
@@ -70,7 +100,20 @@ def test_a_plan_without_lora_counts_its_weights_once():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(dict(gpu="Voodoo"), "Voodoo"), (dict(plan=TuningPlan(language="full")), "no part gets LoRA"), (dict(pictures=1000), "1000 pictures are")],
+    [
+        (dict(gpu="Voodoo"), "Voodoo"),
+        (dict(plan=TuningPlan(language="full")), "no part gets LoRA"),
+        (dict(pictures=1000), "1000 pictures are"),
+        (dict(batch_size=10**15), "batch_size is 1000000000000000"),
+        (dict(tokens=10**12), "max_length is 1000000000000"),
+        (dict(tokens=10**7), "accumulation"),
+        (dict(batch_size=1000), "No card holds that"),
+        (dict(batch_size=1000, tokens=1000, pictures=100), "No card holds that"),
+        (dict(batch_size=True), "batch_size is True"),
+        (dict(tokens=0), "max_length is 0"),
+        (dict(pictures=-1), "pictures is -1"),
+        *((dict(gpu=g), "GiB above 0") for g in (0, -3, "0", "-1", float("nan"), float("inf"), True, "9" * 5000, 10**5000, "1.2.3", "1e400")),
+    ],
 )
 def test_what_cannot_be_estimated_is_said(options, message):
     with pytest.raises(InputError, match=message):
@@ -80,6 +123,17 @@ def test_what_cannot_be_estimated_is_said(options, message):
 def test_every_card_has_a_row_of_precision():
     for card in CARDS:
         assert precision_for(card).autocast in (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", str(10**15)], ["--max-length", str(10**12)], ["--batch-size", "1.5"], ["--pictures", "many"], ["--max-length", "9" * 5000], ["--rank", "1e9"],
+                                   ["--gpu", "nan"], ["--gpu", "1e999"], ["--alpha", "nan"], ["--batch-size", "4096"]])  # fmt: skip
+def test_a_number_that_cannot_be_is_refused_at_once(flags, capsys):
+    try:
+        status = main(["estimate", "lab", *flags])
+    except SystemExit as e:
+        status = e.code
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2 and len(said) < 400 and ("expected a" in said or "Write" in said or "No card" in said), said
 
 
 def test_the_command(capsys):

@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 from dataclasses import fields
-from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from . import __version__
@@ -260,10 +260,10 @@ def _doctor(o):
 
     if o.report and Path(o.report).exists():
         raise InputError("this file exists", o.report, "Choose another name; nothing is ever overwritten")
-    if not hasattr(o, "output") and not (o.config and "output" in _configuration(o.config)):
+    place = hasattr(o, "output") or bool(o.config and "output" in _configuration(o.config))
+    if not place:
         o.output = "nowhere"  # a job has one, and a doctor does not need it
-    o.resume = False
-    report = examine(_job(o))
+    report = examine(_job(o), o.resume, place)
     print(report)
     if o.report:
         with explain_write_errors(o.report):
@@ -576,6 +576,7 @@ def _parser(argv):
     p = command("doctor", _doctor, "look at a training job before hours are spent", DOCTOR_HELP)
     if argv[:1] == ["doctor"]:
         _train_parser(p)
+        p.add_argument("--resume", action="store_true", help="look at a run that was stopped, as train --resume would")
         p.add_argument("--report", metavar="FILE", help="write the report to this new file as well")
 
     _check_data_parser(command("check-data", _check_data, "look at every record of a data file, and say what is wrong", CHECK_HELP))
@@ -706,7 +707,7 @@ def main(
         print(f"vlm-lora-lab {options.command}: {e}", file=sys.stderr)
         return 2
     except OSError as e:  # what the file system refuses, by name; anything else is a bug
-        if e.filename is None or e.errno not in (EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS):
+        if e.filename is None or e.errno not in (EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS):
             raise
         name = os.fsdecode(e.filename)
         print(f"vlm-lora-lab {options.command}: {name[:100]}{'…' * (len(name) > 100)}: {e.strerror}.", file=sys.stderr)

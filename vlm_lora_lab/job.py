@@ -9,6 +9,7 @@ __all__ = ['SECTIONS', 'Job', 'train', 'examine']
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +24,8 @@ from .data.drawn import Drawn
 from .data.native import load_processor
 from .data.records import Conversations
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
-from .debug.preflight import Check, Preflight, preflight
-from .errors import InputError, empty_folder, explain_write_errors, unknown_keys, write_json
+from .debug.preflight import Check, Preflight, check_steps, filled_up
+from .errors import InputError, check_writable, empty_folder, explain_write_errors, unknown_keys, write_json
 from .evaluate import ExactMatch, Score, check_truths, generate_answers, metric_of
 from .models.files import save_vlm
 from .models.load import load_vlm, model_folder
@@ -33,8 +34,8 @@ from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
 from .settings import FilePath, OneOf, Settings, Within, inside
 from .style import save_figure
-from .train.cache import CHOICES, choose_cache
-from .train.devices import agreeing, check_devices, meet, split_up
+from .train.cache import CHOICES, choose_cache, why_not
+from .train.devices import agreeing, check_devices, devices, meet, split_up
 from .train.run import Schedule, fit, is_out_of_memory, last_checkpoint, mix
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
@@ -107,7 +108,7 @@ def _misplaced(names, where):
 def _checked(path, job, processor, desc, say):
     "Prepare every row of a data file once, before anything expensive happens; say which bad ones are left out, if the user wants that."
     conversations = Conversations.open(path, job.image_root, job.reading.allow_outside, job.reading.allow_urls)
-    checked = check_rows(conversations, processor, job.reading, f"checking {desc}")
+    checked = check_rows(conversations, processor, job.reading, f"checking {desc}", learned=path != job.eval_data)
     if checked.skipped:
         names = ", ".join(s.id for s in checked.skipped[:10]) + (", …" if len(checked.skipped) > 10 else "")
         say(f"Left out {len(checked.skipped)} of {len(conversations)} rows of {path}: {names}. The first because: {checked.skipped[0].reason}")
@@ -195,19 +196,27 @@ class _Given:
         return self.held.conversations if self.held else None
 
 
-def _prepare(job, resume, say, here):
-    "Look at everything that was given; nothing is written."
-    output = _place(job, resume)
+def _prepare(job, resume, say, here, at=lambda name: None, place=True):
+    """Look at everything that was given; nothing is written. `train` and `examine` both begin with it.
+
+    `at` is told what is looked at next; `place` says whether the output folder is."""
+    at("output")
+    output = _place(job, resume) if place else Path(job.output)
+    if place:
+        check_writable(output)
     check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
     if job.watch.tensorboard:
         summary_writer()  # is it there?
+    at("model")
     processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
     empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
+    at("plan")
     if job.stages:
         whole = route(empty, job.stages, job.four_bit).whole
     else:
         whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
         lora_layers(empty, job.plan)
+    at("data")
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     if held:
@@ -218,11 +227,20 @@ def _prepare(job, resume, say, here):
         mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
         added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
         new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
+    at("model")
     torch.manual_seed(job.schedule.seed)
-    model = load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=whole)
+    try:
+        model = load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=whole)
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise InputError("out of memory while the model was loaded", job.model, "Write four_bit: true, or take a smaller model") from None
+    at("plan")
     if not job.stages:
         model = apply_plan(model, job.plan)
         say(str(PlanTable.of(model, job.plan)))
+    if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(model)):
+        raise InputError(f"vision_cache is {job.vision_cache}, but {reason}", "vision cache", "Set vision_cache: off, or vision: freeze in the plan")
     return _Given(output, processor, new, held, left_out, model)
 
 
@@ -348,20 +366,58 @@ def train(
     return _finish(job, run, given, model, plan, doctors, here, say)
 
 # %% ../nbs/94_job.ipynb #3d5c95eb
+def _counted(given, job):
+    "What there is to learn, as a check; and the rows, longest first."
+    rows, processor = given.new.conversations, given.processor
+    lengths = list(given.new.lengths)
+    lengths += [len(processor.measure(rows[i]).input_ids) for i in range(len(lengths), len(rows))]  # old ones that were mixed in
+    order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
+    says = f"{len(rows)} conversations, {sum(len(c.images) for c in rows)} pictures, {lengths[order[-1]]} to {lengths[order[0]]} tokens"
+    says += f"; {len(given.held.conversations)} to be asked" if given.held else ""
+    left_out = [f"left out of {path}: {s.reason}" for path, skipped in given.left_out.items() for s in skipped]
+    more = [f"and {len(left_out) - 20} others"] if len(left_out) > 20 else []
+    return Check("data", "warning" if left_out else "ok", "\n".join([says, *left_out[:20], *more])), order
+
+
+def _refused(job, name, error):
+    "A report for what `_prepare` refuses; of bad rows it names all, where a training names the first."
+    says = str(error)
+    if name == "data" and not job.reading.skip_bad_rows:
+        with suppress(InputError):
+            processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
+            bad = _bad_rows(job, processor)
+            says = f"{len(bad)} cannot be used:\n" + "\n".join(bad[:20]) + (f"\nand {len(bad) - 20} others" if len(bad) > 20 else "") if bad else says
+    return filled_up([Check(name, "error", says)])
+
+
+def _bad_rows(job, processor):
+    "The reasons, of all files."
+    reading, reasons = replace(job.reading, skip_bad_rows=True), []
+    for path in dict.fromkeys(p for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"):
+        conversations = Conversations.open(path, job.image_root, reading.allow_outside, reading.allow_urls)
+        try:
+            reasons += [s.reason for s in check_rows(conversations, processor, reading, "checking all rows", learned=path != job.eval_data).skipped]
+        except InputError as e:  # no row is left
+            reasons.append(str(e))
+    return reasons
+
+
 def examine(
     job: Job,
+    resume: bool = False,  # as for `train`
+    place: bool = True,  # look at the output folder, too
 ) -> Preflight:
-    "Look at data, plan, gradients, precision and the longest batch of a job; nothing is written. Raises `InputError` for a model that cannot be loaded."
-    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
-    empty = on_meta(model_folder(job.model, weights=False))
+    "What `train` looks at before it begins, and then gradients, precision and the longest batch; nothing is written. What `train` would refuse is an error in the report."
+    reached: list[str] = []
     try:
-        conversations = Conversations.open(job.data, job.image_root, job.reading.allow_outside, job.reading.allow_urls)
+        given = _prepare(job, resume, _quiet, devices(), reached.append, place)
     except InputError as e:
-        return Preflight((Check("data", "error", str(e)), *(Check(n, "not reached", "") for n in ("plan", "gradients", "precision", "longest"))))
+        return _refused(job, reached[-1], e)
+    data, order = _counted(given, job)
     plan, schedule = (job.stages[0].plan, job.stages[0].schedule(job.schedule, 0)) if job.stages else (job.plan, job.schedule)
-    whole = route(empty, job.stages, job.four_bit).whole if job.stages else full_modules(empty, plan)
-    torch.manual_seed(schedule.seed)
-    model = load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=whole)
-    found = preflight(model, plan, conversations, processor, schedule)
-    later = f"The first of {len(job.stages)} stages is examined; that the others fit together was checked from names and shapes."
-    return replace(found, checks=(*found.checks, Check("stages", "ok", later))) if job.stages else found
+    model = apply_plan(given.model, plan) if job.stages else given.model
+    checks = [data, Check("plan", "ok", str(PlanTable.of(model, plan)))]
+    checks += check_steps(model, plan, given.new.conversations, given.processor, schedule, order, not_finite="error" if job.nan == "stop" else "warning")
+    if job.stages:
+        checks.append(Check("stages", "ok", f"The first of {len(job.stages)} stages is examined; that the others fit together was checked from names and shapes."))
+    return filled_up(checks)

@@ -53,7 +53,7 @@ class Rule(Settings):
             raise InputError(f"{self.word} has no {foreign[0]}", f"rule, {foreign[0]}", "Write lora, or leave it out")
         if self.on is not None and not re.fullmatch(r"[^\s,()]{1,200}", self.on):
             raise InputError(f"on is {shown(self.on)}", "rule, on", "Write layers by number, such as 0-15, or by name, such as mlp")
-        if self.targets is not None and (not self.targets or not all(re.fullmatch(r"[\w.]+", t) for t in self.targets)):
+        if self.targets is not None and (not self.targets or not all(re.fullmatch(r"[^\s,()+]+", t) for t in self.targets)):
             raise InputError(f"targets is {shown(self.targets)}", "rule, targets", "Write ends of the names of layers, such as q_proj")
 
     def __str__(self):
@@ -141,7 +141,7 @@ class TuningPlan(Settings):
     def check(self):
         if set(self.said) == {"freeze"}:
             raise InputError("every part is frozen, so there is nothing to train", "plan", "Give at least one part 'lora' or 'full'")
-        if self.targets is not None and (not self.targets or not all(re.fullmatch(r"[\w.]+", t) for t in self.targets)):
+        if self.targets is not None and (not self.targets or not all(re.fullmatch(r"[^\s,()+]+", t) for t in self.targets)):
             raise InputError(f"targets is {shown(self.targets)}", "plan, targets", "Write a list of layers, such as [q_proj, v_proj]")
 
     @property

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .save import broken_seals, is_base
+from .save import SAYS_CONFIG, SAYS_PROVENANCE, broken_seals, is_base, wrong_in
 from ..errors import InputError
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
@@ -285,7 +285,7 @@ def _check_keys(seen, folder, base):
         peft.base_model_name_or_path = None
         with no_false_warning():
             wrapped = get_peft_model(base.empty, peft, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as e:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError) as e:
         return [Finding("error", f"PEFT cannot put this adapter on the base {base.name!r} ({' '.join(str(e).split())[:200]})", "Name the base it was trained on: --base")]
     wanted = get_peft_model_state_dict(wrapped, state_dict=wrapped.state_dict(keep_vars=True), save_embedding_layers=False)
     found, places = [], dict(wrapped.named_parameters()) | wanted
@@ -398,20 +398,23 @@ def _variant(config):
     return " + ".join(said or ["LoRA"]) + (f", started by {start}" if isinstance(start, str) else "")
 
 
-def _json_or(path, findings):
-    "A JSON object, or nothing and a finding."
+def _json_or(path, findings, kinds=()):
+    "A JSON object without what cannot be, and findings for that."
     if not path.is_file():
         return {}
     try:
-        return read_json(path)
+        values = read_json(path)
     except InputError as e:
         findings.append(Finding("error", f"{path.name} cannot be read: {e.found}", "Copy the folder again"))
         return {}
+    wrong = wrong_in(values, dict(kinds), path.name)
+    findings.extend(Finding("error", f"{path.name} says what cannot be: {e.found}", "Copy the folder again") for e in wrong.values())
+    return {k: v for k, v in values.items() if k not in wrong}
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #6d502aa2
 def _adapter(folder, base):
     findings = []
-    config, provenance = _json_or(folder / "adapter_config.json", findings), _json_or(folder / "provenance.json", findings)
+    config, provenance = _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG), _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE)
     base = _base_of(base or provenance.get("base") or config.get("base_model_name_or_path"))
     file = folder / "adapter_model.safetensors"
     if not file.is_file():

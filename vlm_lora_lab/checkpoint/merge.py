@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -25,8 +26,8 @@ from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
-from .save import check_seals, fingerprint, is_base, read_provenance
-from ..errors import InputError, complete_or_nothing, empty_folder, write_json
+from .save import check_seals, fingerprint, is_base, lora_config, read_provenance
+from ..errors import Finding, InputError, complete_or_nothing, empty_folder, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
 from ..models.minicpmv import MiniCPMV
@@ -34,6 +35,7 @@ from ..models.parts import linear_layers, mixed_precision
 from ..models.published import on_meta, read_json
 from ..models.qwenvl import QwenVL
 from ..plan import TuningPlan, apply_plan
+from ..settings import Within, fitting
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #d938d342
 CHUNK = 2**24  # weights that are held at a time
@@ -142,7 +144,7 @@ class Adapter:
         try:
             with safe_open(file, framework="pt"):  # it looks at the whole header, and at the length of the file
                 self.reader = Reader(file)
-            self.config = LoraConfig(**{k: v for k, v in read_json(self.folder / "adapter_config.json").items() if k in LoraConfig.__dataclass_fields__})
+            self.config = lora_config(self.folder)
         except (SafetensorError, OSError) as e:
             raise InputError(f"this file is truncated or damaged ({e})", file, "Copy the whole folder again from where it was trained") from None
         if self.config.init_lora_weights not in _STARTS or self.config.lora_bias or self.config.layer_replication or self.config.use_qalora:
@@ -397,7 +399,8 @@ def merge_into(
 ) -> Merged:
     """Fold LoRA and modules trained in full into the base, tensor by tensor, and write the result in the base's layout.
 
-    Raises `InputError` for a wrong base, an adapter with other keys, a folder in use or a full disk, `RuntimeError` when the merge changed nothing."""
+    Raises `InputError` for a wrong base, an adapter with other keys, a folder in use or a full disk, `Finding` when the merge changed nothing."""
+    fitting(max_shard_size, Annotated[float, Within(1, 10**15)], "max_shard_size", "merge")
     folder = empty_folder(folder)
     if onto not in ("nf4", "original"):
         raise InputError(f"onto is {onto!r}", "merge", "Write 'nf4' or 'original'")
@@ -412,10 +415,10 @@ def merge_into(
         shards = _write(partial, plan, source, opened, dtype, max_shard_size, sums, kinds)
         touched = [n for n, c in plan.items() if c.touched]
         if touched and len(sums.unmoved) == len(touched) and not sums.asked:
-            raise RuntimeError(f"The merged model equals its base: the adapter in {adapter} changes nothing.")
+            raise Finding("the merged model equals its base: this adapter changes nothing", adapter, "Was it trained? Look at what it holds: vlm-lora-lab inspect")
         if touched and sums.kept < 0.1 * sums.asked:
-            raise RuntimeError(f"The merged model all but equals its base: {sums.kept / sums.asked:.1%} of what the adapter in {adapter} changes is left "
-                               f"in {str(dtype or 'the type of the base').removeprefix('torch.')}. Write it in float32.")  # fmt: skip
+            kind = str(dtype or "the type of the base").removeprefix("torch.")
+            raise Finding(f"the merged model all but equals its base: {sums.kept / sums.asked:.1%} of what this adapter changes is left in {kind}", adapter, "Write it in float32 (--dtype float32)")
         config = true_config(read_json(source / "config.json"), kinds, tied=not apart)
         write_json(partial / "config.json", config)
         result = Merged(folder, len(plan), len(touched), tuple(sums.unmoved), sums.kept / sums.asked if sums.asked else 1.0, (sums.lost / sums.asked) ** 0.5 if sums.asked else 0.0, len(shards),

@@ -318,8 +318,8 @@ class Checked:
 class _Probe(Dataset):
     "Each row's length, or what is wrong with it."
 
-    def __init__(self, conversations, processor):
-        self.conversations, self.processor = conversations, processor
+    def __init__(self, conversations, processor, learned):
+        self.conversations, self.processor, self.learned = conversations, processor, learned
 
     def __len__(self):
         return len(self.conversations)
@@ -330,6 +330,8 @@ class _Probe(Dataset):
             conversation = self.conversations[i]
             name = conversation.id
             row = self.processor(conversation)
+            if self.learned and all(label == IGNORE for label in row["labels"]):
+                raise InputError("nothing of it is learned: no token has a label", conversation.where, "Leave the record out, or write an answer")
             return len(row["input_ids"]), row["dropped"], None
         except InputError as e:
             return 0, 0, (getattr(e, "id", "") or name, e.found, e.where, e.remedy)
@@ -340,10 +342,11 @@ def check_rows(
     processor: BaseProcessor,
     reading: Reading = Reading(),
     desc: str = "checking",  # on the progress bar, which short files do not get
+    learned: bool = False,  # is a row of which nothing is learned a bad one?
 ) -> Checked:
     "Prepare every row once. Raises `InputError` for a bad row, unless they are to be skipped, and when none is left."
     lengths, good, skipped, dropped = array("Q"), array("Q"), [], 0
-    probe = DataLoader(_Probe(conversations, processor), batch_size=None, num_workers=reading.workers)
+    probe = DataLoader(_Probe(conversations, processor, learned), batch_size=None, num_workers=reading.workers)
     for i, (length, turns, wrong) in enumerate(tqdm(probe, desc=desc, leave=False, **({"disable": True} if len(conversations) < 100 else {}))):
         if wrong is None:
             good.append(i)

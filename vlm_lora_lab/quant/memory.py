@@ -7,11 +7,13 @@ __all__ = ['PIECE', 'CARDS', 'CUDA', 'TERAFLOPS', 'Alive', 'in_pieces', 'step_by
            'shapes_of_batch', 'estimate', 'OnCards']
 
 # %% ../../nbs/42_quant.memory.ipynb #16a062e9
+import math
 import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from ..models.precision import precision_for
 from ..models.published import on_meta
 from ..plan import TuningPlan, apply_plan, experts_left
 from .policy import Packing, Weights
+from ..settings import Within, fitting, shown
 
 # %% ../../nbs/42_quant.memory.ipynb #d1132d28
 class Alive(TorchDispatchMode):
@@ -128,6 +131,19 @@ def in_pieces(
         del owner._loss_function, head.forward
 
 # %% ../../nbs/42_quant.memory.ipynb #3b73cce2
+@contextmanager
+def _checkpointed(model, wanted, how):
+    "With checkpointing or without, whatever was before; and as it was, afterwards: one model is measured in both ways."
+    switch = lambda on: getattr(model, f"activation_checkpointing_{on}", None) or getattr(model, f"gradient_checkpointing_{on}")  # noqa: E731  # the older name goes with transformers 6
+    switch("disable")()
+    if wanted:
+        switch("enable")(how)
+    try:
+        yield
+    finally:
+        switch("disable")()
+
+
 def step_bytes(
     model: nn.Module,  # from `apply_plan`, with weights or on the meta device
     batch: dict,
@@ -138,14 +154,12 @@ def step_bytes(
     "Run a step forward and backward and return the most that it kept alive beside the weights."
     on = next(model.parameters()).device.type
     cast = lambda: nullcontext() if autocast is None else _Autocast(autocast) if on == "meta" else torch.autocast(on, dtype=autocast)  # noqa: E731
-    if checkpointing:
-        how = {"use_reentrant": False} | ({"context_fn": lambda: (cast(), cast())} if on == "meta" else {})
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how)  # its older name goes with transformers 6
     model.train()
     known = [*model.parameters(), *model.buffers(), *(t for t in batch.values() if isinstance(t, torch.Tensor))]
     for state in filter(None, (getattr(p, "quant_state", None) for p in model.parameters())):
         known += [t for t in (state.absmax, state.code, state.offset, *((state.state2.absmax, state.state2.code) if state.nested else ())) if t is not None]
-    with in_pieces(model, at_once, cast) if at_once else nullcontext(), Alive(known) as alive:
+    how = {"use_reentrant": False} | ({"context_fn": lambda: (cast(), cast())} if on == "meta" else {})
+    with _checkpointed(model, checkpointing, how), in_pieces(model, at_once, cast) if at_once else nullcontext(), Alive(known) as alive:
         with cast():
             loss = model(**batch).loss
         loss.backward()
@@ -204,11 +218,17 @@ def _room(gpu):
     "Bytes of a card by name or by number of GiB, and its types."
     if gpu is None:
         return None, precision_for("A100")
-    if re.fullmatch(r"\d+(\.\d+)?", str(gpu)):
-        return int(float(gpu) * 2**30), precision_for("A100")
+    if isinstance(gpu, (int, float)) or re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", gpu, re.I):
+        try:
+            size = float(gpu)
+        except (ValueError, OverflowError):
+            size = math.inf
+        if not 0 < size <= 100_000 or isinstance(gpu, bool):
+            raise InputError(f"a card of {shown(gpu)} GiB", "estimate --gpu", f"Write one of {', '.join(CARDS)}, or a number of GiB above 0, such as 24")
+        return int(size * 2**30), precision_for("A100")
     names = {n.upper(): g for n, g in CARDS.items()}
     if str(gpu).upper() not in names:
-        raise InputError(f"the memory of {gpu!r} is not known here", "estimate --gpu", f"Write one of {', '.join(CARDS)}, or a number of GiB")
+        raise InputError(f"the memory of {shown(gpu)} is not known here", "estimate --gpu", f"Write one of {', '.join(CARDS)}, or a number of GiB")
     return int(names[str(gpu).upper()] * 2**30), precision_for(str(gpu))
 
 
@@ -255,6 +275,18 @@ def _first_three(changes, peak):
     return tuple(saved)
 
 # %% ../../nbs/42_quant.memory.ipynb #36fb13a7
+_MOST_TOKENS, _MOST_PICTURES = 2**20, 2**14  # of a batch: 500 times the usual one; the step on shapes takes a minute there
+
+
+def _refuse_sizes(batch_size, tokens, pictures):
+    "A batch beyond all cards would only fill this machine's memory, and its hours."
+    for name, value, least, most in (("batch_size", batch_size, 1, 65_536), ("max_length", tokens, 1, 10**7), ("pictures", pictures, 0, 10_000)):
+        fitting(value, Annotated[int, Within(least, most)], name, f"estimate, {name}")
+    if batch_size * tokens > _MOST_TOKENS or batch_size * pictures > _MOST_PICTURES:
+        found = f"a batch of {batch_size:,} rows of {tokens:,} tokens and {pictures:,} pictures is {batch_size * tokens:,} tokens and {batch_size * pictures:,} pictures"
+        raise InputError(found, "estimate", f"No card holds that. Give at most {_MOST_TOKENS:,} tokens and {_MOST_PICTURES:,} pictures in all; rows that come one after the other are accumulation, and cost nothing")
+
+
 def estimate(
     name: str,  # "lab", a folder, or the name of a published checkpoint
     plan: TuningPlan | None = None,
@@ -265,7 +297,10 @@ def estimate(
     pictures: int = 1,  # of a row; a slice is one
     checkpointing: bool = True,
 ) -> Estimate:
-    "Predict what a training step takes, from shapes alone. Raises `InputError` for a model, card or plan that is not known or contradicts 4 bit."
+    """Predict what a training step takes, from shapes alone.
+
+    Raises `InputError` for a model, card or plan that is not known or contradicts 4 bit, and for a batch that no card could hold."""
+    _refuse_sizes(batch_size, tokens, pictures)
     plan, (room, precision), empty = plan or TuningPlan(), _room(gpu), on_meta(name)
     stored = precision.stored
     take = Packing.of(empty, plan).take if four_bit else ()
