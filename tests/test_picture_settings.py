@@ -149,6 +149,26 @@ def test_the_three_exports_carry_it(adapter, tmp_path):
         if (tmp_path / target / "model").is_dir():
             assert grids(load_processor(tmp_path / target / "model")) == few
         assert (tmp_path / target / "SERVE.md").read_text() == done.commands + "\n"
+        said = {"vllm": [f"--mm-processor-kwargs '{json.dumps(picture_fields(load_processor(place / 'base', max_pixels=limit)))}'"]}
+        if name in RESIZED:
+            said["llama.cpp"] = ["--image-min-tokens 4 ", f"--image-max-tokens {limit // 28**2} "]
+        assert all(words in done.commands for words in said.get(target, []))
+        if target == "llama.cpp" and name in SLICED:
+            assert [r.found for r in done.rules if "9 slices" in r.asks and not r.ok] == ["this model looks at 2; serve it with vLLM, or make pictures smaller yourself"]
+
+
+def test_without_a_limit_the_commands_say_what_the_files_say(tmp_path):
+    base = stand_in("Qwen/Qwen3-VL-2B-Instruct", tmp_path / "base", small=True)
+    plan = TuningPlan(vision="freeze", connector="freeze", language="lora")
+    torch.manual_seed(0)
+    model = apply_plan(load_vlm(base, dtype=torch.float32), plan)
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.1)
+    save_adapter(model, tmp_path / "adapter", plan, base, load_processor(base).tokenizer, False)
+    assert "mm-processor-kwargs" not in export_adapter(tmp_path / "adapter", tmp_path / "vllm", "vllm").commands
+    assert "--image-min-tokens 64 --image-max-tokens 16384 " in export_adapter(tmp_path / "adapter", tmp_path / "gguf", "llama.cpp").commands
+    assert picture_file(tmp_path / "gguf" / "model") == picture_file(base)
 
 
 def test_a_model_trained_in_full_carries_it(tmp_path):
