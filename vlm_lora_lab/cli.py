@@ -246,7 +246,7 @@ def _train(o):
     from vlm_lora_lab.job import train
 
     result = train(job, o.resume)
-    return 130 if "stopped_at_step" in result else 1 if "not_finite_at_step" in result else 0
+    return 130 if "stopped_at_step" in result else 1 if {"not_finite_at_step", "changed_while_training"} & set(result) else 0
 
 
 def _config(o):

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .save import SAYS_CONFIG, SAYS_PROVENANCE, broken_seals, is_base, wrong_in
+from .save import SAYS_CONFIG, SAYS_PROVENANCE, broken_seals, find_base, is_base, wrong_in
 from ..errors import InputError
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
@@ -415,7 +415,8 @@ def _json_or(path, findings, kinds=()):
 def _adapter(folder, base):
     findings = []
     config, provenance = _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG), _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE)
-    base = _base_of(base or provenance.get("base") or config.get("base_model_name_or_path"))
+    said = provenance.get("base") or config.get("base_model_name_or_path")
+    base = _base_of(base or (find_base(said, folder) if isinstance(said, str) else said))
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         findings.append(Finding("error", "there is no adapter_model.safetensors", "Copy the whole folder; a pickle (adapter_model.bin) is not opened here"))
