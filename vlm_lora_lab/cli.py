@@ -360,7 +360,7 @@ def _ask(o):
     if o.allow_pickle:
         model_folder(base, allow_pickle=True)
     processor = load_processor(base, max_pixels=o.max_pixels or known.get("max_pixels", 0))
-    model = load_adapter(o.adapter, base) if o.adapter else load_vlm(base)
+    model = load_adapter(o.adapter, base, quick=o.quick) if o.adapter else load_vlm(base)
     print(generate_answers(model, processor, [question], max_new_tokens=o.max_new_tokens)[0])
 
 
@@ -377,7 +377,7 @@ def _compare(o):
     from vlm_lora_lab.data.batch import Reading
 
     reading = Reading(workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls, max_pixels=o.max_pixels)
-    limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length, "allow_pickle": o.allow_pickle}
+    limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length, "allow_pickle": o.allow_pickle, "quick": o.quick}
     try:
         compare(o.checkpoints, o.data, o.metric or ["exact"], o.output, o.model, o.four_bit, o.image_root, reading, **limits)
     except KeyboardInterrupt:  # it has said what is kept
@@ -388,7 +388,7 @@ def _merge(o):
     from vlm_lora_lab.checkpoint.merge import merge_into
     import torch
 
-    done = merge_into(o.adapter, o.output, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.max_shard_gb * 1e9)
+    done = merge_into(o.adapter, o.output, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.max_shard_gb * 1e9, quick=o.quick)
     print(f"{done}\nLoad it with load_vlm({str(done.folder)!r}), or give it as --model.")
 
 
@@ -400,7 +400,7 @@ def _export(o):
         rules = check_export(o.output, o.server)
         print("\n".join(map(str, rules)))
         return 0 if all(r.ok for r in rules) else 1
-    done = export_adapter(o.adapter, o.output, o.server, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype))
+    done = export_adapter(o.adapter, o.output, o.server, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.quick)
     print(done)
     return 0 if done.ok else 1
 
@@ -522,6 +522,7 @@ def _compare_parser(p, several):
     p.add_argument("--metric", action="append", metavar="NAME", help="exact, cer, anls, iou or iou@0.5; repeat for several (default: exact)")
     p.add_argument("--output", metavar="FOLDER", help="for answers, report and figures: new, empty, or of an earlier comparison (default: nothing is written)")
     p.add_argument("--model", metavar="FOLDER", help="another place of the adapters' base model")
+    _quick(p)
     p.add_argument("--allow-pickle", action="store_true", help="convert a model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--four-bit", action="store_true", help="load whole models in 4 bit; adapters are always asked as they were trained")
     p.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)")
@@ -590,6 +591,7 @@ def _parser(argv):
     p.add_argument("--allow-pickle", action="store_true", help="convert the model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--max-new-tokens", type=_TOKENS, default=128, metavar="N", help="longest answer (default: 128)")
     p.add_argument("--max-pixels", type=_PIXELS, default=0, metavar="N", help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the model's files say)")
+    _quick(p)
 
     _compare_parser(command("compare", _compare, "ask checkpoints the same questions: which is better, and for sure?", COMPARE_HELP), True)
     _compare_parser(command("evaluate", _compare, "ask one checkpoint the questions of a file, and judge its answers", COMPARE_HELP), False)
@@ -683,8 +685,14 @@ def _options_of(parser, argv):
     return options
 
 
+def _quick(p):
+    "The option of what looks at an adapter's base."
+    p.add_argument("--quick", action="store_true", help="know the adapter's base by names, shapes and samples; by default every byte of it is hashed, once (seconds for gigabytes)")
+
+
 def _merging(p):
     "Options of what folds an adapter into a base."
+    _quick(p)
     p.add_argument("--model", metavar="FOLDER", help="another place of the same base model")
     p.add_argument("--onto", default="nf4", choices=("nf4", "original"),
                    help="nf4: the rounded weights that training saw, which reproduces the trained model; original: the base's own weights")  # fmt: skip

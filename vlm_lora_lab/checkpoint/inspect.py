@@ -360,7 +360,7 @@ def _check_beside(folder, provenance, base, adapter=True):
     elif adapter:
         found.append(Finding("note", "there is no provenance.json: data, versions and the base's hash are not known, and a flipped byte would go unnoticed"))
     if provenance.get("base_fingerprint") and base.folder is not None and not is_base(base.folder, provenance):
-        found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; names, types or a sample of its bytes differ", "Name the right one: --base"))
+        found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; its weights differ", "Name the right one: --base"))
     if provenance.get("other_adapters"):
         found.append(Finding("note", f"the model had other adapters, which are not in here: {', '.join(provenance['other_adapters'])}"))
     if bad := {k: v for k, v in (provenance.get("metrics") or {}).items() if isinstance(v, float) and v != v}:

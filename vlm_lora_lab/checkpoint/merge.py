@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
-from .save import check_seals, fingerprint, is_base, lora_config, read_provenance
+from .save import check_base, check_seals, fingerprint, lora_config, read_provenance
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
@@ -396,6 +396,7 @@ def merge_into(
     dtype: torch.dtype | None = None,  # of the written weights; None: each as the base stored it
     max_shard_size: float = 5e9,  # bytes of one file of weights
     keep: frozenset[str] = frozenset(),  # modules whose LoRA stays outside (chapter 74)
+    quick: bool = False,  # know the base by names, shapes and samples instead of every byte
 ) -> Merged:
     """Fold LoRA and modules trained in full into the base, tensor by tensor, and write the result in the base's layout.
 
@@ -406,8 +407,7 @@ def merge_into(
         raise InputError(f"onto is {onto!r}", "merge", "Write 'nf4' or 'original'")
     opened = Adapter(adapter)
     source = model_folder(base or opened.provenance["base"])
-    if not is_base(source, opened.provenance):
-        raise InputError(f"this adapter was trained on another base than {str(source)!r}", adapter, f"It was trained on {opened.provenance['base']!r}; give that model")
+    check_base(adapter, source, opened.provenance, quick=quick)
     plan, apart = changes(opened, source, onto, keep)
     sums, kinds = _Sums(), Counter()
     with complete_or_nothing(folder) as partial:
