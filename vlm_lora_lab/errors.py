@@ -27,7 +27,8 @@ class InputError(ValueError):
         remedy: str = "",  # what to write or do instead
     ):
         self.found, self.where, self.remedy = found, str(where), remedy
-        super().__init__(". ".join(p.rstrip(".") for p in (f"{where}: {found}" if where else found, remedy) if p) + ".")
+        message = ". ".join(p.rstrip(".") for p in (f"{where}: {found}" if where else found, remedy) if p)
+        super().__init__(message + "." * (not message.endswith("?")))
 
 # %% ../nbs/02_errors.ipynb #46473e36
 class Finding(InputError, RuntimeError):

@@ -328,7 +328,7 @@ model = load_adapter("{name}")
 # %% ../../nbs/70_checkpoint.save.ipynb #ea4f25ac
 _RANK, _ALPHA = Annotated[int, Within(1, 2**20)], Annotated[float, Within(-(10**9), 10**9)]
 SAYS_PROVENANCE: dict[str, Any] = {"base": Annotated[str, FilePath()], "four_bit": bool, "versions": dict, "max_pixels": Annotated[int, Within(0, 10**9)], "data": dict,
-                                   "metrics": dict, "model_type": str | None, "not_trained": tuple[str, ...] | None, "other_adapters": tuple[str, ...] | None}  # fmt: skip
+                                   "metrics": dict, "model_type": str | None, "not_trained": tuple[str, ...] | None, "by_hand": tuple[str, ...] | None, "other_adapters": tuple[str, ...] | None}  # fmt: skip
 SAYS_CONFIG: dict[str, Any] = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": Annotated[float, Within(0, 1)], "rank_pattern": dict | None, "alpha_pattern": dict | None,
                                "use_dora": bool, "use_rslora": bool, "peft_type": str, "bias": str,
                                "target_parameters": tuple[str, ...] | None, "modules_to_save": tuple[str, ...] | None}  # fmt: skip
@@ -449,7 +449,7 @@ def _wrap(model, config, weights, folder):
     try:
         with no_false_warning():
             return get_peft_model(model, config, autocast_adapter_dtype=False)
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as e:  # PEFT's, about layers that are not there, or fields that it does not check itself
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, ImportError) as e:  # PEFT's, about layers that are not there, or fields that it does not check itself
         raise InputError(f"this adapter does not fit the model ({e})", folder, "Give the base that it was trained on") from None
 
 # %% ../../nbs/70_checkpoint.save.ipynb #8831fb60
