@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import InputError, complete_or_nothing, empty_folder, write_json
+from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
 from ..models.files import stored_in
 from ..models.load import load_vlm, model_folder
 from ..models.precision import not_finite
@@ -64,7 +64,7 @@ def tensor_hashes(
     try:
         with open(file, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as m, memoryview(m) as view:
             start = 8 + int.from_bytes(view[:8], "little")
-            header = json.loads(bytes(view[8:start]))
+            header = json.loads(bytes(view[8:start]), object_pairs_hook=unique)
             found = {}
             for name, t in header.items():
                 if name != "__metadata__":
@@ -376,7 +376,7 @@ def read_provenance(
         if not (folder / name).is_file():
             raise InputError(f"there is no {name} in this folder", folder, "Give the folder that `vlm-lora-lab train` or `demo` named as the adapter")
     try:
-        provenance = json.loads(_read_text(folder / "provenance.json"))
+        provenance = json_value(_read_text(folder / "provenance.json"), folder / "provenance.json")
         if lacking := {"base", "base_fingerprint", "four_bit", "versions"} - set(provenance):
             raise KeyError(min(lacking))
         for error in wrong_in(provenance, SAYS_PROVENANCE, str(folder / "provenance.json")).values():

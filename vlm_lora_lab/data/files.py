@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, unique
 
 # %% ../../nbs/26_data.files.ipynb #aebdea77
 @dataclass(frozen=True)
@@ -79,17 +79,7 @@ class _Window:
                 return ""
 
 # %% ../../nbs/26_data.files.ipynb #94355a3d
-def _unique(pairs):
-    "An object's keys and values; a key that is there twice would silently lose the first."
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen = set()
-        twice = next(k for k, _ in pairs if k in seen or seen.add(k))
-        raise InputError(f"the key {twice!r:.40} is there twice", remedy="Keep one of them")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def _depth(value, limit):
