@@ -149,7 +149,7 @@ def encoding_of(
         return marked
     if zeros := data.count(0):
         halves = data[1::2].count(0), data[::2].count(0)
-        return ("UTF-16LE" if halves[0] > halves[1] else "UTF-16BE") if min(halves) == 0 and zeros > len(data) / 8 else ""
+        return ("UTF-16LE" if halves[0] > halves[1] else "UTF-16BE") if max(halves) > 3 * min(halves) and zeros > len(data) / 8 else ""
     reader = codecs.getincrementaldecoder("utf-8")
     with suppress(UnicodeDecodeError):
         reader().decode(data)
@@ -167,7 +167,7 @@ def encoding_of(
 
 def no_utf8(
     data: bytes,  # from its beginning
-    where: str | Path,  # the file
+    where: str | Path = "",  # the file, where it can be named
     line: int | None = None,  # of what cannot be read
 ) -> InputError:
     "The error for text that is not UTF-8: it names the encoding, and how to convert the file."
@@ -177,9 +177,9 @@ def no_utf8(
     if not name:
         return InputError("this is not UTF-8 text, and looks like no other text", place, "Give a text file, saved as UTF-8")
     called = {"GB18030": "GBK (GB18030)", "WINDOWS-1252": "Latin-1 (Windows-1252)"}.get(name, name)
-    to = Path(where).with_suffix(f".utf8{Path(where).suffix}").name
+    file = Path(where or "FILE")
     return InputError(f"this is not UTF-8 text; {'it' if name.startswith('UTF') else 'most likely it'} is {called}", place,
-                      f"Save it as UTF-8 in an editor, or convert it: iconv -f {name} -t UTF-8 '{Path(where).name}' > '{to}'")  # fmt: skip
+                      f"Save it as UTF-8 in an editor, or convert it: iconv -f {name} -t UTF-8 '{file.name}' > '{file.stem}.utf8{file.suffix}'")  # fmt: skip
 
 
 def text_of(
