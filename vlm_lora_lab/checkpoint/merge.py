@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
-from .save import check_seals, fingerprint, is_base, lora_config, read_provenance
+from .save import check_base, check_seals, fingerprint, lora_config, read_provenance
 from ..data.native import keep_limits, load_processor
-from ..errors import Finding, InputError, complete_or_nothing, empty_folder, write_json
+from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
 from ..models.minicpmv import MiniCPMV
@@ -54,7 +54,7 @@ class Reader:
         for file in files:
             with open(file, "rb") as f:
                 length = struct.unpack("<Q", f.read(8))[0]
-                for name, entry in json.loads(f.read(length)).items():
+                for name, entry in json.loads(f.read(length), object_pairs_hook=unique).items():
                     if name != "__metadata__":
                         if entry["dtype"] not in KINDS:
                             raise InputError(f"{name} is stored as {entry['dtype']}, which is not read here", file, "Give a checkpoint in 16 or 32 bit")
@@ -400,6 +400,7 @@ def merge_into(
     dtype: torch.dtype | None = None,  # of the written weights; None: each as the base stored it
     max_shard_size: float = 5e9,  # bytes of one file of weights
     keep: frozenset[str] = frozenset(),  # modules whose LoRA stays outside (chapter 74)
+    quick: bool = False,  # know the base by names, shapes and samples instead of every byte
 ) -> Merged:
     """Fold LoRA and modules trained in full into the base, tensor by tensor, and write the result in the base's layout.
 
@@ -410,8 +411,7 @@ def merge_into(
         raise InputError(f"onto is {onto!r}", "merge", "Write 'nf4' or 'original'")
     opened = Adapter(adapter)
     source = model_folder(base or opened.provenance["base"])
-    if not is_base(source, opened.provenance):
-        raise InputError(f"this adapter was trained on another base than {str(source)!r}", adapter, f"It was trained on {opened.provenance['base']!r}; give that model")
+    check_base(adapter, source, opened.provenance, quick=quick)
     plan, apart = changes(opened, source, onto, keep)
     sums, kinds = _Sums(), Counter()
     with complete_or_nothing(folder) as partial:

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from .merge import Adapter, Merged, _Shard, merge_into
+from .save import check_base
 from ..data.native import NATIVE, QwenPictures, load_processor, picture_fields
 from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors
 from ..models.files import account, shape_of, stored_in
@@ -274,6 +275,7 @@ def export_adapter(
     base: str | Path | None = None,  # another place of the same base
     onto: str = "nf4",  # as for `merge_into`
     dtype: torch.dtype | None = None,  # of the written weights; None: as the base stored them
+    quick: bool = False,  # know the base by names, shapes and samples instead of every byte
 ) -> Export:
     """Write what a server accepts, and check it.
 
@@ -294,9 +296,11 @@ def export_adapter(
                              "Fold it in: export --for transformers; vLLM serves the merged model")  # fmt: skip
     rounded = onto == "nf4" and opened.provenance["four_bit"]
     needed = rounded or opened.full or len(keep) < len(opened.loras) or opened.config.init_lora_weights == "pissa"
+    if not needed:  # merge_into looks at it otherwise
+        check_base(adapter, source, opened.provenance, quick=quick)
     with complete_or_nothing(folder) as partial:
         if needed:
-            merged = merge_into(adapter, partial / "model", base, onto, dtype, keep=frozenset(keep))
+            merged = merge_into(adapter, partial / "model", base, onto, dtype, keep=frozenset(keep), quick=quick)
         if keep:
             lora_only(opened, keep, partial / "adapter", str(folder / "model") if needed else str(named))
         rules = tuple(check_export(partial, target))
