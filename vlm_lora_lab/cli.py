@@ -19,7 +19,7 @@ from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, E
 from pathlib import Path
 
 from . import __version__
-from .errors import InputError, explain_write_errors, nearest
+from .errors import InputError, explain_write_errors, json_value, nearest, text_of, unique, yaml_value
 from .settings import Within, shown
 
 # %% ../nbs/95_cli.ipynb #8238ab28
@@ -89,16 +89,19 @@ def _configuration(path, kind=dict):
     if not path.is_file():
         raise InputError("there is no such configuration file", path, "Give a YAML or JSON file, or flags alone")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path)
         try:
-            values = json.loads(text)
+            values = json_value(text, path)
         except json.JSONDecodeError:
-            values = yaml.safe_load(text)
+            values = yaml_value(text, path)
+    except InputError:  # another encoding, or a key that is there twice
+        raise
     except RecursionError:
         raise InputError("this is neither YAML nor JSON of a job: it is nested too deeply", path) from None
-    except (yaml.YAMLError, ValueError, PermissionError) as e:  # a ValueError: bytes that are no text, a number of 5000 digits, a 13th month
+    except (yaml.YAMLError, ValueError, PermissionError) as e:  # a ValueError: a number of 5000 digits, a 13th month
         mark = getattr(e, "problem_mark", None)
-        raise InputError(f"this is neither YAML nor JSON: {getattr(e, 'problem', e)}", f"{path}, line {mark.line + 1}" if mark else path) from None
+        says = " ".join(str(getattr(e, "problem", None) or e).split())
+        raise InputError(f"this is neither YAML nor JSON: {says}", f"{path}, line {mark.line + 1}" if mark else path) from None
     if kind is list and isinstance(values, dict) and set(values) == {"stages"}:
         values = values["stages"]
     if not isinstance(values, kind):
@@ -308,7 +311,7 @@ def _plan(o):
     plan = TuningPlan(**given)
     if o.flags:
         script, *pairs = o.flags
-        was = from_flags(script, **dict(_flag(p) for p in pairs))
+        was = from_flags(script, **_flags(pairs))
         print(f"{was}\n")
         plan = was.plan
     if o.stages:
@@ -345,6 +348,14 @@ def _flag(pair):
         return name, words[value.lower()] if value.lower() in words else _number(value)
     except ValueError:
         return name, value
+
+
+def _flags(pairs):
+    "name=value of each; a name that is there twice is refused."
+    try:
+        return unique([_flag(p) for p in pairs])
+    except InputError as e:
+        raise InputError(e.found.replace("the key", "the flag"), e.where or "--flags", e.remedy) from None
 
 
 def _ask(o):
@@ -433,7 +444,7 @@ def _rescue(o):
     from vlm_lora_lab.checkpoint.rescue import rescue
 
     script, *pairs = o.flags or (None,)
-    flags = (script, dict(_flag(p) for p in pairs)) if script else None
+    flags = (script, _flags(pairs)) if script else None
     report = rescue(o.folder, o.base, o.output, flags, o.four_bit, o.allow_pickle)
     print(report)
     if report.written is None:
@@ -674,11 +685,30 @@ def _parser(argv):
     return parser
 
 
+def _given_twice(command, argv):
+    "What is wrong where a flag has two values, of which only the last would count; empty: nothing."
+    seen: dict[str, str] = {}
+    for word in argv[: argv.index("--") if "--" in argv else None]:
+        flag = word.partition("=")[0]
+        action = command._option_string_actions.get(flag)
+        if action is None or isinstance(action, argparse._AppendAction):
+            continue
+        first = seen.get(action.dest)
+        if first == flag and action.nargs != 0:
+            return f"argument {flag}: it is given twice. Keep one of them"
+        if first not in (None, flag):
+            return f"{first} and {flag} are both given. Keep one of them"
+        seen[action.dest] = flag
+    return ""
+
+
 def _options_of(parser, argv):
     "Parsed, or an exit with the nearest flag for one that is not known."
     options, unknown = parser.parse_known_args(argv)
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    if twice := _given_twice(commands[options.command], argv):
+        commands[options.command].error(twice)
     if unknown:
-        commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
         flags = [s for a in commands[options.command]._actions for s in a.option_strings]
         near = [f"{u.partition('=')[0]}: did you mean {m}?" for u in unknown if u.startswith("--") and (m := nearest(u.partition("=")[0], flags))]
         commands[options.command].error(" ".join([f"unrecognized arguments: {' '.join(unknown)}.", *near]))

@@ -27,7 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 from .save import check_base, check_seals, fingerprint, lora_config, read_provenance
-from ..errors import Finding, InputError, complete_or_nothing, empty_folder, write_json
+from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
 from ..models.minicpmv import MiniCPMV
@@ -53,7 +53,7 @@ class Reader:
         for file in files:
             with open(file, "rb") as f:
                 length = struct.unpack("<Q", f.read(8))[0]
-                for name, entry in json.loads(f.read(length)).items():
+                for name, entry in json.loads(f.read(length), object_pairs_hook=unique).items():
                     if name != "__metadata__":
                         if entry["dtype"] not in KINDS:
                             raise InputError(f"{name} is stored as {entry['dtype']}, which is not read here", file, "Give a checkpoint in 16 or 32 bit")

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .save import base_sha256, fingerprint, seal
-from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
+from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, text_of, write_json, yaml_value
 from ..flags import SCRIPTS, from_flags
 from ..models.files import _unpickle, save_vlm, shape_of, stored_in
 from ..models.load import load_vlm, model_folder
@@ -143,8 +143,10 @@ def _settings(folder, names):
         said |= read_json(folder / name)
     if "training_args.yaml" in names:
         try:
-            values = yaml.safe_load((folder / "training_args.yaml").read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            values = yaml_value(text_of(folder / "training_args.yaml"), folder / "training_args.yaml")
+        except InputError:
+            raise
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
             raise InputError(f"this file is damaged ({str(e).splitlines()[0]})", folder / "training_args.yaml", "Copy the whole folder again, or move this file away") from None
         said |= values if isinstance(values, dict) else {}
     return said

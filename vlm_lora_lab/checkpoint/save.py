@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import InputError, complete_or_nothing, empty_folder, write_json
+from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
 from ..models.files import stored_in
 from ..models.load import load_vlm, model_folder
 from ..models.precision import not_finite
@@ -68,7 +68,7 @@ def tensor_hashes(
     try:
         with open(file, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as m, memoryview(m) as view:
             start = 8 + int.from_bytes(view[:8], "little")
-            header = json.loads(bytes(view[8:start]))
+            header = json.loads(bytes(view[8:start]), object_pairs_hook=unique)
             found = {}
             for name, t in header.items():
                 if name != "__metadata__":
@@ -364,7 +364,7 @@ model = load_adapter("{name}")
 # %% ../../nbs/70_checkpoint.save.ipynb #ea4f25ac
 _RANK, _ALPHA = Annotated[int, Within(1, 2**20)], Annotated[float, Within(-(10**9), 10**9)]
 SAYS_PROVENANCE: dict[str, Any] = {"base": Annotated[str, FilePath()], "four_bit": bool, "versions": dict, "max_pixels": Annotated[int, Within(0, 10**9)], "data": dict,
-                                   "metrics": dict, "model_type": str | None, "not_trained": tuple[str, ...] | None, "other_adapters": tuple[str, ...] | None}  # fmt: skip
+                                   "metrics": dict, "model_type": str | None, "not_trained": tuple[str, ...] | None, "by_hand": tuple[str, ...] | None, "other_adapters": tuple[str, ...] | None}  # fmt: skip
 SAYS_CONFIG: dict[str, Any] = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": Annotated[float, Within(0, 1)], "rank_pattern": dict | None, "alpha_pattern": dict | None,
                                "use_dora": bool, "use_rslora": bool, "peft_type": str, "bias": str,
                                "target_parameters": tuple[str, ...] | None, "modules_to_save": tuple[str, ...] | None}  # fmt: skip
@@ -412,7 +412,7 @@ def read_provenance(
         if not (folder / name).is_file():
             raise InputError(f"there is no {name} in this folder", folder, "Give the folder that `vlm-lora-lab train` or `demo` named as the adapter")
     try:
-        provenance = json.loads(_read_text(folder / "provenance.json"))
+        provenance = json_value(_read_text(folder / "provenance.json"), folder / "provenance.json")
         if lacking := {"base", "base_fingerprint", "four_bit", "versions"} - set(provenance):
             raise KeyError(min(lacking))
         for error in wrong_in(provenance, SAYS_PROVENANCE, str(folder / "provenance.json")).values():
@@ -510,7 +510,7 @@ def _wrap(model, config, weights, folder):
     try:
         with no_false_warning():
             return get_peft_model(model, config, autocast_adapter_dtype=False)
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as e:  # PEFT's, about layers that are not there, or fields that it does not check itself
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, ImportError) as e:  # PEFT's, about layers that are not there, or fields that it does not check itself
         raise InputError(f"this adapter does not fit the model ({e})", folder, "Give the base that it was trained on") from None
 
 # %% ../../nbs/70_checkpoint.save.ipynb #8831fb60
