@@ -10,6 +10,7 @@ import time
 import pytest
 
 from vlm_lora_lab.cli import main
+from vlm_lora_lab.data.dialects import convert
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError, check_free, claimed, complete_or_nothing
 from vlm_lora_lab.job import LOCK
@@ -116,6 +117,45 @@ def test_every_command_that_writes_a_folder_respects_it(command, tmp_path, capsy
                 save(out)
         assert (partial / "mine").exists()
     assert [p.name for p in out.iterdir()] == ["mine"]
+
+
+def test_two_comparisons_and_two_conversions_in_one_place(tmp_path, capsys):
+    out, other = tmp_path / "out", DATA.with_name("train.json")
+    (out / "answers").mkdir(parents=True)
+    with claimed(out / "compare.lock", out):
+        assert main(["compare", "lab", "--data", str(DATA), "--output", str(out)]) == 2
+        assert f"process {os.getpid()} on" in capsys.readouterr().err
+    assert not list((out / "answers").iterdir())
+    target = tmp_path / "new.jsonl"
+    with claimed(tmp_path / ".new.jsonl.lock", target):
+        (tmp_path / "new.jsonl.partial").write_text("half of mine")
+        with pytest.raises(InputError, match=f"process {os.getpid()} on"):
+            convert(other, target, "openai")
+        assert (tmp_path / "new.jsonl.partial").read_text() == "half of mine"
+
+
+def test_two_processes_that_convert_the_same_pickle_give_one_model(tmp_path):
+    import torch
+
+    from vlm_lora_lab.models.files import convert_pickles, stored_in
+
+    torch.save({"a.weight": torch.ones(3, 3)}, tmp_path / "pytorch_model.bin")
+    script = f"""
+import pathlib
+from vlm_lora_lab.models import files
+print("there", flush=True)
+print([f.name for f in files.convert_pickles(pathlib.Path({str(tmp_path)!r}))])
+"""
+    with claimed(tmp_path / ".converting.lock", tmp_path):  # as the first one does
+        second = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        assert second.stdout.readline() == "there\n"
+        time.sleep(0.5)
+        assert second.poll() is None  # it waits
+        (tmp_path / "model.safetensors").write_bytes(b"written by the first")
+    assert second.communicate()[0] == "['model.safetensors']\n" and (tmp_path / "model.safetensors").read_bytes() == b"written by the first"
+    (tmp_path / "model.safetensors").unlink()
+    assert convert_pickles(tmp_path) == [tmp_path / "model.safetensors"] and list(stored_in(tmp_path)) == ["a.weight"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "pytorch_model.bin"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -364,8 +364,9 @@ def claimed(
     lock: str | Path,  # a file that exists as long as the folder is claimed
     folder: str | Path,  # what is claimed, for the message
     say: Callable[[str], Any] | None = None,  # called with a line where a process that is gone left its lock
+    wait: bool = False,  # until the other has ended
 ) -> Iterator[None]:
-    "Write into a folder alone. Raises `InputError` naming the process that does."
+    "Write into a folder alone. Raises `InputError` naming the process that does, or waits for it."
     lock, until = Path(lock), time.monotonic() + _PATIENCE
     while True:
         file = open(lock, "a+", encoding="utf-8", errors="replace")
@@ -374,7 +375,7 @@ def claimed(
         if not who and _is_at(file, lock):
             break
         file.close()
-        if who and ((who != "another process" and _lives(who)) or time.monotonic() > until):
+        if who and not wait and ((who != "another process" and _lives(who)) or time.monotonic() > until):
             raise _in_use(who, folder, lock)
         time.sleep(0.05 if who else 0)  # it was removed at this moment, or somebody looks at it
     _held.append(file)
