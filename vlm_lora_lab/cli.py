@@ -578,7 +578,7 @@ def _parser(argv):
     p = command("train", _train, "fine-tune a model on your own data", TRAIN_HELP)
     if argv[:1] == ["train"]:  # its options need the training engine, which takes seconds to import
         _train_parser(p)
-        p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+        p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output; refused while another run writes there")
 
     p = command("config", _config, "where a configuration for several devices lies: ddp, fsdp2, zero2 or zero3",
                 'Print the path of a configuration for accelerate launch.\n\n'
