@@ -10,7 +10,7 @@ __all__ = ['DIALECTS', 'KNOWN_FIELDS', 'ROLES', 'PLACEHOLDER', 'NEXT', 'Message'
 import re
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Conversation:
     source: str = ""  # file and record, for error messages
     category: str = ""  # kind of question, for tables by kind; empty: none
     answers: tuple[str, ...] = ()  # other answers that are right, too; only the last message is learned
+    unread: tuple[str, ...] = field(default=(), compare=False, repr=False)  # what stands in the record and is not read
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -116,10 +117,87 @@ def dialect_of(
         return "llava" if any(isinstance(r, dict) and r.get("from") in ("human", "gpt") for r in rows) else "qwenvl"
     return "minicpmv"
 
+# %% ../../nbs/20_data.records.ipynb #ad8e843a
+_MEDIUM_FIELD = re.compile(r"(video|audio)s?(_?(path|url|uri|file)s?)?", re.I)
+_MEDIUM_PART = re.compile(r"(?:input_)?(video|audio|file|document)(?:_url)?", re.I)
+_MEDIUM_FILE = re.compile(r"\.(?:(mp4|m4v|avi|mov|mkv|webm|flv|wmv|mpe?g)|(wav|mp3|flac|m4a|ogg|opus|aac)|(pdf|docx?|pptx?))$", re.I)
+_FRAMES = '"images": ["{0}1.png", "{0}2.png"], with one <image> for each in the question'
+_INSTEAD = {
+    "video": "Give frames of it as pictures: " + _FRAMES.format("frame"),
+    "audio": "Write what is heard as text, or remove the record",
+    "document": "Give its pages as pictures: " + _FRAMES.format("page"),
+}
+
+
+def _empty(value):
+    "Nothing is given: None, an empty text, or lists and objects of such."
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_empty, value.values() if isinstance(value, dict) else value))
+    return value is None or (isinstance(value, (str, bytes)) and not value.strip())
+
+
+def _medium(kind, where, field):
+    "The error for a medium that is not read."
+    kind = "document" if kind.lower() == "file" else kind.lower()
+    article = "an" if kind == "audio" else "a"
+    return RecordError(f"{article} {kind} is given, and only pictures and text are read", where, field, _INSTEAD[kind], "medium")
+
+
+def _medium_of(reference):
+    "The medium that a path or an address names; empty: it may be a picture."
+    head, name = reference[:40].lower(), reference[-300:]
+    if head.startswith("data:"):
+        return "document" if head.startswith("data:application/") else next((k for k in _INSTEAD if head.startswith(f"data:{k}/")), "")
+    found = _MEDIUM_FILE.search(re.split(r"[?#]", name)[0] if head.startswith(("http://", "https://")) else name)
+    return ("video", "audio", "document")[found.lastindex - 1] if found else ""
+
+
+def _refuse_media(values, where, field=""):
+    "Refuse fields of a record, a message or a part that hold another medium."
+    for key, value in values.items():
+        given = isinstance(key, str) and _MEDIUM_FIELD.fullmatch(key)
+        if given and not isinstance(value, (bool, int, float)) and not _empty(value):
+            raise _medium(given[1], where, f"{field}.{key}" if field else key)
+
+# %% ../../nbs/20_data.records.ipynb #39d70f6a
+_TAGS = re.compile(r"<(?:video|audio|bbox|ref-object)>|<\|(?:video|audio|image)_pad\|>")
+_FENCED = re.compile(r"```.*?(?:```|\Z)", re.S)
+_LINE_OF_TAGS = re.compile(r"^[ \t]*(?:<(?:image|video|audio)>[ \t]*)+$", re.M)
+_GLUED = re.compile(r"\s*(?:<(?:image|video|audio)>)+(?=[^\s<>])")
+_BOXES = ("objects", "bbox", "ref")  # ms-swift's, for <bbox> and <ref-object>
+
+
+def _stands_for(tag, text):
+    "Does a tag stand where a placeholder would: around a file, alone in a line, or glued to the first word?"
+    closing = tag.replace("<", "</")
+    if closing in text:
+        inside = text.partition(tag)[2].partition(closing)[0].strip()
+        return bool(_medium_of(inside)) and " " not in inside
+    text = _FENCED.sub("", text)
+    first = _GLUED.match(text)
+    return any(tag in line for line in _LINE_OF_TAGS.findall(text)) or bool(first and tag in first.group())
+
+
+def _tags(content, role, record, where, field):
+    "Refuse placeholders of other media in a text; return the tags that are mere text."
+    found = list(dict.fromkeys(_TAGS.findall(content)))
+    boxes = next((k for k in _BOXES if not _empty(record.get(k))), None)
+    for tag in found:
+        kind = re.sub(r"\W|_pad", "", tag)
+        if tag == "<|image_pad|>":
+            raise RecordError(f"the text contains {tag}", where, field, "Write <image> where the picture belongs", "placeholder")
+        if kind in _INSTEAD and (tag.startswith("<|") or (role == "user" and _stands_for(tag, content))):
+            raise _medium(kind, where, field)
+        if kind in ("bbox", "refobject") and boxes:
+            raise RecordError(f"{tag} stands for something in {boxes!r}, which is not read", where, field,
+                              "Write boxes and names into the text, in the model's own notation, such as <ref>cat</ref><box>(1,2),(30,40)</box>", "medium")  # fmt: skip
+    return found
+
 # %% ../../nbs/20_data.records.ipynb #57badbaa
 PLACEHOLDER = re.compile(r"<image(?:_\d+)?>")
 _QWEN_IMAGE = re.compile(r"<img>(.*?)</img>", re.S)
 _TEXT_PARTS, _IMAGE_PARTS = ("text", "input_text"), ("image", "image_url", "input_image")
+_PICTURE_KEYS = ("image", "path", "url", "image_url", "base64")
 NEXT = object()  # a mention of the record's next picture
 
 
@@ -127,12 +205,19 @@ def _part(part, where, field):
     "A content part of a message: its text and the pictures it mentions."
     if not isinstance(part, dict):
         raise RecordError(f"expected a part {{'type': …}}, found {part!r:.60}", where, field, kind="dialect")
+    _refuse_media(part, where, field)
+    if isinstance(part.get("type"), str) and (other := _MEDIUM_PART.fullmatch(part["type"])):
+        raise _medium(other[1], where, field)
     if part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
+        if extra := next((k for k in _PICTURE_KEYS if not _empty(part.get(k))), None):
+            raise RecordError(f"a text part has the key {extra!r}, too", where, field, "Give the picture as a part of its own", "picture")
         if PLACEHOLDER.search(part["text"]):
             raise RecordError("a text part contains an image placeholder", where, field, "Give the picture as a part of its own", "placeholder")
         return part["text"], []
     if part.get("type") in _IMAGE_PARTS:
-        given = [part[k] for k in ("image", "path", "url", "image_url", "base64") if part.get(k) is not None]
+        if not _empty(part.get("text")):
+            raise RecordError("a part holds a picture and a text", where, field, "Write one part for each", "placeholder")
+        given = [part[k] for k in _PICTURE_KEYS if part.get(k) is not None]
         given = [g["url"] if isinstance(g, dict) and isinstance(g.get("url"), str) else g for g in given]
         if len(given) > 1:
             raise RecordError("one part names several pictures", where, field, "Write one part for each picture", "placeholder")
@@ -177,13 +262,22 @@ def _text(text, where, field, limits):
         raise RecordError(f"the text holds half a character ({text[e.start]!r} at {e.start})", where, field, "Write it again as UTF-8", "text") from None
 
 
+def _refuse_beside(message, where, field):
+    "Refuse media and pictures that stand beside a message's text."
+    _refuse_media(message, where, field)
+    for key in ("image", "images"):
+        if not _empty(message.get(key)):
+            raise RecordError("a picture stands beside the text of a message", where, f"{field}.{key}",
+                              "Write it under 'images' of the record, and <image> where it belongs in the text", "picture")  # fmt: skip
+
+
 def _turns(record, dialect, where, limits):
-    "Messages of a record, and the meaning of every mention of a picture."
+    "Messages of a record, the meaning of every mention of a picture, and tags that are mere text."
     name = "messages" if dialect in ("openai", "hf") else "conversations"
     rows, keys = record[name], ("from", "value") if dialect in ("qwenvl", "llava") else ("role", "content")
     if len(rows) > limits.messages:
         raise RecordError(f"the conversation has {len(rows)} messages; the limit is {limits.messages}", where, name, "Split it", "text")
-    messages, mentions = [], []
+    messages, mentions, as_text = [], [], {}
     if record.get("system") is not None:
         rows = [dict(zip(keys, ("system", record["system"]))), *rows]
     for i, row in enumerate(rows):
@@ -193,14 +287,16 @@ def _turns(record, dialect, where, limits):
             raise RecordError(f"expected {{'{keys[0]}': …, '{keys[1]}': text}}, found {row!r:.80}", where, field, kind="dialect")
         if role not in ROLES:
             raise RecordError(f"the role {role!r:.40} is not known", where, field, f"Known are {', '.join(ROLES)}", "roles")
+        _refuse_beside(row, where, field)
         content, found = _content(row[keys[1]], dialect, where, field)
         _text(content, where, field, limits)
+        as_text |= dict.fromkeys(_tags(content, ROLES[role], record, where, field))
         if found and ROLES[role] != "user":
             who = "an assistant" if ROLES[role] == "assistant" else "a system"
             raise RecordError(f"{who} message contains an image placeholder", where, field, "Only the user can show pictures", "placeholder")
         messages.append(Message(ROLES[role], content))
         mentions += found
-    return _alternating(messages, where, name), mentions
+    return _alternating(messages, where, name), mentions, tuple(as_text)
 
 # %% ../../nbs/20_data.records.ipynb #08e8d9de
 def _alternating(messages, where, name):
@@ -284,12 +380,13 @@ def parse_record(
     name = str(record.get("id", number))[:100]
     where = f"{where[:-1]}, id {name})" if where.endswith(")") else f"{where} (id {name})"
     try:
-        messages, mentions = _turns(record, dialect_of(record, where), where, access.limits)
+        _refuse_media(record, where)
+        messages, mentions, as_text = _turns(record, dialect_of(record, where), where, access.limits)
         messages, references = _match(messages, mentions, record, where)
         if len(references) > access.limits.pictures:
             raise RecordError(f"the record has {len(references)} pictures; the limit is {access.limits.pictures}", where, "image", "Split it", "picture")
         pictures = tuple(_picture(r, access, where) for r in references)
-        return Conversation(name, tuple(messages), pictures, where, *_for_judging(record, where, access.limits))
+        return Conversation(name, tuple(messages), pictures, where, *_for_judging(record, where, access.limits), unread=as_text)
     except RecordError as e:
         e.id = name
         raise
@@ -319,6 +416,8 @@ def _picture(reference, access, where):
         return Inline(reference)
     if not isinstance(reference, str):
         raise RecordError(f"expected a path or a dictionary of placeholder and path, found {reference!r:.60}", where, "image", kind="picture")
+    if other := _medium_of(reference):
+        raise _medium(other, where, "image")
     try:
         return find_picture(reference, access.root, where, access.allow_outside, access.allow_urls)
     except InputError as e:
