@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoint.save import base_sha256, save_adapter
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
-from .data.native import load_processor
+from .data.native import keep_limits, load_processor
 from .data.records import Conversations
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
@@ -344,7 +344,8 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
-            save_vlm(model, output / "model", model_folder(job.model))
+            also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
+            save_vlm(model, output / "model", model_folder(job.model), also=also)
         report["model"] = str(output / "model")
     if here.first:
         write_json(output / "report.json", report)

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
 from ..models.files import stored_in
 from ..models.load import load_vlm, model_folder
@@ -279,12 +280,14 @@ def _compare(folder, state, base):
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja")
 
 
-def _write_beside(folder, base, tokenizer, plan, text):
+def _write_beside(folder, base, tokenizer, plan, text, max_pixels):
     "Everything in the folder that is no weight."
     tokenizer.save_pretrained(folder)
     for name in PROCESSOR_FILES:
         if (source := model_folder(base, weights=False) / name).is_file() and not (folder / name).exists():
             shutil.copyfile(source, folder / name)
+    if max_pixels:
+        keep_limits(folder, load_processor(base, max_pixels=max_pixels))
     if plan is not None:
         write_json(folder / "plan.json", plan.to_dict())
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -342,7 +345,7 @@ def _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, ha
     with complete_or_nothing(folder) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(partial)
-        _write_beside(partial, base, tokenizer, plan, _CARD.format(base=base, count=len(tensors), name=folder.name))
+        _write_beside(partial, base, tokenizer, plan, _CARD.format(base=base, count=len(tensors), name=folder.name), provenance["max_pixels"])
         _compare(partial, tensors, base)
         seal(partial, provenance)
         if wrong := broken_seals(partial):
