@@ -7,10 +7,12 @@ __all__ = ['SECTIONS', 'LOCK', 'Job', 'train', 'examine']
 
 # %% ../nbs/94_job.ipynb #d8f5762b
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from errno import EIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,8 +38,8 @@ from .settings import FilePath, OneOf, Settings, Within, inside
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
-from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed
-from .train.run import Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
+from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, mended
+from .train.run import Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
 
@@ -164,6 +166,19 @@ def _started_from(output):
     return Inputs.read(read_json(output / "job.json").get(STARTED), str(output / "job.json"))
 
 
+def _note_interruption(job, output):
+    "Write down how data and pictures look when a row cannot be read any more: on resume, pictures that had changed by then count as mended."
+    with suppress(InputError, OSError):
+        values = read_json(output / "job.json")
+        values[STARTED]["interrupted"] = _looked_at(job).to_dict()
+        write_json(output / "job.json", values)
+
+
+def _when_interrupted(output):
+    "What `_note_interruption` wrote; None: nothing."
+    return Inputs.read((read_json(output / "job.json").get(STARTED) or {}).get("interrupted"), str(output / "job.json"))
+
+
 def _looked_at(job):
     "Data and pictures as they are now."
     return Inputs.of({name: getattr(job, name) for name in DATA}, job.image_root, job.reading)
@@ -279,6 +294,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     at("data")
     started = _started_from(output) if resume and place else None
     inputs = _looked_at(job) if here.first else Inputs({})
+    started, changed = mended(started, _when_interrupted(output) if started else None, inputs)
     check_resumed(started, inputs, output / "job.json")
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
@@ -304,7 +320,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     if here.first:
         inputs = inputs.on(job.model, base_sha256(job.model))
     check_resumed(started, inputs, output / "job.json")
-    for line in started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
+    for line in changed + started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
         say(line)
     at("plan")
     if not job.stages:
@@ -352,6 +368,16 @@ def _quiet(line):
     "What other processes than the first one say."
 
 # %% ../nbs/94_job.ipynb #3c6141c4
+def _last_word(say, line):
+    "Say it; a terminal that was closed hears nothing, and that is no error."
+    try:
+        say(line)
+    except OSError as e:
+        if e.errno != EIO:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would fail again at the end
+
+
 def _swapped(job, inputs):
     "What is not what the run started from any more."
     return changed_since(inputs, lambda: _looked_at(job).on(job.model, base_sha256(job.model)))
@@ -446,11 +472,15 @@ def _run(job, resume, given, here, say):
         what = "The weights were lost in an earlier step, and nothing of them was saved. It showed at" if e.lost else "Stopped before the weights were lost, at"
         (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")
         return {"not_finite_at_step": doctors[-1].bad_steps[-1][0]}
+    except Interrupted:
+        if here.first:
+            _note_interruption(job, output)
+        raise
     if cache:
         say(f"Vision cache: {cache}.")
     if run.stopped:
         where = f"in stage {len(run.runs)}, after its step {run.runs[-1].steps}" if job.stages else f"after step {run.steps}"
-        say(f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
+        _last_word(say, f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
     return _finish(job, run, given, model, plan, doctors, here, say)
 
