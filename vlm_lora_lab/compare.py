@@ -213,9 +213,10 @@ class Checkpoint:
         "Look at a folder. Raises `InputError` when it holds neither adapter nor model."
         name = str(name)
         if (Path(name) / "adapter_config.json").is_file():
-            known = read_provenance(name)
+            known = read_provenance(name, base)
             plan = Path(name) / "plan.json"  # there is none for a model that was unfrozen by hand
-            told = {"trained_with": known["versions"], "plan": read_json(plan) if plan.is_file() else None}
+            told = {"trained_with": known["versions"], "plan": read_json(plan) if plan.is_file() else known.get("plan")}
+            told |= {"unsealed": known["unsealed"]} if "unsealed" in known else {}
             return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told, max_pixels or known.get("max_pixels", 0))
         model_folder(name, weights=False)
         return cls(name, name, four_bit, max_pixels=max_pixels)

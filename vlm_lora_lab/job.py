@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoint.save import base_sha256, save_adapter
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
-from .data.native import load_processor
+from .data.native import keep_limits, load_processor
 from .data.records import Conversations
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
@@ -37,7 +37,7 @@ from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
 from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located
-from .train.run import Schedule, fit, is_out_of_memory, last_checkpoint, mix
+from .train.run import Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
 
@@ -172,6 +172,34 @@ def _looked_at(job):
 LOCK = "run.lock"  # in the output folder, as long as a run goes on there
 
 
+def _nothing_left(output, job):
+    "The error for a run that is finished."
+    more = "start a new one in another folder" if job.stages else "for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, start a new run in another folder"
+    return InputError("this run is finished, so there is nothing to resume", output, more[0].upper() + more[1:])
+
+
+def _check_length(job, output, rows, here):
+    "Raises `InputError` for a length below what is done, or one that adds nothing to a finished run."
+    if job.stages or not (checkpoint := last_checkpoint(output / "checkpoints")):
+        return
+    check_length(job.schedule, rows, checkpoint, here.world)
+    if (output / "report.json").exists() and steps_of(job.schedule, rows, here.world) == steps_done(checkpoint)[0]:
+        raise _nothing_left(output, job)
+
+
+def _put_aside(output, say):
+    "What a finished run left, before it goes on: nothing is lost if the longer one is stopped."
+    if not (output / "report.json").exists():
+        return
+    aside = output / f"finished-{read_json(output / 'report.json').get('steps')}"
+    with explain_write_errors(output):
+        aside.mkdir(exist_ok=True)
+        for name in ("adapter", "model", "loss.png", "report.json"):  # the report last: it says that the run is finished
+            if (output / name).exists():
+                (output / name).rename(aside / name)
+    say(f"What this run had made when it was finished is kept in {aside}.")
+
+
 def _place(job, resume):
     "Check the output folder: nobody else's, and new or empty, or holding a run that can be resumed. Nothing is touched."
     check_free(Path(job.output) / LOCK, job.output)
@@ -182,11 +210,10 @@ def _room(job, resume):
     "The same, for the process that holds the lock."
     output, made_by_us = Path(job.output), {"job.json", "before.json", "checkpoints", "nan"}
     checkpoint = last_checkpoint(output / "checkpoints") or where_stopped(output / "checkpoints")
-    if (output / "report.json").exists() and resume:
-        raise InputError("this run is finished, so there is nothing to resume", output, "Start a new one in another folder")
+    finished = (output / "report.json").exists()
     if checkpoint is None and resume:
         raise InputError("there is no complete checkpoint to resume from", output, "Start the training again without --resume")
-    if checkpoint and not resume and not (output / "report.json").exists():
+    if checkpoint and not resume and not finished:
         raise InputError("this folder holds a run that was stopped", output, "Add --resume to go on with it, or choose another folder")
     if resume:
         before, was = absolute(json.loads(json.dumps(job.to_dict())), Job), absolute(read_json(output / "job.json"), Job)
@@ -197,9 +224,14 @@ def _room(job, resume):
             (reading or {}).pop("verify", None)
         if _per_step(was.get("schedule")) == _per_step(before["schedule"]):
             was["schedule"] = before["schedule"]  # the same rows in smaller batches make the same step: the way out of a batch that does not fit
+        longer = not job.stages and other_length(was.get("schedule") or {}, before["schedule"], output / "job.json")
+        if finished and not longer:
+            raise _nothing_left(output, job)
+        if longer:  # `check_length` looks at it when the rows are known
+            was["schedule"] = (was.get("schedule") or {}) | {k: before["schedule"][k] for k in ("epochs", "max_steps")}
         if changed := [f"{k} was {was.get(k)!r} and is {v!r}" for k, v in before.items() if was.get(k) != v and k not in elsewhere]:
             raise InputError(f"this is another job than the one that was stopped: {'; '.join(changed)}", output / "job.json",
-                             "Resume without these changes, or start a new run in another folder")  # fmt: skip
+                             "Resume without these changes (a stopped or finished run can only be given another length: --max-steps or --epochs), or start a new run in another folder")  # fmt: skip
         return output
     there = {p.name for p in output.iterdir()} - {LOCK} if output.is_dir() else None
     if there is None or there and not ("job.json" in there and there <= made_by_us):
@@ -258,6 +290,9 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
         added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
         new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
+    if resume and place:
+        at("output")
+        _check_length(job, output, len(new.conversations), here)
     at("model")
     torch.manual_seed(job.schedule.seed)
     try:
@@ -290,6 +325,7 @@ def _begin(job, resume, given, here, say, lock):
             output.mkdir(parents=True, exist_ok=True)
             lock.enter_context(claimed(output / LOCK, output, say))
         _room(job, resume)  # somebody may have been faster while the model was loaded
+        _put_aside(output, say)
         for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):  # of an attempt that failed; written anew below
             shutil.rmtree(output / leftover, ignore_errors=True)
         write_json(output / "job.json", absolute(job.to_dict(), Job) | {STARTED: given.inputs.to_dict()})  # also of a run that goes on in smaller batches
@@ -357,7 +393,8 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         report["adapter"] = located(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
-            save_vlm(model, output / "model", model_folder(job.model))
+            also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
+            save_vlm(model, output / "model", model_folder(job.model), also=also)
         report["model"] = located(output / "model")
     if here.first:
         write_json(output / "report.json", report)
@@ -404,7 +441,7 @@ def _run(job, resume, given, here, say):
         else:
             passes = job.schedule.epochs if job.schedule.max_steps < 0 else job.schedule.max_steps * job.schedule.batch_size * job.schedule.accumulation / len(new.conversations)
             cache = None if here.sharded else choose_cache(job.vision_cache, model, samples, passes, say)
-            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, **watch)
+            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, say=say, **watch)
     except NonFiniteStep as e:
         what = "The weights were lost in an earlier step, and nothing of them was saved. It showed at" if e.lost else "Stopped before the weights were lost, at"
         (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")
