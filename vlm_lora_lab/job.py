@@ -38,7 +38,7 @@ from .settings import FilePath, OneOf, Settings, Within, inside
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
-from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, mended
+from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located, mended
 from .train.run import Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
@@ -386,14 +386,14 @@ def _swapped(job, inputs):
 def _finish(job, run, given, model, plan, doctors, here, say):
     "Ask again, save, and write down what was done."
     output = given.output
-    report = {"job": job.to_dict(), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
+    report = {"job": absolute(job.to_dict(), Job), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
     if watched := _watched(run.history):
         report["watched"] = watched
     if job.stages:
         report["stages"] = [r.to_dict() for r in run.runs]
         report["logits_moved_at_the_end"] = run.moved
     if given.left_out:
-        report["skipped_rows"] = {str(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
+        report["skipped_rows"] = {located(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
     if any(d.bad_steps for d in doctors):
         report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
     if given.held and here.sharded:
@@ -416,15 +416,15 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         data = {f.path: f.sha256 for f in given.inputs.files.values()}
         metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
         told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None}
-        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
+        report["adapter"] = located(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
             also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
             save_vlm(model, output / "model", model_folder(job.model), also=also)
-        report["model"] = str(output / "model")
+        report["model"] = located(output / "model")
     if here.first:
         write_json(output / "report.json", report)
-    say(f"Written: {report.get('adapter') or report['model']}, {output / 'loss.png'}, {output / 'report.json'}")
+    say(f"Written: {output / ('adapter' if 'adapter' in report else 'model')}, {output / 'loss.png'}, {output / 'report.json'}")
     return report
 
 # %% ../nbs/94_job.ipynb #cb02816a
