@@ -118,6 +118,7 @@ Fine-tune a model on your own data, by Q-LoRA unless you say otherwise.
   vlm-lora-lab train --data train.json --eval-data test.json --output runs/first
   vlm-lora-lab train job.yaml --learning-rate 0.001       flags win over the file
   vlm-lora-lab train --resume --output runs/first         go on with a stopped run
+  vlm-lora-lab train --resume --output runs/first --epochs 5   …to another length, also of a finished one
 
 The data file is JSON or JSON Lines, in the dialect of MiniCPM-V, Qwen-VL, LLaVA or
 OpenAI messages; check it first with vlm-lora-lab check-data. Picture paths are relative to it:
@@ -252,7 +253,7 @@ def _train(o):
     from vlm_lora_lab.job import train
 
     result = train(job, o.resume)
-    return 130 if "stopped_at_step" in result else 1 if "not_finite_at_step" in result else 0
+    return 130 if "stopped_at_step" in result else 1 if {"not_finite_at_step", "changed_while_training"} & set(result) else 0
 
 
 def _config(o):
@@ -377,13 +378,13 @@ def _ask(o):
     from vlm_lora_lab.evaluate import generate_answers
     from vlm_lora_lab.models.load import load_vlm, model_folder
 
-    known = read_provenance(o.adapter) if o.adapter else {}
+    known = read_provenance(o.adapter, o.model) if o.adapter else {}
     base = o.model or known.get("base", "lab")
     question = ask(o.question, "", *map(Path, o.image), id="of the command line")
     if o.allow_pickle:
         model_folder(base, allow_pickle=True)
     processor = load_processor(base, max_pixels=o.max_pixels or known.get("max_pixels", 0))
-    model = load_adapter(o.adapter, base) if o.adapter else load_vlm(base)
+    model = load_adapter(o.adapter, base, quick=o.quick) if o.adapter else load_vlm(base)
     print(generate_answers(model, processor, [question], max_new_tokens=o.max_new_tokens)[0])
 
 
@@ -400,7 +401,7 @@ def _compare(o):
     from vlm_lora_lab.data.batch import Reading
 
     reading = Reading(workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls, max_pixels=o.max_pixels)
-    limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length, "allow_pickle": o.allow_pickle}
+    limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length, "allow_pickle": o.allow_pickle, "quick": o.quick}
     try:
         compare(o.checkpoints, o.data, o.metric or ["exact"], o.output, o.model, o.four_bit, o.image_root, reading, **limits)
     except KeyboardInterrupt:  # it has said what is kept
@@ -411,7 +412,7 @@ def _merge(o):
     from vlm_lora_lab.checkpoint.merge import merge_into
     import torch
 
-    done = merge_into(o.adapter, o.output, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.max_shard_gb * 1e9)
+    done = merge_into(o.adapter, o.output, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.max_shard_gb * 1e9, quick=o.quick)
     print(f"{done}\nLoad it with load_vlm({str(done.folder)!r}), or give it as --model.")
 
 
@@ -423,7 +424,7 @@ def _export(o):
         rules = check_export(o.output, o.server)
         print("\n".join(map(str, rules)))
         return 0 if all(r.ok for r in rules) else 1
-    done = export_adapter(o.adapter, o.output, o.server, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype))
+    done = export_adapter(o.adapter, o.output, o.server, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.quick)
     print(done)
     return 0 if done.ok else 1
 
@@ -525,10 +526,12 @@ def _check_data_parser(p):
 # %% ../nbs/95_cli.ipynb #49b0d881
 COMPARE_HELP = """\
 Ask checkpoints the same questions, and judge their answers: scores with 95 % intervals, and the
-differences to the first one. A checkpoint is an adapter's folder, a model's folder, "lab", or owner/name.
+differences to the first one. A checkpoint is an adapter's folder, one of a run's checkpoints, a plain
+PEFT folder, a model's folder, "lab", or owner/name.
 
   vlm-lora-lab compare lab runs/first/adapter --data test.json --output runs/compared
   vlm-lora-lab compare runs/a/adapter runs/b/adapter --data test.json --metric cer --metric exact
+  vlm-lora-lab compare runs/a/checkpoints/checkpoint-200 runs/a/adapter --data test.json
   vlm-lora-lab evaluate runs/first/adapter --data test.json
 
 With --output, answers are kept as they come. The same command goes on after Ctrl-C, and what did
@@ -543,6 +546,7 @@ def _compare_parser(p, several):
     p.add_argument("--metric", action="append", metavar="NAME", help="exact, cer, anls, iou or iou@0.5; repeat for several (default: exact)")
     p.add_argument("--output", metavar="FOLDER", help="for answers, report and figures: new, empty, or of an earlier comparison (default: nothing is written)")
     p.add_argument("--model", metavar="FOLDER", help="another place of the adapters' base model")
+    _quick(p)
     p.add_argument("--allow-pickle", action="store_true", help="convert a model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--four-bit", action="store_true", help="load whole models in 4 bit; adapters are always asked as they were trained")
     p.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)")
@@ -587,7 +591,7 @@ def _parser(argv):
     p = command("train", _train, "fine-tune a model on your own data", TRAIN_HELP)
     if argv[:1] == ["train"]:  # its options need the training engine, which takes seconds to import
         _train_parser(p)
-        p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+        p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output; refused while another run writes there")
 
     p = command("config", _config, "where a configuration for several devices lies: ddp, fsdp2, zero2 or zero3",
                 'Print the path of a configuration for accelerate launch.\n\n'
@@ -603,14 +607,16 @@ def _parser(argv):
     _check_data_parser(command("check-data", _check_data, "look at every record of a data file, and say what is wrong", CHECK_HELP))
 
     p = command("ask", _ask, "ask a model, or a model with an adapter, one question",
-                "Ask one question.\n\n  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/adapter")  # fmt: skip
+                "Ask one question.\n\n  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/adapter\n"
+                "  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/checkpoints/checkpoint-200     while it still trains")  # fmt: skip
     p.add_argument("question")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
-    p.add_argument("--adapter", metavar="FOLDER", help="written by train or demo; its base model is found by itself")
+    p.add_argument("--adapter", metavar="FOLDER", help="written by train or demo, a checkpoint of a run, or a plain PEFT folder; its base model is found by itself")
     p.add_argument("--model", metavar="MODEL", help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)')
     p.add_argument("--allow-pickle", action="store_true", help="convert the model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--max-new-tokens", type=_TOKENS, default=128, metavar="N", help="longest answer (default: 128)")
     p.add_argument("--max-pixels", type=_PIXELS, default=0, metavar="N", help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the model's files say)")
+    _quick(p)
 
     _compare_parser(command("compare", _compare, "ask checkpoints the same questions: which is better, and for sure?", COMPARE_HELP), True)
     _compare_parser(command("evaluate", _compare, "ask one checkpoint the questions of a file, and judge its answers", COMPARE_HELP), False)
@@ -635,7 +641,7 @@ def _parser(argv):
 
     p = command("inspect", _inspect, "what is in an adapter or a model folder, and what is wrong with it; nothing is loaded",
                 "Say what is in a folder: LoRA or full, of which part, for which base, and what is suspicious.\nHeaders and bytes are read; no model is loaded, nothing is fetched.\n\n"
-                "  vlm-lora-lab inspect runs/first/adapter\n  vlm-lora-lab inspect runs/first/merged --base path/to/the/base    did the merge change anything?\n\n"
+                "  vlm-lora-lab inspect runs/first/adapter\n  vlm-lora-lab inspect runs/first/checkpoints/checkpoint-200\n  vlm-lora-lab inspect runs/first/merged --base path/to/the/base    did the merge change anything?\n\n"
                 "Exit status: 0 nothing worse than notes, 1 warnings, 2 errors.")  # fmt: skip
     p.add_argument("folder", help="an adapter, ours or any of PEFT's; or a whole model")
     p.add_argument("--base", metavar="MODEL", help='"lab", a folder, or the name of a published checkpoint (default: what the adapter names)')
@@ -659,8 +665,9 @@ def _parser(argv):
 
     p = command("merge", _merge, "fold an adapter into a whole model",
                 "Fold an adapter into a whole model, tensor by tensor; memory for its largest matrices is enough.\n\n"
-                "  vlm-lora-lab merge runs/first/adapter --output runs/first/merged")  # fmt: skip
-    p.add_argument("adapter", help="folder written by train or demo")
+                "  vlm-lora-lab merge runs/first/adapter --output runs/first/merged\n"
+                "  vlm-lora-lab merge runs/first/checkpoints/checkpoint-200 --output runs/first/merged-200     one in the middle of a run")  # fmt: skip
+    p.add_argument("adapter", help="folder written by train or demo, a checkpoint of a run, or a plain PEFT folder")
     p.add_argument("--output", required=True, metavar="FOLDER", help="for the merged model; must be new or empty")
     p.add_argument("--max-shard-gb", type=_within(0, 10_000, whole=False, above=True), default=5.0, metavar="N", help="largest file of weights, GB (default: 5)")
     _merging(p)
@@ -670,7 +677,7 @@ def _parser(argv):
                 "Then check names, shapes and fields that its loader reads, and print the commands.\n\n"
                 "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served\n"
                 "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served --check      look at it again\n\nStatus: 0 all rules hold, 1 some do not, 2 bad input.")  # fmt: skip
-    p.add_argument("adapter", metavar="FOLDER", help="written by train or demo")
+    p.add_argument("adapter", metavar="FOLDER", help="written by train or demo, a checkpoint of a run, or a plain PEFT folder")
     p.add_argument("output", metavar="OUTPUT", help="folder for the result; must be new or empty")
     p.add_argument("--for", dest="server", required=True, choices=("vllm", "llama.cpp", "transformers"), help="who is to read it")
     p.add_argument("--check", action="store_true", help="write nothing; look at OUTPUT again")
@@ -739,9 +746,15 @@ def _options_of(parser, argv):
     return options
 
 
+def _quick(p):
+    "The option of what looks at an adapter's base."
+    p.add_argument("--quick", action="store_true", help="know the adapter's base by names, shapes and samples; by default every byte of it is hashed, once (seconds for gigabytes)")
+
+
 def _merging(p):
     "Options of what folds an adapter into a base."
-    p.add_argument("--model", metavar="FOLDER", help="another place of the same base model")
+    _quick(p)
+    p.add_argument("--model", metavar="FOLDER", help="another place of the same base model; or the base, where a plain PEFT folder names none")
     p.add_argument("--onto", default="nf4", choices=("nf4", "original"),
                    help="nf4: the rounded weights that training saw, which reproduces the trained model; original: the base's own weights")  # fmt: skip
     p.add_argument("--dtype", default="stored", choices=("stored", "float32", "bfloat16", "float16"),

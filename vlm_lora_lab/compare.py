@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from .data.batch import BaseProcessor, Reading, check_rows
 from .data.files import Inline, Remote
 from .data.native import load_processor
 from .data.records import Conversation, Conversations
-from .errors import InputError, explain_write_errors, write_json
+from .errors import InputError, claimed, explain_write_errors, write_json
 from .evaluate import RESAMPLES, Metric, Score, ScoreTable, answer_all, bootstrap, check_truths, html_table, metric_of, middle, text_table
 from .models.load import load_vlm, model_folder
 from .models.published import read_json
@@ -198,6 +199,7 @@ class Checkpoint:
     adapter: str = ""  # its folder, if it is one
     told: dict | None = None  # what an adapter says about its training: plan, versions
     max_pixels: int = 0  # most pixels of a picture that it looks at; 0: what the base's files say
+    quick: bool = False  # know an adapter's base by names, shapes and samples instead of every byte
 
     @classmethod
     def of(
@@ -210,9 +212,10 @@ class Checkpoint:
         "Look at a folder. Raises `InputError` when it holds neither adapter nor model."
         name = str(name)
         if (Path(name) / "adapter_config.json").is_file():
-            known = read_provenance(name)
+            known = read_provenance(name, base)
             plan = Path(name) / "plan.json"  # there is none for a model that was unfrozen by hand
-            told = {"trained_with": known["versions"], "plan": read_json(plan) if plan.is_file() else None}
+            told = {"trained_with": known["versions"], "plan": read_json(plan) if plan.is_file() else known.get("plan")}
+            told |= {"unsealed": known["unsealed"]} if "unsealed" in known else {}
             return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told, max_pixels or known.get("max_pixels", 0))
         model_folder(name, weights=False)
         return cls(name, name, four_bit, max_pixels=max_pixels)
@@ -223,7 +226,7 @@ class Checkpoint:
 
     def load(self) -> nn.Module:
         "The model, in evaluation mode."
-        return load_adapter(self.adapter, self.base) if self.adapter else load_vlm(self.base, four_bit=self.four_bit)
+        return load_adapter(self.adapter, self.base, quick=self.quick) if self.adapter else load_vlm(self.base, four_bit=self.four_bit)
 
     def depends_on(self) -> dict:
         "All that its answers depend on, but for the questions."
@@ -271,11 +274,11 @@ def _ask(checkpoint, processor, conversations, file, key, batch_size, max_new_to
     return rows, len(rows) - have
 
 # %% ../nbs/81_compare.ipynb #9a8e4fa0
-OURS = ("answers", "report.json", "questions.jsonl")  # in an output folder, beside the figures
+OURS = ("answers", "report.json", "questions.jsonl", "compare.lock")  # in an output folder, beside the figures
 
 
-def _place(output):
-    "The output folder: new, empty, or of an earlier comparison, whose answers are used again."
+def _place(output, lock):
+    "The output folder: new, empty, or of an earlier comparison, whose answers are used again; and nobody else's as long as this one goes on."
     if output is None:
         return None
     output = Path(output)
@@ -284,10 +287,11 @@ def _place(output):
         raise InputError(f"there is something else here ({odd[0]})", output, "Choose another folder; nothing but an earlier comparison is ever written over")
     with explain_write_errors(output):
         (output / "answers").mkdir(parents=True, exist_ok=True)
+        lock.enter_context(claimed(output / "compare.lock", output))
     return output
 
 
-def _chosen(checkpoints, metrics, base, four_bit, allow_pickle, max_pixels):
+def _chosen(checkpoints, metrics, base, four_bit, allow_pickle, max_pixels, quick):
     names = [str(c) for c in checkpoints]
     if not metrics:
         raise InputError("no metric is named", "compare", "Write at least one, such as exact")
@@ -295,7 +299,7 @@ def _chosen(checkpoints, metrics, base, four_bit, allow_pickle, max_pixels):
         raise InputError("there is no checkpoint to ask", "compare", "Give the folder of an adapter or of a model, or 'lab'")
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:
         raise InputError(f"{twice[0]!r} is given twice", "compare", "Give each checkpoint once")
-    chosen = [Checkpoint.of(n, base, four_bit, max_pixels) for n in names]
+    chosen = [replace(Checkpoint.of(n, base, four_bit, max_pixels), quick=quick) for n in names]
     for c in chosen:
         model_folder(c.base, allow_pickle)
     return chosen
@@ -314,18 +318,25 @@ def compare(
     max_new_tokens: int = 64,
     max_length: int = 2048,  # tokens of a question
     allow_pickle: bool = False,  # convert pickled weights of a model once
+    quick: bool = False,  # know adapters' bases by names, shapes and samples instead of every byte
     say: Callable = print,  # called with each line of the account
 ) -> dict[str, Comparison]:  # metric -> its comparison
     "Ask all checkpoints the same questions, and judge the answers. Raises `InputError` before a model is loaded when something given cannot be used."
-    chosen, wanted = _chosen(checkpoints, metrics, base, four_bit, allow_pickle, reading.max_pixels), [metric_of(m) for m in dict.fromkeys(metrics)]
+    chosen, wanted = _chosen(checkpoints, metrics, base, four_bit, allow_pickle, reading.max_pixels, quick), [metric_of(m) for m in dict.fromkeys(metrics)]
     conversations = Conversations.open(data, image_root, reading.allow_outside, reading.allow_urls) if isinstance(data, (str, Path)) else data
     for metric in wanted:
         check_truths(metric, conversations)
     processors = {(c.base, c.max_pixels): c.processor(max_length) for c in chosen}
     for (name, _), processor in processors.items():
         check_rows(conversations, processor, replace(reading, skip_bad_rows=False), f"checking questions for {name[-40:]}")
-    output = _place(output)
-    rows, about = _ask_all(chosen, processors, conversations, output, batch_size, {"max_new_tokens": max_new_tokens, "max_length": max_length}, say)
+    with ExitStack() as lock:
+        output = _place(output, lock)
+        return _compared(chosen, processors, wanted, data, conversations, output, batch_size, {"max_new_tokens": max_new_tokens, "max_length": max_length}, say)
+
+
+def _compared(chosen, processors, wanted, data, conversations, output, batch_size, limits, say):
+    "Ask, judge and write, in a folder that is nobody else's."
+    rows, about = _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
     results = {m.name: Comparison({n: Score.of(m.name, [r["answer"] for r in a], conversations) for n, a in rows.items()}, tuple(c.category for c in conversations)) for m in wanted}
     say("".join(f"\n{result}\n" for result in results.values()).rstrip("\n"))
     if output:

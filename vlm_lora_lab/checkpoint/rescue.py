@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .save import fingerprint, seal
+from .save import base_sha256, fingerprint, seal
 from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, text_of, write_json, yaml_value
 from ..flags import SCRIPTS, from_flags
 from ..models.files import _unpickle, save_vlm, shape_of, stored_in
@@ -840,7 +840,7 @@ def _write(result, model, got, output, four_bit):
         packages = ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")
         write_json(partial / "rescue.json", {"format": result.found.format, "lost": [asdict(x) for x in result.lost], "suspicious": result.suspicious,
                                              "notes": result.notes, "tensors": result.fates})  # fmt: skip
-        seal(partial, {"base": str(model.name), "base_fingerprint": fingerprint(model.name), "four_bit": four_bit,
+        seal(partial, {"base": str(model.name), "base_fingerprint": fingerprint(model.name), "base_sha256": base_sha256(model.name), "four_bit": four_bit,
                        "versions": {p: version(p) for p in packages}, "rescued_from": result.found.format})  # fmt: skip
         again = load_peft_weights(str(partial), device="cpu")
         if set(again) != set(state) or any(not torch.equal(again[k], state[k]) for k in state):
