@@ -34,7 +34,7 @@ from .models.load import load_vlm, model_folder
 from .models.published import on_meta, read_json
 from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
-from .settings import FilePath, OneOf, Settings, Within, inside
+from .settings import FilePath, OneOf, Settings, Within, inside, shown
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
@@ -68,6 +68,8 @@ class Job(Settings):
 
     def check(self):
         metric_of(self.metric)
+        if "\\" in self.output and os.sep == "/" and not Path(self.output).exists():
+            raise InputError(f"output is {shown(self.output)}, and a backslash is part of a name here", "output", f"Write / between folders: {self.output.replace(chr(92), '/')}")
         if not self.eval_data and (self.watch.every or self.watch.questions not in (0, Watch().questions)):
             raise InputError(f"watch says every {self.watch.every} steps and {self.watch.questions} questions, and there is no evaluation data", "watch", "Give eval_data, or leave them out")
         if self.vision_cache in ("memory", "disk") and self.stages:
