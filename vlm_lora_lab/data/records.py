@@ -427,7 +427,9 @@ def parse_record(
         if len(references) > access.limits.pictures:
             raise RecordError(f"the record has {len(references)} pictures; the limit is {access.limits.pictures}", where, "image", "Split it", "picture")
         pictures = tuple(_picture(r, access, where) for r in references)
-        return Conversation(name, tuple(messages), pictures, where, *_for_judging(record, where, access.limits), unread=tuple(dict.fromkeys([*_unread(record, dialect), *as_text])))
+        category, answers = _for_judging(record, where, access.limits)
+        unread = tuple(dict.fromkeys([*_unread(record, dialect), *as_text]))
+        return Conversation(name, tuple(messages), pictures, where, category, answers, unread=unread)
     except RecordError as e:
         e.id = name
         raise
