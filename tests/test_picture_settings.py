@@ -299,3 +299,10 @@ def test_llama_factory_s_own_limit_is_told(tmp_path):
     assert any("--max-pixels 589824" in n for n in rescue(run, base).notes)
     (run / "training_args.yaml").write_text("image_max_pixels: 90000\n")
     assert any("90,000 pixels" in n for n in rescue(run, base).notes)
+
+
+def test_a_plain_folder_of_peft_is_asked_as_its_own_files_say(tmp_path):
+    base, run = foreign(tmp_path, preprocessor_config={"min_pixels": 3136, "max_pixels": 90000})
+    few = grids(load_processor(base, max_pixels=90000))
+    assert grids(adapter_processor(run)) == few == grids(Checkpoint.of(run).processor())
+    assert grids(adapter_processor(run, max_pixels=200000)) == grids(load_processor(base, max_pixels=200000)) != few

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .save import base_sha256, fingerprint, seal
+from .save import base_sha256, fingerprint, most_pixels, picture_limit, seal
 from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, text_of, write_json, yaml_value
 from ..flags import SCRIPTS, from_flags
@@ -733,24 +733,14 @@ def _fold(got, model, layer, size, variant):
 _BY_LLAMA_FACTORY = 768 * 768  # pixels; its `image_max_pixels`, unless a run is told otherwise
 
 
-def _most(values):
-    "The most pixels that a Qwen's picture processor file speaks of; None: it does not."
-    size = values.get("size") if isinstance(values.get("size"), dict) else {}
-    said = [v for v in (values.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")) if type(v) is int and v > 0]
-    return min(said, default=None)
-
-
 def _asked_for(found, model):
     "Most pixels of a picture that a run looked at, and what says so; 0: nothing says less than the base's files."
-    (own, file), (base, _) = picture_file(found.folder), picture_file(model.folder)
-    if type(slices := own.get("max_slice_nums")) is int and 0 < slices < base.get("max_slice_nums", 9):
-        return slices * own.get("scale_resolution", 448) ** 2, f"{file} there says max_slice_nums {slices}"
-    if _most(base) is None:
-        return 0, ""
-    said = {f"{file} there": _most(own), **{f"its settings say {key}:": found.settings.get(key) for key in ("max_pixels", "image_max_pixels")}}
-    less = {where: n for where, n in said.items() if type(n) is int and 0 < n < _most(base)}
+    said = {f"{picture_file(found.folder)[1]} there": picture_limit(found.folder, model.folder)}
+    if most := most_pixels(picture_file(model.folder)[0]):
+        said |= {f"its settings, {key}": n for key in ("max_pixels", "image_max_pixels") if type(n := found.settings.get(key)) is int and n < most}
+    less = {where: n for where, n in said.items() if n > 0}
     where = min(less, key=less.__getitem__, default="")
-    return less.get(where, 0), f"{where} {less[where]:,}" if where else ""
+    return less.get(where, 0), where
 
 
 def _eyes(found, model):
@@ -770,7 +760,7 @@ def _notes_on_pictures(found, model):
     note = _eyes(found, model)[2]
     if note:
         yield note
-    elif found.format == "llamafactory" and _most(picture_file(model.folder)[0]):
+    elif found.format == "llamafactory" and most_pixels(picture_file(model.folder)[0]):
         yield (f"LLaMA-Factory makes pictures smaller than {_BY_LLAMA_FACTORY:,} pixels unless image_max_pixels says otherwise, and no file here says what it was; "
                f"if you left it alone, ask with --max-pixels {_BY_LLAMA_FACTORY}")  # fmt: skip
 

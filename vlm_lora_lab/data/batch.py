@@ -332,7 +332,8 @@ class _Probe(Dataset):
             name = conversation.id
             row = self.processor(conversation)
             if self.learned and all(label == IGNORE for label in row["labels"]):
-                raise InputError("nothing of it is learned: no token has a label", conversation.where, "Leave the record out, or write an answer")
+                remedy = "Raise max_length: all answers that are learned are in turns that were left out" if row["dropped"] else "Leave the record out, or write an answer"
+                raise InputError("nothing of it is learned: no token has a label", conversation.where, remedy)
             return len(row["input_ids"]), row["dropped"], None
         except InputError as e:
             return 0, 0, (getattr(e, "id", "") or name, e.found, e.where, e.remedy)

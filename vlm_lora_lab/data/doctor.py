@@ -151,7 +151,7 @@ def _look_at_tokens(conversation, processor, sizes, say):
     if e.dropped:
         say("warning", "tokens", f"the text is too long; the first {e.dropped} turns are left out")
     if not learned:
-        say("error", "tokens", "no token of the text is learned", "Write an answer")
+        say("error", "tokens", "no token of the text is learned", "Raise max_length: all answers that are learned are in turns that were left out" if e.dropped else "Write an answer")
     return len(e.input_ids), learned
 
 # %% ../../nbs/28_data.doctor.ipynb #6eb381c9

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'PartTrainer', 'Progress', 'StopOnSignal', 'WeightsLost', 'check_weights', 'FiniteWeights', 'Numbered',
-           'is_out_of_memory', 'OutOfMemory', 'last_checkpoint', 'Fitted', 'fit', 'mix']
+           'is_out_of_memory', 'OutOfMemory', 'steps_of', 'steps_done', 'other_length', 'check_length', 'Stretch',
+           'last_checkpoint', 'Fitted', 'fit', 'mix']
 
 # %% ../../nbs/52_train.run.ipynb #3ae16e37
 import json
+import math
 import random
 import re
 import shutil
@@ -292,6 +294,82 @@ class OutOfMemory(InputError):
         saved = f"Saved up to {kept.name}" if kept else "Nothing was saved yet"
         return cls(found, str(error).partition("\n")[0][:160], f"{saved}. Write {'; or '.join(ways)}")
 
+# %% ../../nbs/52_train.run.ipynb #5c7e0002
+def steps_of(
+    schedule: Schedule,
+    rows: int,  # to be learned
+    processes: int = 1,  # that share them
+) -> int:
+    "Optimizer steps of a whole run, as the Trainer counts them."
+    if schedule.max_steps > 0:
+        return schedule.max_steps
+    batches = math.ceil(math.ceil(rows / schedule.batch_size) / processes)
+    return math.ceil(schedule.epochs * max(1, math.ceil(batches / schedule.accumulation)))
+
+
+def steps_done(
+    checkpoint: Path,  # a complete one
+) -> tuple[int, int]:  # steps that are done; steps that were planned when it was written
+    "What a checkpoint says of its run."
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"], state["max_steps"]
+
+
+def other_length(
+    was: dict,  # the schedule that a run started with, as its job.json holds it
+    now: dict,  # the one that it should go on with
+    where: str | Path = "",  # job.json
+) -> bool:
+    "Is the length another one? Raises `InputError` for a change that changes nothing."
+    lengths = [(was.get("epochs"), was.get("max_steps", -1)), (now.get("epochs"), now.get("max_steps", -1))]
+    if lengths[0][0] != lengths[1][0] and lengths[1][1] > 0 and lengths[0][1] == lengths[1][1]:
+        raise InputError(f"epochs was {lengths[0][0]:g} and is {lengths[1][0]:g}, but max_steps is {lengths[1][1]}, and that decides", where,
+                         f"Write --max-steps with a number, or --max-steps -1 --epochs {lengths[1][0]:g}")  # fmt: skip
+    return lengths[0] != lengths[1]
+
+
+def check_length(
+    schedule: Schedule,
+    rows: int,  # to be learned
+    checkpoint: Path,  # that the run would go on from
+    processes: int = 1,
+) -> None:
+    "Raises `InputError` for a length below what is done."
+    (done, planned), total = steps_done(checkpoint), steps_of(schedule, rows, processes)
+    if total < done:
+        says = f"max_steps is {schedule.max_steps}" if schedule.max_steps > 0 else f"epochs is {schedule.epochs:g}, which is {total} steps"
+        raise InputError(f"{says}, and {done} steps are done", checkpoint, f"Write --max-steps {done} to end here, more to go on (the run was planned for {planned}), or start a new run in another folder")
+
+
+class Stretch(TrainerCallback):
+    "A run that goes on to another length than it was planned for: its next step takes the rate of the new schedule, not the one that the checkpoint left."
+
+    def __init__(self, planned: int, say: Callable = print):
+        self.planned, self.say = planned, say
+
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        done, total = state.global_step, state.max_steps
+        if total == self.planned:
+            return
+        scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        old = [group["lr"] for group in optimizer.param_groups]
+        new = [peak * share(scheduler.last_epoch) for peak, share in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        for group, rate in zip(optimizer.param_groups, new):
+            group["lr"] = rate
+        scheduler._last_lr = new
+        if state.is_world_process_zero:
+            self.say(f"Planned for {self.planned} steps, and {done} are done; now it is {total}. " + _rates(done, total, old, new, scheduler.base_lrs))
+
+
+def _rates(done, total, old, new, peaks):
+    "What another length does to the learning rate."
+    if done == total:
+        return "The run ends here."
+    first = max(range(len(peaks)), key=peaks.__getitem__)
+    others = " Lower rates of other parts change in the same proportion." if len(set(peaks)) > 1 else ""
+    return (f"Warm-up and cosine are laid over the new length: the learning rate of step {done + 1} goes from {old[first]:.3g} to {new[first]:.3g} (peak {peaks[first]:.3g}), "
+            f"and reaches 0 after step {total}.{others}")  # fmt: skip
+
 # %% ../../nbs/52_train.run.ipynb #db196a99
 def last_checkpoint(
     folder: str | Path,  # where checkpoints are written
@@ -339,6 +417,7 @@ def fit(
     cache: VisionCache | None = None,  # what a frozen vision tower saw (chapter 51); None: it looks every time
     evaluate_every: int = 0,  # steps between evaluations; 0: after each epoch
     ask: Callable[[nn.Module], dict[str, float]] | None = None,  # what else to measure at each evaluation, such as the share of right answers
+    say: Callable = print,  # called with a line where a run goes on to another length
 ) -> Fitted:
     """Train in place with Hugging Face's `Trainer`.
 
@@ -361,18 +440,21 @@ def fit(
     )  # fmt: skip
     if arguments.n_gpu > 1:  # the Trainer would use DataParallel, which would split pictures and rows apart; several GPUs need accelerate launch
         arguments._n_gpu = 1
+    checkpoint = last_checkpoint(folder) if resume else None
+    if resume and checkpoint is None:
+        raise InputError("there is no complete checkpoint to resume from", folder, "Start the training again without --resume, into an empty folder")
+    if checkpoint:
+        check_length(schedule, len(train), checkpoint, devices().world)
     stop, progress = StopOnSignal(save), Progress(desc)
+    stretch = [Stretch(steps_done(checkpoint)[1], say)] if checkpoint else []
     trainer = PartTrainer(
         model=model, args=arguments, train_dataset=Numbered(train), eval_dataset=None if evaluation is None else Numbered(evaluation),
-        data_collator=Numbered.collate(train.processor.collate), callbacks=[progress, stop, *callbacks, FiniteWeights(plan)], full_rate=schedule.full_rate, plan=plan, ask=ask,
+        data_collator=Numbered.collate(train.processor.collate), callbacks=[progress, stop, *stretch, *callbacks, FiniteWeights(plan)], full_rate=schedule.full_rate, plan=plan, ask=ask,
     )  # fmt: skip
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
     if checkpoint_activations:
         model.enable_input_require_grads()  # what re-entrant checkpointing would need; harmless to the other kind
-    checkpoint = last_checkpoint(folder) if resume else None
-    if resume and checkpoint is None:
-        raise InputError("there is no complete checkpoint to resume from", folder, "Start the training again without --resume, into an empty folder")
     try:
         with explain_write_errors(folder), cache.at(model) if cache else nullcontext():
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,0 +1,202 @@
+"""Nothing in a record is dropped in silence: other media are refused, marks on answers are obeyed, and every field that nobody reads is named."""
+
+import json
+
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer
+
+from vlm_lora_lab.cli import main
+from vlm_lora_lab.data.batch import check_rows
+from vlm_lora_lab.data.dialects import to_record
+from vlm_lora_lab.data.doctor import check_data
+from vlm_lora_lab.data.native import load_processor
+from vlm_lora_lab.data.records import DIALECTS, Access, RecordError, parse_record
+from vlm_lora_lab.data.tokens import FAMILIES, IGNORE, encode
+from vlm_lora_lab.data.view import see
+from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.evaluate import check_truths, metric_of
+from vlm_lora_lab.models.load import lab_folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    for name in "ab":
+        Image.new("L", (16, 16), 128).save(root / f"{name}.png")
+    return root
+
+
+def talk(question="Which?", answer="The first.", said=None, **more):
+    return more | {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer} | (said or {})]}
+
+
+def shared(question="Which?", answer="The first.", **more):
+    return more | {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def parts(*given, **more):
+    return talk([*given, {"type": "text", "text": "What is it?"}], **more)
+
+
+MEDIA = [
+    (talk("<video>\nWhat happens?", video="clip.mp4"), "a video is given", "video"),
+    (talk("What happens?", video="clip.mp4"), "a video is given", "video"),
+    (shared("<video>\nWhat happens?", videos=["clip.mp4"]), "a video is given", "videos"),
+    (shared("<image>\nWhat happens?", videos=["clip.mp4"], image="a.png"), "a video is given", "videos"),
+    (talk("What is said?", Audio="a.wav"), "an audio is given", "Audio"),
+    (shared("<audio>What is said?", audios=["a.wav"]), "an audio is given", "audios"),
+    (talk("Look", video_path="clip.mp4"), "a video is given", "video_path"),
+    (talk("<video>\nWhat happens?"), "a video is given", "messages[0]"),
+    (talk("<video>What happens?"), "a video is given", "messages[0]"),
+    (talk("<video><video>\nWhich is longer?"), "a video is given", "messages[0]"),
+    (talk("Watch this.\n<video>\nWhat happens?"), "a video is given", "messages[0]"),
+    (shared("<video>clips/one.mp4</video>\nWhat happens?"), "a video is given", "conversations[0]"),
+    ({"conversations": [{"from": "user", "value": "Audio 1: <audio>a.flac</audio>\nWhat?"}, {"from": "assistant", "value": "x"}]}, "an audio is given", "conversations[0]"),
+    (talk("<|vision_start|><|video_pad|><|vision_end|>What happens?"), "a video is given", "messages[0]"),
+    (talk("<|audio_pad|>What?"), "an audio is given", "messages[0]"),
+    (talk("<|vision_start|><|image_pad|><|vision_end|>What?"), "contains <|image_pad|>", "messages[0]"),
+    (parts({"type": "video", "video": "clip.mp4"}), "a video is given", "messages[0].content[0].video"),
+    (parts({"type": "video"}, videos=["clip.mp4"]), "a video is given", "videos"),
+    (parts({"type": "video_url", "video_url": {"url": "https://example.com/clip.mp4"}}), "a video is given", "messages[0].content[0].video_url"),
+    (parts({"type": "video", "video": ["f1.png", "f2.png"]}), "a video is given", "messages[0].content[0].video"),
+    (parts({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}), "an audio is given", "messages[0].content[0]"),
+    (parts({"type": "audio_url", "audio_url": {"url": "a.wav"}}), "an audio is given", "messages[0].content[0].audio_url"),
+    (parts({"type": "file", "file": {"file_id": "x"}}), "a document is given", "messages[0].content[0]"),
+    (parts({"type": "document", "source": "x"}), "a document is given", "messages[0].content[0]"),
+    (parts({"type": "image", "image": "clip.mp4"}), "a video is given", "image"),
+    (parts({"type": "image_url", "image_url": {"url": "data:video/mp4;base64,AAAA"}}), "a video is given", "image"),
+    (shared("<image>\nWhat?", image="report.PDF"), "a document is given", "image"),
+    (talk("What?", said={"audio": {"id": "audio_1"}}), "an audio is given", "messages[1].audio"),
+    (talk([{"type": "text", "text": "What?", "video": "clip.mp4"}]), "a video is given", "messages[0].content[0].video"),
+    (talk([{"type": "text", "text": "What?", "image": "a.png"}]), "has the key 'image', too", "messages[0].content[0]"),
+    (talk([{"type": "image", "image": "a.png", "text": "What?"}]), "a picture and a text", "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": "What?", "images": ["a.png"]}, {"role": "assistant", "content": "x"}]}, "beside the text", "messages[0].images"),
+    (talk("Where is <ref-object>?", "<bbox>", objects={"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}), "'objects', which is not read", "messages[0]"),
+    (shared("Where?", "It is <bbox>.", bbox=[[1, 2, 3, 4]]), "'bbox', which is not read", "conversations[1]"),
+]
+
+
+@pytest.mark.parametrize("record, found, where", MEDIA)
+def test_other_media_are_refused_with_what_to_give_instead(record, found, where, root):
+    with pytest.raises(RecordError) as error:
+        parse_record(record, Access(root))
+    assert found in error.value.found and error.value.field == where and error.value.remedy
+    if "video" in found:
+        assert '"images": ["frame1.png", "frame2.png"]' in error.value.remedy
+    report = check_data([record], image_root=root)
+    assert report.status == 2 and report.bad == [0] and found in report.findings[0].reason
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        talk("What does the tag <video> do in HTML?", "<video> shows a clip, and <audio> plays a sound."),
+        talk("<video> is a tag. Of which language?", "HTML"),
+        talk("Mend this:\n<video>\n<source src=clip.mp4>\n</video>", "<video>\n</video>"),
+        talk("Which tag?\n```html\n<video>\n```", "<video>"),
+        talk("Name a tag for clips.", "<video>"),
+        talk("Which file is larger?", "clip.mp4", videos=[], audio=None, video=""),
+        talk("Has it sound?", "no", audio=False),
+        talk("What does <bbox> mean?", "A box."),
+        parts({"type": "image", "image": "a.png", "video": None, "text": None}),
+    ],
+)
+def test_words_are_no_media(record, root):
+    conversation = parse_record(record, Access(root))
+    if isinstance(record["messages"][0]["content"], str):
+        assert [m.content for m in conversation.messages] == [m["content"] for m in record["messages"]]
+    assert check_data([record], image_root=root).status == 0
+
+
+@pytest.mark.parametrize("command", ["check-data", "doctor", "train"])
+def test_every_command_refuses_a_video(command, tmp_path, capsys):
+    data = tmp_path / "d.json"
+    data.write_text(json.dumps([talk("Fine?", "Yes."), talk("<video>\nWhat happens?", video="clip.mp4")]))
+    arguments = [str(data)] if command == "check-data" else ["--data", str(data), "--output", str(tmp_path / "out")]
+    assert main([command, *arguments]) == 2
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert "a video is given, and only pictures and text are read" in told and '"images": ["frame1.png", "frame2.png"]' in told
+    assert not (tmp_path / "out").exists()
+
+
+def turns(*marks, **more):
+    "Two turns; the marks stand at the answers."
+    said = zip(("One.", "Two."), (*marks, {}, {}))
+    return more | {"messages": [m for i, (text, mark) in enumerate(said) for m in ({"role": "user", "content": f"Say {i + 1}"}, {"role": "assistant", "content": text} | mark)]}
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss": 0}, {"loss_scale": 0}, {"train": False}, {"training": False}, {"weight": 0, "loss": False}])
+def test_an_answer_of_weight_0_is_context(mark, root):
+    for record, learned in ((turns(mark), (False, True)), (turns({}, mark), (True, False)), (turns({"weight": 1}, {"loss": None}), (True, True))):
+        assert parse_record(record, Access(root)).learned == learned
+    with pytest.raises(RecordError, match="every answer is marked as not learned"):
+        parse_record(turns(mark, mark), Access(root))
+    sharegpt = {"conversations": [{"from": "system", "value": "Be brief.", "weight": 0}, *({"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in turns()["messages"])]}
+    sharegpt["conversations"][2] |= mark
+    assert parse_record(sharegpt, Access(root)).learned == (False, True)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"weight": "1"}, {"weight": float("nan")}, {"loss": "false"}, {"loss_scale": [1]}, {"weight": 10**400}, {"train": {}}, {"weight": -1}])
+def test_other_weights_are_refused(mark, root):
+    [(key, value)] = mark.items()
+    for record in (turns(mark), turns({}, mark), talk(said=mark)):
+        with pytest.raises(RecordError, match="expected 0 or 1, found") as error:
+            parse_record(record, Access(root))
+        assert error.value.field.endswith(key) and "only context" in error.value.remedy
+    with pytest.raises(RecordError, match="weight says 1; loss says False"):
+        parse_record(turns({"weight": 1, "loss": False}), Access(root))
+
+
+@pytest.mark.parametrize("name", ["lab", "2.0", "2.5", "2.6", "4.0", "4.5", "qwen"])
+def test_labels_leave_out_a_whole_turn(name, root):
+    "Word for word: what is learned is the other answer with its end, and the text is the same."
+    if name == "lab":
+        encoded = load_processor("lab").measure
+        decode = load_processor("lab").tokenizer.decode
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(lab_folder())
+        tokenizer.chat_template = None
+        tokenizer.add_tokens(["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
+        encoded, decode = (lambda c: encode(c, tokenizer, 4, family=FAMILIES[name])), tokenizer.decode
+    whole = encoded(parse_record(turns(), Access(root)))
+    for marks in (({"weight": 0}, {}), ({}, {"weight": 0})):
+        c = parse_record(turns(*marks), Access(root))
+        e = encoded(c)
+        assert e.input_ids == whole.input_ids
+        learned = decode([t for t in e.labels if t != IGNORE])
+        kept, left_out = ("Two.", "One.") if marks[0] else ("One.", "Two.")
+        assert learned.startswith(kept) and left_out not in learned and learned.count("<|") + learned.count("</s>") <= 1
+        assert sum(t != IGNORE for t in e.labels) < sum(t != IGNORE for t in whole.labels)
+        assert all(a in (b, IGNORE) for a, b in zip(e.labels, whole.labels))
+    both = [encoded(parse_record(turns(*m), Access(root))).labels for m in (({"weight": 0}, {}), ({}, {"weight": 0}))]
+    assert [max(a, b) for a, b in zip(*both)] == whole.labels  # the two halves are the whole
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_marks_survive_writing(dialect, root):
+    c = parse_record(turns({"loss": False}, image="a.png"), Access(root))
+    back = parse_record(json.loads(json.dumps(to_record(c, dialect, root))), Access(root))
+    assert back.messages == c.messages and back.learned == (False, True)
+
+
+def test_the_view_shows_context_as_prompt(root):
+    view = see(parse_record(turns({"weight": 0}), Access(root)), load_processor("lab"))
+    assert "".join(p.text for p in view.pieces if p.kind == "learned") == "Two.<|im_end|>"
+
+
+def test_turns_that_are_dropped_may_take_the_last_learned_answer(root):
+    "Nothing is left to learn, which is an error, and not a row without labels."
+    processor = load_processor("lab", max_length=80, drop=True)
+    record = talk("word " * 30, "One.") | {}
+    record["messages"] += [{"role": "user", "content": "word " * 5}, {"role": "assistant", "content": "Two.", "weight": 0}]
+    report = check_data([record], processor)
+    assert report.status == 2 and "no token of the text is learned. Raise max_length" in report.text()
+    with pytest.raises(InputError, match="Raise max_length: all answers that are learned"):
+        check_rows([parse_record(record, Access(root))], processor, learned=True)
+
+
+def test_an_evaluation_does_not_judge_by_an_answer_of_weight_0(root):
+    check_truths(metric_of("exact"), [parse_record(turns({"weight": 0}), Access(root))])
+    with pytest.raises(InputError, match="no right answer to judge by"):
+        check_truths(metric_of("exact"), [parse_record(turns({}, {"weight": 0}), Access(root))])
