@@ -372,7 +372,7 @@ def _flags(pairs):
 
 
 def _ask(o):
-    from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
+    from vlm_lora_lab.checkpoint.save import adapter_processor, load_adapter, read_provenance
     from vlm_lora_lab.data.native import load_processor
     from vlm_lora_lab.data.records import ask
     from vlm_lora_lab.evaluate import generate_answers
@@ -383,7 +383,7 @@ def _ask(o):
     question = ask(o.question, "", *map(Path, o.image), id="of the command line")
     if o.allow_pickle:
         model_folder(base, allow_pickle=True)
-    processor = load_processor(base, max_pixels=o.max_pixels or known.get("max_pixels", 0))
+    processor = adapter_processor(o.adapter, base, max_pixels=o.max_pixels) if o.adapter else load_processor(base, max_pixels=o.max_pixels)
     model = load_adapter(o.adapter, base, quick=o.quick) if o.adapter else load_vlm(base)
     print(generate_answers(model, processor, [question], max_new_tokens=o.max_new_tokens)[0])
 
