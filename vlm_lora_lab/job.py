@@ -39,7 +39,7 @@ from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
 from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located, mended
-from .train.run import Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
+from .train.run import Best, Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
 
@@ -72,6 +72,12 @@ class Job(Settings):
             raise InputError(f"output is {shown(self.output)}, and a backslash is part of a name here", "output", f"Write / between folders: {self.output.replace(chr(92), '/')}")
         if not self.eval_data and (self.watch.every or self.watch.questions not in (0, Watch().questions)):
             raise InputError(f"watch says every {self.watch.every} steps and {self.watch.questions} questions, and there is no evaluation data", "watch", "Give eval_data, or leave them out")
+        if self.watch.judges and not (self.eval_data and self.watch.every):
+            what = "keep: best" if self.watch.keep == "best" else f"patience: {self.watch.patience}"
+            raise InputError(f"{what} needs evaluations to compare, and there is {'no evaluation data' if not self.eval_data else 'no word on how often'}", "watch",
+                             "Give eval_data and every, such as --eval-data test.json --every 100")  # fmt: skip
+        if self.watch.judges and self.stages:
+            raise InputError("stages have evaluations of their own, and none of them is the best of all", "watch", "Leave keep and patience out, or write one plan without stages")
         if self.vision_cache in ("memory", "disk") and self.stages:
             raise InputError(f"vision_cache is {self.vision_cache}, and stages have none", "vision_cache", "Write vision_cache: off")
         if self.vision_cache in ("memory", "disk") and self.plan.vision != "freeze":
@@ -161,6 +167,40 @@ def _asker(job, processor, conversations):
         return {job.metric: score.value, f"{job.metric}_low": low, f"{job.metric}_high": high}
 
     return ask
+
+
+def _best(job, here):
+    "What decides which evaluation is the best; None: nothing depends on it."
+    if not job.watch.judges:
+        return None
+    asked = job.watch.questions and not here.sharded
+    told = {"keep": job.watch.keep == "best", "patience": job.watch.patience}
+    return Best(job.metric, metric_of(job.metric).higher_is_better, **told) if asked else Best("loss", False, **told)
+
+
+def _measured(job, best, n):
+    "What is compared, in words."
+    return f"{best.measure} on {min(job.watch.questions, n)} questions" if best.measure != "loss" else "loss on the evaluation data"
+
+
+def _announce(job, best, n, say):
+    "What will be compared, and what follows from it."
+    follows = ["the best becomes the adapter"] if best.keep else []
+    follows += [f"training stops after {best.patience} in a row without a better one"] if best.patience else []
+    say(f"Every {job.watch.every} steps and at the end: {_measured(job, best, n)}, {'higher' if best.higher else 'lower'} is better; {', and '.join(follows)}.")
+
+
+def _chosen(job, best, run, n, say):
+    "Which state was kept and why, for the report."
+    values = dict(best.values(run.history))
+    kept = run.kept if best.keep and run.kept is not None else run.steps
+    of_best = f", the best of {len(values)} evaluations" if best.keep and run.kept is not None else ", the last"
+    at = f": {values[kept]:.4g}" if kept in values else ""
+    why = f" It stopped early: {best.patience} evaluations in a row were no better than that of step {run.best}." if run.worn_out else ""
+    also = f" The last state is {Path(job.output) / 'checkpoints' / f'checkpoint-{run.steps}'}." if kept != run.steps else ""
+    say(f"Kept: step {kept} of {run.steps}{of_best} ({_measured(job, best, n)}{at}).{why}{also}")
+    return {"keep": job.watch.keep, "step": kept, "of_steps": run.steps, "compared": _measured(job, best, n), "higher_is_better": best.higher, "best_step": run.best,
+            "values": [{"step": s, "value": v} for s, v in values.items()], "stopped_early": run.worn_out}  # fmt: skip
 
 
 def _watched(history):
@@ -291,6 +331,8 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     if place:
         check_writable(output)
     check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
+    if here.sharded and job.watch.keep == "best":
+        raise InputError(f"keep: best has to put an earlier state back, and under {here.sharded} the weights are cut in pieces", "watch", "Write keep: last, or share with ddp or zero2")
     if job.watch.tensorboard:
         summary_writer()  # is it there?
     at("model")
@@ -404,6 +446,8 @@ def _finish(job, run, given, model, plan, doctors, here, say):
     report = {"job": absolute(job.to_dict(), Job), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
     if watched := _watched(run.history):
         report["watched"] = watched
+    if not job.stages and (best := _best(job, here)):
+        report["kept"] = _chosen(job, best, run, len(given.held_out), say)
     if job.stages:
         report["stages"] = [r.to_dict() for r in run.runs]
         report["logits_moved_at_the_end"] = run.moved
@@ -429,7 +473,7 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         say("\n".join(f"Swapped while it trained: {change}" for change in swapped))
     if isinstance(model, PeftModel):
         data = {f.path: f.sha256 for f in given.inputs.files.values()}
-        metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
+        metrics = {k: report[k] for k in ("steps", "kept", "loss", "exact_match", "score", "stages") if k in report}
         told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None}
         report["adapter"] = located(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
@@ -482,7 +526,9 @@ def _run(job, resume, given, here, say):
         else:
             passes = job.schedule.epochs if job.schedule.max_steps < 0 else job.schedule.max_steps * job.schedule.batch_size * job.schedule.accumulation / len(new.conversations)
             cache = None if here.sharded else choose_cache(job.vision_cache, model, samples, passes, say)
-            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, say=say, **watch)
+            if best := _best(job, here):
+                _announce(job, best, len(given.held_out), say)
+            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, say=say, best=best, **watch)
     except NonFiniteStep as e:
         what = "The weights were lost in an earlier step, and nothing of them was saved. It showed at" if e.lost else "Stopped before the weights were lost, at"
         (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")
