@@ -735,7 +735,7 @@ def check_start(
             raise InputError(f"the adapter holds LoRA beside {name}, and the plan has none there", folder, _merge_first(folder))
         if (now.rank, now.alpha) != (rule.rank, rule.alpha):
             raise InputError(f"the adapter's LoRA beside {name} has rank {rule.rank} and alpha {rule.alpha:g}, and the plan says {now.rank} and {now.alpha:g}", folder,
-                             f"Write rank {rule.rank} and alpha {rule.alpha:g}. Or: {_merge_first(folder)}")  # fmt: skip
+                             f"Write rank {rule.rank} and alpha {rule.alpha:g}; or m{_merge_first(folder)[1:]}")  # fmt: skip
     if lacking := sorted(_trained_in_full(model, was) - _trained_in_full(model, plan)):
         raise InputError(f"the adapter holds {lacking[0]} in full, and the plan does not train it in full", folder, _merge_first(folder))
 
