@@ -120,6 +120,7 @@ Fine-tune a model on your own data, by Q-LoRA unless you say otherwise.
   vlm-lora-lab train --resume --output runs/first         go on with a stopped run
   vlm-lora-lab train --resume --output runs/first --epochs 5   …to another length, also of a finished one
   vlm-lora-lab train --data train.json --eval-data test.json --every 50 --keep best --patience 3 --output runs/best
+  vlm-lora-lab train --from-adapter runs/first/adapter --data new.json --output runs/second
 
 The data file is JSON or JSON Lines, in the dialect of MiniCPM-V, Qwen-VL, LLaVA or
 OpenAI messages; check it first with vlm-lora-lab check-data. Picture paths are relative to it:
