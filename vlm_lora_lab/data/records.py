@@ -147,10 +147,11 @@ _INSTEAD = {
 }
 
 
-def _empty(value):
-    "Nothing is given: None, an empty text, or lists and objects of such."
+def _empty(value, depth=4):
+    "Nothing is given: None, an empty text, or lists and objects of such, a few levels deep."
     if isinstance(value, (list, tuple, dict)):
-        return all(map(_empty, value.values() if isinstance(value, dict) else value))
+        inner = value.values() if isinstance(value, dict) else value
+        return all(depth > 0 and _empty(v, depth - 1) for v in inner)
     return value is None or (isinstance(value, (str, bytes)) and not value.strip())
 
 
@@ -427,7 +428,9 @@ def parse_record(
         if len(references) > access.limits.pictures:
             raise RecordError(f"the record has {len(references)} pictures; the limit is {access.limits.pictures}", where, "image", "Split it", "picture")
         pictures = tuple(_picture(r, access, where) for r in references)
-        return Conversation(name, tuple(messages), pictures, where, *_for_judging(record, where, access.limits), unread=tuple(dict.fromkeys([*_unread(record, dialect), *as_text])))
+        category, answers = _for_judging(record, where, access.limits)
+        unread = tuple(dict.fromkeys(_unread(record, dialect) + as_text))
+        return Conversation(name, tuple(messages), pictures, where, category, answers, unread)
     except RecordError as e:
         e.id = name
         raise
@@ -506,7 +509,7 @@ def _unread(record, dialect):
             found += _unread_in(part, "part", f"{name}[].content[].")
             if isinstance(address := part.get("image_url"), dict):
                 found += _unread_in(address, "address", f"{name}[].content[].image_url.")
-    return dict.fromkeys(found)
+    return list(dict.fromkeys(found))
 
 
 def unread_lines(
