@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from .merge import Adapter, Merged, _Shard, merge_into
-from .save import check_base
+from .save import _or_rescue, check_base
 from ..data.native import NATIVE, QwenPictures, load_processor, picture_fields
 from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors
 from ..models.files import account, shape_of, stored_in
@@ -283,13 +283,17 @@ def export_adapter(
     folder = empty_folder(folder)
     if target not in TARGETS:
         raise InputError(f"{target!r} is no server known here", "export, --for", f"Write one of {', '.join(TARGETS)}")
-    opened = Adapter(adapter)
+    opened = Adapter(adapter, base)
     named = base or opened.provenance["base"]
     source, keep, merged = model_folder(named), [], None
     if target == "vllm":
         if opened.config.use_dora:
             raise InputError("this adapter is DoRA, which vLLM does not serve", adapter, "Fold it in: export --for transformers; vLLM serves the merged model without an adapter")
-        layers = set(linear_layers(on_meta(source))["language"])
+        empty = on_meta(source)
+        layers, there = set(linear_layers(empty)["language"]), {n for n, _ in empty.named_modules()}
+        with _or_rescue(opened.folder, opened.provenance):
+            if strange := sorted(set(opened.loras) - there):
+                raise InputError(f"this adapter has LoRA for {strange[0]}, which {str(named)!r} does not have", adapter, "Give the base that it was trained on")
         keep = [m for m in opened.loras if m in layers]
         if not keep:
             raise InputError("nothing in this adapter is LoRA on the language model, so no adapter is left for vLLM", adapter,

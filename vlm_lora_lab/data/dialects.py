@@ -16,7 +16,7 @@ from PIL import Image
 
 from .files import Inline, Remote
 from .records import DIALECTS, Conversation, Conversations
-from ..errors import InputError, explain_write_errors
+from ..errors import InputError, claimed, explain_write_errors
 
 # %% ../../nbs/27_data.dialects.ipynb #74b0f003
 def _name(image, root):
@@ -137,12 +137,12 @@ def convert(
     target, count = Path(target), 0
     if target.suffix not in (".json", ".jsonl"):
         raise InputError(f"the name ends in {target.suffix!r}", target, "Write .json for a list, or .jsonl for a record per line")
-    if target.exists():
-        raise InputError("this file exists", target, "Choose another name; nothing is ever overwritten")
     conversations = Conversations.open(source, image_root) if isinstance(source, (str, Path)) else source
     lines, partial = target.suffix == ".jsonl", target.with_name(target.name + ".partial")
     root = Path(os.path.abspath(target.parent))
-    with explain_write_errors(target):
+    with explain_write_errors(target), claimed(target.with_name(f".{target.name}.lock"), target):
+        if target.exists():
+            raise InputError("this file exists", target, "Choose another name; nothing is ever overwritten")
         try:
             with open(partial, "w", encoding="utf-8") as file:
                 file.write("" if lines else "[")
