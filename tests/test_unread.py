@@ -98,6 +98,8 @@ def test_other_media_are_refused_with_what_to_give_instead(record, found, where,
         talk("Mend this:\n<video>\n<source src=clip.mp4>\n</video>", "<video>\n</video>"),
         talk("Which tag?\n```html\n<video>\n```", "<video>"),
         talk("Name a tag for clips.", "<video>"),
+        talk("<audio>/<video>: which languages have them?", "HTML"),
+        talk("Which tag?\n`<video>`\n`<audio>`", "`<video>`"),
         talk("Which file is larger?", "clip.mp4", videos=[], audio=None, video=""),
         talk("Has it sound?", "no", audio=False),
         talk("What does <bbox> mean?", "A box."),
@@ -373,3 +375,10 @@ def test_a_hundred_laden_records_are_refused_or_listed_in_full(dialect, root):
         said = "".join(m.content for m in parse_record(record, Access(root)).messages)
         if dialect != "qwenvl":  # where pictures stand inside of the text
             assert all(text in said for text in texts(record))
+
+
+def test_one_conversation_with_other_answers_learned_is_no_duplicate(root):
+    "As files are made that teach one answer at a time."
+    one, two = turns({"weight": 0}, id="a"), turns({}, {"weight": 0}, id="b")
+    assert check_data([one, two]).status == 0
+    assert [f.kind for f in check_data([one, one | {"id": "c"}]).findings] == ["duplicate"] and check_data([one, one | {"id": "c"}]).status == 1

@@ -43,11 +43,12 @@ class Finding(InputError, RuntimeError):
 def nearest(
     name: str,  # that is not known
     known: Iterable[str],
+    cutoff: float = 0.6,  # how similar it has to be, from 0 to 1
 ) -> str:  # the most similar known name; empty: none is near
     "What somebody probably meant."
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(name, list(known), 1)), "")
+    return next(iter(get_close_matches(name, list(known), 1, cutoff)), "")
 
 
 def unknown_keys(

@@ -24,7 +24,7 @@ from .checkpoint.save import base_sha256, save_adapter
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
 from .data.native import keep_limits, load_processor
-from .data.records import Conversations
+from .data.records import Conversations, unread_lines
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
 from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors, unknown_keys, write_json
@@ -120,7 +120,15 @@ def _checked(path, job, processor, desc, say):
         say(f"Left out {len(checked.skipped)} of {len(conversations)} rows of {path}: {names}. The first because: {checked.skipped[0].reason}")
     if checked.dropped:
         say(f"{checked.dropped} rows of {path} were too long and lost whole turns at their front.")
+    for line in _untold(path, checked):
+        say(line)
     return checked
+
+
+def _untold(path, checked):
+    "What of a file is not read, and what of it is not learned."
+    context = f"Answers of {path} that have weight 0, so that they are context and not learned: {checked.context:,}."
+    return unread_lines(checked.unread, path) + ([context] if checked.context else [])
 
 
 def _per_step(schedule):
@@ -266,6 +274,7 @@ class _Given:
     held: Checked | None  # rows to be asked about
     left_out: dict  # file -> rows that cannot be used
     model: nn.Module
+    files: dict  # file -> how it was looked through
     inputs: Inputs  # what the run starts from, as it is now; hashed by the first process alone
 
     @property
@@ -302,9 +311,13 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     if held:
         check_truths(metric_of(job.metric), held.conversations)
+    files = {job.data: new} | ({job.eval_data: held} if held else {})
     left_out = {p: c.skipped for p, c in ((job.data, new), (job.eval_data, held)) if c and c.skipped}
     if job.mix_data:
-        old = Drawn(0, 1_000_000) if job.mix_data == "drawn" else _checked(job.mix_data, job, processor, "old samples", say).conversations
+        old = Drawn(0, 1_000_000)
+        if job.mix_data != "drawn":
+            files[job.mix_data] = _checked(job.mix_data, job, processor, "old samples", say)
+            old = files[job.mix_data].conversations
         mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
         added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
         new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
@@ -330,7 +343,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         say(str(PlanTable.of(model, job.plan)))
     if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(model)):
         raise InputError(f"vision_cache is {job.vision_cache}, but {reason}", "vision cache", "Set vision_cache: off, or vision: freeze in the plan")
-    return _Given(output, processor, new, held, left_out, model, inputs)
+    return _Given(output, processor, new, held, left_out, model, files, inputs)
 
 
 def _begin(job, resume, given, here, say, lock):
@@ -497,7 +510,9 @@ def _counted(given, job):
     says += f"; {len(given.held.conversations)} to be asked" if given.held else ""
     left_out = [f"left out of {path}: {s.reason}" for path, skipped in given.left_out.items() for s in skipped]
     more = [f"and {len(left_out) - 20} others"] if len(left_out) > 20 else []
-    return Check("data", "warning" if left_out else "ok", "\n".join([says, *left_out[:20], *more])), order
+    untold = [line for path, checked in given.files.items() for line in _untold(path, checked)]
+    lost = any(u.loss for checked in given.files.values() for u in checked.unread)
+    return Check("data", "warning" if left_out or lost else "ok", "\n".join([says, *untold, *left_out[:20], *more])), order
 
 
 def _refused(job, name, error):

@@ -182,7 +182,7 @@ def _refuse_media(values, where, field=""):
 _TAGS = re.compile(r"<(?:video|audio|bbox|ref-object)>|<\|(?:video|audio|image)_pad\|>")
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.S)
 _LINE_OF_TAGS = re.compile(r"^[ \t]*(?:<(?:image|video|audio)>[ \t]*)+$", re.M)
-_GLUED = re.compile(r"\s*(?:<(?:image|video|audio)>)+(?=[^\s<>])")
+_GLUED = re.compile(r"\s*(?:<(?:image|video|audio)>)+(?=\w)")
 _BOXES = ("objects", "bbox", "ref")  # ms-swift's, for <bbox> and <ref-object>
 
 
@@ -206,7 +206,8 @@ def _tags(content, role, record, where, field):
         if tag == "<|image_pad|>":
             raise RecordError(f"the text contains {tag}", where, field, "Write <image> where the picture belongs", "placeholder")
         if kind in _INSTEAD and (tag.startswith("<|") or (role == "user" and _stands_for(tag, content))):
-            raise _medium(kind, where, field)
+            e = _medium(kind, where, field)
+            raise e if tag.startswith("<|") else RecordError(e.found, where, field, f"{e.remedy}. If the word is meant, write it in backticks: `{tag}`", e.kind)
         if kind in ("bbox", "refobject") and boxes:
             raise RecordError(f"{tag} stands for something in {boxes!r}, which is not read", where, field,
                               "Write boxes and names into the text, in the model's own notation, such as <ref>cat</ref><box>(1,2),(30,40)</box>", "medium")  # fmt: skip
