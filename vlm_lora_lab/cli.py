@@ -479,6 +479,10 @@ Look at every record of a data file, and say what is wrong, with line, field and
   vlm-lora-lab check-data train.json --model lab --against test.json
   vlm-lora-lab check-data train.jsonl --format html --output report.html
 
+Pictures and text are read. A video, a sound or a document is an error; "weight": 0 or "loss": false
+beside an answer leaves it out of the loss. Fields that nobody reads are listed with their count, and
+those that change what should be learned (tool_calls, reasoning_content, rejected, ...) are warnings.
+
 Status: 0 nothing worse than notes, 1 warnings, 2 errors."""
 
 
