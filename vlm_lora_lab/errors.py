@@ -390,7 +390,8 @@ def claimed(
     finally:
         if sys.platform == "win32":  # where an open file cannot be removed
             file.close()
-        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # it was removed with its folder, or the folder cannot be written any more
+            lock.unlink()
         _held.remove(file)
         file.close()  # and with it the kernel's lock goes
 

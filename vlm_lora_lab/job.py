@@ -7,10 +7,12 @@ __all__ = ['SECTIONS', 'LOCK', 'Job', 'train', 'examine']
 
 # %% ../nbs/94_job.ipynb #d8f5762b
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from errno import EIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,8 +38,8 @@ from .settings import FilePath, OneOf, Settings, Within, inside
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
-from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed
-from .train.run import Best, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
+from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located, mended
+from .train.run import Best, Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
 
@@ -204,6 +206,19 @@ def _started_from(output):
     return Inputs.read(read_json(output / "job.json").get(STARTED), str(output / "job.json"))
 
 
+def _note_interruption(job, output):
+    "Write down how data and pictures look when a row cannot be read any more: on resume, pictures that had changed by then count as mended."
+    with suppress(InputError, OSError):
+        values = read_json(output / "job.json")
+        values[STARTED]["interrupted"] = _looked_at(job).to_dict()
+        write_json(output / "job.json", values)
+
+
+def _when_interrupted(output):
+    "What `_note_interruption` wrote; None: nothing."
+    return Inputs.read((read_json(output / "job.json").get(STARTED) or {}).get("interrupted"), str(output / "job.json"))
+
+
 def _looked_at(job):
     "Data and pictures as they are now."
     return Inputs.of({name: getattr(job, name) for name in DATA}, job.image_root, job.reading)
@@ -212,8 +227,17 @@ def _looked_at(job):
 LOCK = "run.lock"  # in the output folder, as long as a run goes on there
 
 
+def _stopped_early(output):
+    "Did patience end this run?"
+    kept = read_json(output / "report.json").get("kept")
+    return isinstance(kept, dict) and bool(kept.get("stopped_early"))
+
+
 def _nothing_left(output, job):
     "The error for a run that is finished."
+    if _stopped_early(output):
+        return InputError(f"this run is finished: it stopped early, after {job.watch.patience} evaluations without a better one", output,
+                          f"To go on with it, give it more patience: vlm-lora-lab train --resume --output {output} --patience {job.watch.patience + 3}")  # fmt: skip
     more = "start a new one in another folder" if job.stages else "for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, start a new run in another folder"
     return InputError("this run is finished, so there is nothing to resume", output, more[0].upper() + more[1:])
 
@@ -265,7 +289,9 @@ def _room(job, resume):
         if _per_step(was.get("schedule")) == _per_step(before["schedule"]):
             was["schedule"] = before["schedule"]  # the same rows in smaller batches make the same step: the way out of a batch that does not fit
         longer = not job.stages and other_length(was.get("schedule") or {}, before["schedule"], output / "job.json")
-        if finished and not longer:
+        watched = Watch().to_dict() | (was.get("watch") or {})  # of an older version, without what is asked for now
+        was["watch"], patient = watched | {"patience": before["watch"]["patience"]}, watched["patience"] != before["watch"]["patience"]
+        if finished and not longer and not (patient and _stopped_early(output)):
             raise _nothing_left(output, job)
         if longer:  # `check_length` looks at it when the rows are known
             was["schedule"] = (was.get("schedule") or {}) | {k: before["schedule"][k] for k in ("epochs", "max_steps")}
@@ -321,6 +347,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     at("data")
     started = _started_from(output) if resume and place else None
     inputs = _looked_at(job) if here.first else Inputs({})
+    started, changed = mended(started, _when_interrupted(output) if started else None, inputs)
     check_resumed(started, inputs, output / "job.json")
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
@@ -346,7 +373,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     if here.first:
         inputs = inputs.on(job.model, base_sha256(job.model))
     check_resumed(started, inputs, output / "job.json")
-    for line in started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
+    for line in changed + started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
         say(line)
     at("plan")
     if not job.stages:
@@ -394,6 +421,16 @@ def _quiet(line):
     "What other processes than the first one say."
 
 # %% ../nbs/94_job.ipynb #3c6141c4
+def _last_word(say, line):
+    "Say it; a terminal that was closed hears nothing, and that is no error."
+    try:
+        say(line)
+    except OSError as e:
+        if e.errno != EIO:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would fail again at the end
+
+
 def _swapped(job, inputs):
     "What is not what the run started from any more."
     return changed_since(inputs, lambda: _looked_at(job).on(job.model, base_sha256(job.model)))
@@ -402,7 +439,7 @@ def _swapped(job, inputs):
 def _finish(job, run, given, model, plan, doctors, here, say):
     "Ask again, save, and write down what was done."
     output = given.output
-    report = {"job": job.to_dict(), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
+    report = {"job": absolute(job.to_dict(), Job), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
     if watched := _watched(run.history):
         report["watched"] = watched
     if not job.stages and (best := _best(job, here)):
@@ -411,7 +448,7 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         report["stages"] = [r.to_dict() for r in run.runs]
         report["logits_moved_at_the_end"] = run.moved
     if given.left_out:
-        report["skipped_rows"] = {str(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
+        report["skipped_rows"] = {located(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
     if any(d.bad_steps for d in doctors):
         report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
     if given.held and here.sharded:
@@ -434,15 +471,15 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         data = {f.path: f.sha256 for f in given.inputs.files.values()}
         metrics = {k: report[k] for k in ("steps", "kept", "loss", "exact_match", "score", "stages") if k in report}
         told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None}
-        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
+        report["adapter"] = located(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
             also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
             save_vlm(model, output / "model", model_folder(job.model), also=also)
-        report["model"] = str(output / "model")
+        report["model"] = located(output / "model")
     if here.first:
         write_json(output / "report.json", report)
-    say(f"Written: {report.get('adapter') or report['model']}, {output / 'loss.png'}, {output / 'report.json'}")
+    say(f"Written: {output / ('adapter' if 'adapter' in report else 'model')}, {output / 'loss.png'}, {output / 'report.json'}")
     return report
 
 # %% ../nbs/94_job.ipynb #cb02816a
@@ -492,11 +529,15 @@ def _run(job, resume, given, here, say):
         what = "The weights were lost in an earlier step, and nothing of them was saved. It showed at" if e.lost else "Stopped before the weights were lost, at"
         (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")
         return {"not_finite_at_step": doctors[-1].bad_steps[-1][0]}
+    except Interrupted:
+        if here.first:
+            _note_interruption(job, output)
+        raise
     if cache:
         say(f"Vision cache: {cache}.")
     if run.stopped:
         where = f"in stage {len(run.runs)}, after its step {run.runs[-1].steps}" if job.stages else f"after step {run.steps}"
-        say(f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
+        _last_word(say, f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
     return _finish(job, run, given, model, plan, doctors, here, say)
 
