@@ -19,7 +19,7 @@ from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, E
 from pathlib import Path
 
 from . import __version__
-from .errors import InputError, explain_write_errors, nearest
+from .errors import InputError, explain_write_errors, json_value, nearest, text_of, unique, yaml_value
 from .settings import Within, shown
 
 # %% ../nbs/95_cli.ipynb #8238ab28
@@ -89,16 +89,19 @@ def _configuration(path, kind=dict):
     if not path.is_file():
         raise InputError("there is no such configuration file", path, "Give a YAML or JSON file, or flags alone")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path)
         try:
-            values = json.loads(text)
+            values = json_value(text, path)
         except json.JSONDecodeError:
-            values = yaml.safe_load(text)
+            values = yaml_value(text, path)
+    except InputError:  # another encoding, or a key that is there twice
+        raise
     except RecursionError:
         raise InputError("this is neither YAML nor JSON of a job: it is nested too deeply", path) from None
-    except (yaml.YAMLError, ValueError, PermissionError) as e:  # a ValueError: bytes that are no text, a number of 5000 digits, a 13th month
+    except (yaml.YAMLError, ValueError, PermissionError) as e:  # a ValueError: a number of 5000 digits, a 13th month
         mark = getattr(e, "problem_mark", None)
-        raise InputError(f"this is neither YAML nor JSON: {getattr(e, 'problem', e)}", f"{path}, line {mark.line + 1}" if mark else path) from None
+        says = " ".join(str(getattr(e, "problem", None) or e).split())
+        raise InputError(f"this is neither YAML nor JSON: {says}", f"{path}, line {mark.line + 1}" if mark else path) from None
     if kind is list and isinstance(values, dict) and set(values) == {"stages"}:
         values = values["stages"]
     if not isinstance(values, kind):
@@ -246,7 +249,7 @@ def _train(o):
     from vlm_lora_lab.job import train
 
     result = train(job, o.resume)
-    return 130 if "stopped_at_step" in result else 1 if "not_finite_at_step" in result else 0
+    return 130 if "stopped_at_step" in result else 1 if {"not_finite_at_step", "changed_while_training"} & set(result) else 0
 
 
 def _config(o):
@@ -308,7 +311,7 @@ def _plan(o):
     plan = TuningPlan(**given)
     if o.flags:
         script, *pairs = o.flags
-        was = from_flags(script, **dict(_flag(p) for p in pairs))
+        was = from_flags(script, **_flags(pairs))
         print(f"{was}\n")
         plan = was.plan
     if o.stages:
@@ -347,6 +350,14 @@ def _flag(pair):
         return name, value
 
 
+def _flags(pairs):
+    "name=value of each; a name that is there twice is refused."
+    try:
+        return unique([_flag(p) for p in pairs])
+    except InputError as e:
+        raise InputError(e.found.replace("the key", "the flag"), e.where or "--flags", e.remedy) from None
+
+
 def _ask(o):
     from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
     from vlm_lora_lab.data.native import load_processor
@@ -360,7 +371,7 @@ def _ask(o):
     if o.allow_pickle:
         model_folder(base, allow_pickle=True)
     processor = load_processor(base, max_pixels=o.max_pixels or known.get("max_pixels", 0))
-    model = load_adapter(o.adapter, base) if o.adapter else load_vlm(base)
+    model = load_adapter(o.adapter, base, quick=o.quick) if o.adapter else load_vlm(base)
     print(generate_answers(model, processor, [question], max_new_tokens=o.max_new_tokens)[0])
 
 
@@ -377,7 +388,7 @@ def _compare(o):
     from vlm_lora_lab.data.batch import Reading
 
     reading = Reading(workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls, max_pixels=o.max_pixels)
-    limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length, "allow_pickle": o.allow_pickle}
+    limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length, "allow_pickle": o.allow_pickle, "quick": o.quick}
     try:
         compare(o.checkpoints, o.data, o.metric or ["exact"], o.output, o.model, o.four_bit, o.image_root, reading, **limits)
     except KeyboardInterrupt:  # it has said what is kept
@@ -388,7 +399,7 @@ def _merge(o):
     from vlm_lora_lab.checkpoint.merge import merge_into
     import torch
 
-    done = merge_into(o.adapter, o.output, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.max_shard_gb * 1e9)
+    done = merge_into(o.adapter, o.output, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.max_shard_gb * 1e9, quick=o.quick)
     print(f"{done}\nLoad it with load_vlm({str(done.folder)!r}), or give it as --model.")
 
 
@@ -400,7 +411,7 @@ def _export(o):
         rules = check_export(o.output, o.server)
         print("\n".join(map(str, rules)))
         return 0 if all(r.ok for r in rules) else 1
-    done = export_adapter(o.adapter, o.output, o.server, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype))
+    done = export_adapter(o.adapter, o.output, o.server, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.quick)
     print(done)
     return 0 if done.ok else 1
 
@@ -433,7 +444,7 @@ def _rescue(o):
     from vlm_lora_lab.checkpoint.rescue import rescue
 
     script, *pairs = o.flags or (None,)
-    flags = (script, dict(_flag(p) for p in pairs)) if script else None
+    flags = (script, _flags(pairs)) if script else None
     report = rescue(o.folder, o.base, o.output, flags, o.four_bit, o.allow_pickle)
     print(report)
     if report.written is None:
@@ -522,6 +533,7 @@ def _compare_parser(p, several):
     p.add_argument("--metric", action="append", metavar="NAME", help="exact, cer, anls, iou or iou@0.5; repeat for several (default: exact)")
     p.add_argument("--output", metavar="FOLDER", help="for answers, report and figures: new, empty, or of an earlier comparison (default: nothing is written)")
     p.add_argument("--model", metavar="FOLDER", help="another place of the adapters' base model")
+    _quick(p)
     p.add_argument("--allow-pickle", action="store_true", help="convert a model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--four-bit", action="store_true", help="load whole models in 4 bit; adapters are always asked as they were trained")
     p.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)")
@@ -590,6 +602,7 @@ def _parser(argv):
     p.add_argument("--allow-pickle", action="store_true", help="convert the model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--max-new-tokens", type=_TOKENS, default=128, metavar="N", help="longest answer (default: 128)")
     p.add_argument("--max-pixels", type=_PIXELS, default=0, metavar="N", help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the model's files say)")
+    _quick(p)
 
     _compare_parser(command("compare", _compare, "ask checkpoints the same questions: which is better, and for sure?", COMPARE_HELP), True)
     _compare_parser(command("evaluate", _compare, "ask one checkpoint the questions of a file, and judge its answers", COMPARE_HELP), False)
@@ -672,19 +685,44 @@ def _parser(argv):
     return parser
 
 
+def _given_twice(command, argv):
+    "What is wrong where a flag has two values, of which only the last would count; empty: nothing."
+    seen: dict[str, str] = {}
+    for word in argv[: argv.index("--") if "--" in argv else None]:
+        flag = word.partition("=")[0]
+        action = command._option_string_actions.get(flag)
+        if action is None or isinstance(action, argparse._AppendAction):
+            continue
+        first = seen.get(action.dest)
+        if first == flag and action.nargs != 0:
+            return f"argument {flag}: it is given twice. Keep one of them"
+        if first not in (None, flag):
+            return f"{first} and {flag} are both given. Keep one of them"
+        seen[action.dest] = flag
+    return ""
+
+
 def _options_of(parser, argv):
     "Parsed, or an exit with the nearest flag for one that is not known."
     options, unknown = parser.parse_known_args(argv)
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    if twice := _given_twice(commands[options.command], argv):
+        commands[options.command].error(twice)
     if unknown:
-        commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
         flags = [s for a in commands[options.command]._actions for s in a.option_strings]
         near = [f"{u.partition('=')[0]}: did you mean {m}?" for u in unknown if u.startswith("--") and (m := nearest(u.partition("=")[0], flags))]
         commands[options.command].error(" ".join([f"unrecognized arguments: {' '.join(unknown)}.", *near]))
     return options
 
 
+def _quick(p):
+    "The option of what looks at an adapter's base."
+    p.add_argument("--quick", action="store_true", help="know the adapter's base by names, shapes and samples; by default every byte of it is hashed, once (seconds for gigabytes)")
+
+
 def _merging(p):
     "Options of what folds an adapter into a base."
+    _quick(p)
     p.add_argument("--model", metavar="FOLDER", help="another place of the same base model")
     p.add_argument("--onto", default="nf4", choices=("nf4", "original"),
                    help="nf4: the rounded weights that training saw, which reproduces the trained model; original: the base's own weights")  # fmt: skip

@@ -198,6 +198,7 @@ class Checkpoint:
     adapter: str = ""  # its folder, if it is one
     told: dict | None = None  # what an adapter says about its training: plan, versions
     max_pixels: int = 0  # most pixels of a picture that it looks at; 0: what the base's files say
+    quick: bool = False  # know an adapter's base by names, shapes and samples instead of every byte
 
     @classmethod
     def of(
@@ -223,7 +224,7 @@ class Checkpoint:
 
     def load(self) -> nn.Module:
         "The model, in evaluation mode."
-        return load_adapter(self.adapter, self.base) if self.adapter else load_vlm(self.base, four_bit=self.four_bit)
+        return load_adapter(self.adapter, self.base, quick=self.quick) if self.adapter else load_vlm(self.base, four_bit=self.four_bit)
 
     def depends_on(self) -> dict:
         "All that its answers depend on, but for the questions."
@@ -287,7 +288,7 @@ def _place(output):
     return output
 
 
-def _chosen(checkpoints, metrics, base, four_bit, allow_pickle, max_pixels):
+def _chosen(checkpoints, metrics, base, four_bit, allow_pickle, max_pixels, quick):
     names = [str(c) for c in checkpoints]
     if not metrics:
         raise InputError("no metric is named", "compare", "Write at least one, such as exact")
@@ -295,7 +296,7 @@ def _chosen(checkpoints, metrics, base, four_bit, allow_pickle, max_pixels):
         raise InputError("there is no checkpoint to ask", "compare", "Give the folder of an adapter or of a model, or 'lab'")
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:
         raise InputError(f"{twice[0]!r} is given twice", "compare", "Give each checkpoint once")
-    chosen = [Checkpoint.of(n, base, four_bit, max_pixels) for n in names]
+    chosen = [replace(Checkpoint.of(n, base, four_bit, max_pixels), quick=quick) for n in names]
     for c in chosen:
         model_folder(c.base, allow_pickle)
     return chosen
@@ -314,10 +315,11 @@ def compare(
     max_new_tokens: int = 64,
     max_length: int = 2048,  # tokens of a question
     allow_pickle: bool = False,  # convert pickled weights of a model once
+    quick: bool = False,  # know adapters' bases by names, shapes and samples instead of every byte
     say: Callable = print,  # called with each line of the account
 ) -> dict[str, Comparison]:  # metric -> its comparison
     "Ask all checkpoints the same questions, and judge the answers. Raises `InputError` before a model is loaded when something given cannot be used."
-    chosen, wanted = _chosen(checkpoints, metrics, base, four_bit, allow_pickle, reading.max_pixels), [metric_of(m) for m in dict.fromkeys(metrics)]
+    chosen, wanted = _chosen(checkpoints, metrics, base, four_bit, allow_pickle, reading.max_pixels, quick), [metric_of(m) for m in dict.fromkeys(metrics)]
     conversations = Conversations.open(data, image_root, reading.allow_outside, reading.allow_urls) if isinstance(data, (str, Path)) else data
     for metric in wanted:
         check_truths(metric, conversations)

@@ -18,10 +18,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .checkpoint.save import file_sha256, save_adapter
+from .checkpoint.save import base_sha256, save_adapter
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
-from .data.native import load_processor
+from .data.native import keep_limits, load_processor
 from .data.records import Conversations
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
@@ -29,13 +29,14 @@ from .errors import InputError, check_writable, empty_folder, explain_write_erro
 from .evaluate import ExactMatch, Score, check_truths, generate_answers, metric_of
 from .models.files import save_vlm
 from .models.load import load_vlm, model_folder
-from .models.published import on_meta
+from .models.published import on_meta, read_json
 from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
 from .settings import FilePath, OneOf, Settings, Within, inside
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
+from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed
 from .train.run import Schedule, fit, is_out_of_memory, last_checkpoint, mix
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
@@ -79,6 +80,7 @@ class Job(Settings):
     def of(cls, values: dict, where: str = "configuration") -> "Job":
         "From nested dictionaries. Raises `InputError` for unknown, missing or ill-typed keys."
         known = [f.name for f in fields(cls)]
+        values = {k: v for k, v in values.items() if k != STARTED}  # a job.json that a run wrote
         if unknown := sorted(map(str, set(values) - set(known))):
             raise _misplaced(unknown, where) or unknown_keys(unknown, known, where)
         if missing := [n for n in ("data", "output") if values.get(n) is None]:
@@ -157,6 +159,16 @@ def _watched(history):
     return [{k: v for k, v in row.items() if k not in ("runtime", "samples_per_second", "steps_per_second")} for row in seen.values() if len(row) > 1]
 
 
+def _started_from(output):
+    "What the run in a folder began with; None where an older version has not written it."
+    return Inputs.read(read_json(output / "job.json").get(STARTED), str(output / "job.json"))
+
+
+def _looked_at(job):
+    "Data and pictures as they are now."
+    return Inputs.of({name: getattr(job, name) for name in DATA}, job.image_root, job.reading)
+
+
 def _place(job, resume):
     "Check the output folder: new or empty, or holding a run that can be resumed. Nothing is touched."
     output, made_by_us = Path(job.output), {"job.json", "before.json", "checkpoints", "nan"}
@@ -168,11 +180,15 @@ def _place(job, resume):
     if checkpoint and not resume and not (output / "report.json").exists():
         raise InputError("this folder holds a run that was stopped", output, "Add --resume to go on with it, or choose another folder")
     if resume:
-        before = json.loads(json.dumps(job.to_dict()))
-        was = json.loads((output / "job.json").read_text(encoding="utf-8"))
+        before, was = absolute(json.loads(json.dumps(job.to_dict())), Job), absolute(read_json(output / "job.json"), Job)
+        started, elsewhere = _started_from(output), {"output"}
+        if started:  # known by their content, wherever they lie
+            elsewhere |= {"image_root"} | {k for k in started.files if before.get(k)} | ({"model"} if started.base_sha256 else set())
+        for reading in (was.get("reading"), before["reading"]):
+            (reading or {}).pop("verify", None)
         if _per_step(was.get("schedule")) == _per_step(before["schedule"]):
             was["schedule"] = before["schedule"]  # the same rows in smaller batches make the same step: the way out of a batch that does not fit
-        if changed := [f"{k} was {was.get(k)!r} and is {v!r}" for k, v in before.items() if was.get(k) != v and k != "output"]:
+        if changed := [f"{k} was {was.get(k)!r} and is {v!r}" for k, v in before.items() if was.get(k) != v and k not in elsewhere]:
             raise InputError(f"this is another job than the one that was stopped: {'; '.join(changed)}", output / "job.json",
                              "Resume without these changes, or start a new run in another folder")  # fmt: skip
     elif not (output.is_dir() and (output / "job.json").exists() and {p.name for p in output.iterdir()} <= made_by_us):
@@ -190,6 +206,7 @@ class _Given:
     held: Checked | None  # rows to be asked about
     left_out: dict  # file -> rows that cannot be used
     model: nn.Module
+    inputs: Inputs  # what the run starts from, as it is now; hashed by the first process alone
 
     @property
     def held_out(self):
@@ -217,6 +234,9 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
         lora_layers(empty, job.plan)
     at("data")
+    started = _started_from(output) if resume and place else None
+    inputs = _looked_at(job) if here.first else Inputs({})
+    check_resumed(started, inputs, output / "job.json")
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     if held:
@@ -235,13 +255,18 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         if not is_out_of_memory(e):
             raise
         raise InputError("out of memory while the model was loaded", job.model, "Write four_bit: true, or take a smaller model") from None
+    if here.first:
+        inputs = inputs.on(job.model, base_sha256(job.model))
+    check_resumed(started, inputs, output / "job.json")
+    for line in started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
+        say(line)
     at("plan")
     if not job.stages:
         model = apply_plan(model, job.plan)
         say(str(PlanTable.of(model, job.plan)))
     if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(model)):
         raise InputError(f"vision_cache is {job.vision_cache}, but {reason}", "vision cache", "Set vision_cache: off, or vision: freeze in the plan")
-    return _Given(output, processor, new, held, left_out, model)
+    return _Given(output, processor, new, held, left_out, model, inputs)
 
 
 def _begin(job, resume, given, here, say):
@@ -254,7 +279,7 @@ def _begin(job, resume, given, here, say):
             output.mkdir(parents=True, exist_ok=True)
         for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):  # of an attempt that failed; written anew below
             shutil.rmtree(output / leftover, ignore_errors=True)
-        write_json(output / "job.json", job.to_dict())  # also of a run that goes on in smaller batches
+        write_json(output / "job.json", absolute(job.to_dict(), Job) | {STARTED: given.inputs.to_dict()})  # also of a run that goes on in smaller batches
     answers = _ask_all(job, given, given.model, "asking before") if asked else None
     if asked and here.first:
         write_json(output / "before.json", answers)
@@ -278,6 +303,11 @@ def _quiet(line):
     "What other processes than the first one say."
 
 # %% ../nbs/94_job.ipynb #3c6141c4
+def _swapped(job, inputs):
+    "What is not what the run started from any more."
+    return changed_since(inputs, lambda: _looked_at(job).on(job.model, base_sha256(job.model)))
+
+
 def _finish(job, run, given, model, plan, doctors, here, say):
     "Ask again, save, and write down what was done."
     output = given.output
@@ -304,14 +334,18 @@ def _finish(job, run, given, model, plan, doctors, here, say):
     if here.first:
         with explain_write_errors(output):
             save_figure(training_curve(run.history), output / "loss.png")
+    if here.first and (swapped := _swapped(job, given.inputs)):
+        report["changed_while_training"] = swapped
+        say("\n".join(f"Swapped while it trained: {change}" for change in swapped))
     if isinstance(model, PeftModel):
-        data = {p: file_sha256(p) for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"}
+        data = {f.path: f.sha256 for f in given.inputs.files.values()}
         metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
-        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None}
+        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None}
         report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
-            save_vlm(model, output / "model", model_folder(job.model))
+            also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
+            save_vlm(model, output / "model", model_folder(job.model), also=also)
         report["model"] = str(output / "model")
     if here.first:
         write_json(output / "report.json", report)

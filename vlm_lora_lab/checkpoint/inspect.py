@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .save import SAYS_CONFIG, SAYS_PROVENANCE, broken_seals, is_base, wrong_in
+from .save import SAYS_CONFIG, SAYS_PROVENANCE, broken_seals, find_base, is_base, wrong_in
 from ..errors import InputError
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
@@ -365,7 +365,7 @@ def _check_beside(folder, provenance, base, adapter=True):
     elif adapter:
         found.append(Finding("note", "there is no provenance.json: data, versions and the base's hash are not known, and a flipped byte would go unnoticed"))
     if provenance.get("base_fingerprint") and base.folder is not None and not is_base(base.folder, provenance):
-        found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; names, types or a sample of its bytes differ", "Name the right one: --base"))
+        found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; its weights differ", "Name the right one: --base"))
     if provenance.get("other_adapters"):
         found.append(Finding("note", f"the model had other adapters, which are not in here: {', '.join(provenance['other_adapters'])}"))
     if bad := {k: v for k, v in (provenance.get("metrics") or {}).items() if isinstance(v, float) and v != v}:
@@ -424,7 +424,8 @@ def _json_or(path, findings, kinds=()):
 def _adapter(folder, base):
     findings = []
     config, provenance = _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG), _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE)
-    base = _base_of(base or provenance.get("base") or config.get("base_model_name_or_path"))
+    said = provenance.get("base") or config.get("base_model_name_or_path")
+    base = _base_of(base or (find_base(said, folder) if isinstance(said, str) else said))
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         findings.append(Finding("error", "there is no adapter_model.safetensors", "Copy the whole folder; a pickle (adapter_model.bin) is not opened here"))

@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
-from .save import check_seals, fingerprint, is_base, lora_config, read_provenance
-from ..errors import Finding, InputError, complete_or_nothing, empty_folder, write_json
+from .save import check_base, check_seals, fingerprint, lora_config, read_provenance
+from ..data.native import keep_limits, load_processor
+from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in, true_config, weight_files
 from ..models.load import load_vlm, model_folder
 from ..models.minicpmv import MiniCPMV
@@ -53,7 +54,7 @@ class Reader:
         for file in files:
             with open(file, "rb") as f:
                 length = struct.unpack("<Q", f.read(8))[0]
-                for name, entry in json.loads(f.read(length)).items():
+                for name, entry in json.loads(f.read(length), object_pairs_hook=unique).items():
                     if name != "__metadata__":
                         if entry["dtype"] not in KINDS:
                             raise InputError(f"{name} is stored as {entry['dtype']}, which is not read here", file, "Give a checkpoint in 16 or 32 bit")
@@ -353,6 +354,7 @@ class Merged:
     shards: int
     nbytes: int
     apart: bool = False  # head and embeddings were tied, and are not any more
+    max_pixels: int = 0  # most pixels of a picture that it looks at, as in training; 0: what the base's files say
 
     def __str__(self):
         lines = [f"{self.touched} of {self.tensors} tensors merged, {self.nbytes / 1e9:.2f} GB in {self.shards} file{'s' * (self.shards > 1)}: {self.folder}"]
@@ -362,6 +364,8 @@ class Merged:
             lines.append(f"{len(self.unmoved)} of them came out as they were, such as {self.unmoved[0]}.")
         if self.apart:
             lines.append("Head and embeddings were one tensor and are two now; config.json says so.")
+        if self.max_pixels:
+            lines.append(f"It looks at {self.max_pixels:,} pixels of a picture at most, as in training; the picture processor's file says so.")
         return "\n".join(lines)
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #3d47f4ef
@@ -396,6 +400,7 @@ def merge_into(
     dtype: torch.dtype | None = None,  # of the written weights; None: each as the base stored it
     max_shard_size: float = 5e9,  # bytes of one file of weights
     keep: frozenset[str] = frozenset(),  # modules whose LoRA stays outside (chapter 74)
+    quick: bool = False,  # know the base by names, shapes and samples instead of every byte
 ) -> Merged:
     """Fold LoRA and modules trained in full into the base, tensor by tensor, and write the result in the base's layout.
 
@@ -406,8 +411,7 @@ def merge_into(
         raise InputError(f"onto is {onto!r}", "merge", "Write 'nf4' or 'original'")
     opened = Adapter(adapter)
     source = model_folder(base or opened.provenance["base"])
-    if not is_base(source, opened.provenance):
-        raise InputError(f"this adapter was trained on another base than {str(source)!r}", adapter, f"It was trained on {opened.provenance['base']!r}; give that model")
+    check_base(adapter, source, opened.provenance, quick=quick)
     plan, apart = changes(opened, source, onto, keep)
     sums, kinds = _Sums(), Counter()
     with complete_or_nothing(folder) as partial:
@@ -421,8 +425,10 @@ def merge_into(
             raise Finding(f"the merged model all but equals its base: {sums.kept / sums.asked:.1%} of what this adapter changes is left in {kind}", adapter, "Write it in float32 (--dtype float32)")
         config = true_config(read_json(source / "config.json"), kinds, tied=not apart)
         write_json(partial / "config.json", config)
+        if seen := opened.provenance.get("max_pixels", 0):
+            keep_limits(partial, load_processor(partial, max_pixels=seen))
         result = Merged(folder, len(plan), len(touched), tuple(sums.unmoved), sums.kept / sums.asked if sums.asked else 1.0, (sums.lost / sums.asked) ** 0.5 if sums.asked else 0.0, len(shards),
-                        sum(f.stat().st_size for f in shards), apart)  # fmt: skip
+                        sum(f.stat().st_size for f in shards), apart, seen)  # fmt: skip
         write_json(partial / "merge.json", {"adapter": str(adapter), "onto": onto, "base_fingerprint": opened.provenance["base_fingerprint"],
                                             **{k: v for k, v in asdict(result).items() if k != "folder"}})  # fmt: skip
     return result

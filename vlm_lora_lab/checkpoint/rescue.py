@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .save import fingerprint, seal
-from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
+from .save import base_sha256, fingerprint, seal
+from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, text_of, write_json, yaml_value
 from ..flags import SCRIPTS, from_flags
 from ..models.files import _unpickle, save_vlm, shape_of, stored_in
 from ..models.load import load_vlm, model_folder
@@ -143,8 +143,10 @@ def _settings(folder, names):
         said |= read_json(folder / name)
     if "training_args.yaml" in names:
         try:
-            values = yaml.safe_load((folder / "training_args.yaml").read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            values = yaml_value(text_of(folder / "training_args.yaml"), folder / "training_args.yaml")
+        except InputError:
+            raise
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
             raise InputError(f"this file is damaged ({str(e).splitlines()[0]})", folder / "training_args.yaml", "Copy the whole folder again, or move this file away") from None
         said |= values if isinstance(values, dict) else {}
     return said
@@ -838,7 +840,7 @@ def _write(result, model, got, output, four_bit):
         packages = ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")
         write_json(partial / "rescue.json", {"format": result.found.format, "lost": [asdict(x) for x in result.lost], "suspicious": result.suspicious,
                                              "notes": result.notes, "tensors": result.fates})  # fmt: skip
-        seal(partial, {"base": str(model.name), "base_fingerprint": fingerprint(model.name), "four_bit": four_bit,
+        seal(partial, {"base": str(model.name), "base_fingerprint": fingerprint(model.name), "base_sha256": base_sha256(model.name), "four_bit": four_bit,
                        "versions": {p: version(p) for p in packages}, "rescued_from": result.found.format})  # fmt: skip
         again = load_peft_weights(str(partial), device="cpu")
         if set(again) != set(state) or any(not torch.equal(again[k], state[k]) for k in state):

@@ -289,6 +289,7 @@ class Reading(Settings):
     drop_turns: bool = False  # let a text that is too long lose whole turns at its front; otherwise it is an error
     allow_outside: bool = False  # let picture paths leave the folder of the data file, or --image-root
     allow_urls: bool = False  # let pictures be fetched from the network
+    verify: bool = False  # know pictures by their bytes, not by size and time, when a run starts, goes on and ends
     max_pixels: Annotated[int, Within(0, 10**9)] = 0  # most pixels that the model looks at of one picture (MiniCPM-V: fewer slices); 0: what its own files say
 
 

@@ -11,7 +11,7 @@ import json
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,6 +277,7 @@ def save_vlm(
     source: Path,  # the folder that the model was loaded from
     dtype: torch.dtype | None = None,  # in which the weights are written; None: each as it is
     max_shard_size: str = "5GB",
+    also: Callable[[Path], object] | None = None,  # called with the folder before it takes its name, to change what lies beside the weights
 ) -> Path:
     """Write a model in the layout of the checkpoint it came from, and read the headers back.
 
@@ -297,6 +298,8 @@ def save_vlm(
                 kinds[t.dtype] += t.numel()
             tied = bool(getattr(model, "all_tied_weights_keys", None))
             write_json(partial / "config.json", true_config(read_json(source / "config.json"), kinds, tied))
+        if also:
+            also(partial)
         _check_written(partial, state, model)
     return folder
 

@@ -25,7 +25,7 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import InputError
+from ..errors import InputError, json_value
 
 # %% ../../nbs/15_models.tokenizer.ipynb #4ae9abcd
 AGAIN = "Fetch the file again, for instance with: hf download REPOSITORY --local-dir FOLDER"
@@ -51,11 +51,15 @@ def _json(path, optional=True):
     if optional and not path.exists():
         return {}
     try:
-        value = json.loads(_read(path).decode("utf-8"))
+        value = json_value(_read(path).decode("utf-8"), path)
     except UnicodeDecodeError:
         raise InputError("it is not a text file in UTF-8", path, AGAIN) from None
     except json.JSONDecodeError as e:
         raise InputError(f"it is not valid JSON: {e.msg}", f"{path}, line {e.lineno}", AGAIN) from None
+    except InputError:  # a key that is there twice
+        raise
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, lists of thousands of levels
+        raise InputError(f"it is no configuration ({e})", path, AGAIN) from None
     if not isinstance(value, dict):
         raise InputError(f"it holds a {type(value).__name__} where an object is expected", path, AGAIN)
     return value
