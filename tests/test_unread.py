@@ -240,6 +240,7 @@ LOSSES = [
 def test_what_would_change_the_learning_is_a_warning(record, name, loss, root):
     report = check_data([talk(), record, record | {"id": "again"}], image_root=root, pictures="header")
     assert report.status == 1 and report.unread[name] == 2
+    assert "?." not in report.text()
     [finding] = [f for f in report.findings if f.kind == "unread" and f"{name!r} in 2 records" in f.reason]
     assert finding.severity == "warning" and loss in finding.reason and finding.row is None
     assert report.to_dict()["unread_fields"][name] == 2 and repr(name) in report.text() and loss.partition("'")[0] in report.text()
