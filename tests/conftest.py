@@ -1,10 +1,12 @@
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests compare bits on a CPU
+os.environ.setdefault("VLM_LORA_LAB_HASHES", f"{tempfile.gettempdir()}/vlm_lora_lab_hashes")  # and not in the user's cache
 
 
 @pytest.fixture(scope="session")

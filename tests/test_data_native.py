@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,15 @@ def test_the_answers_and_their_ends_are_learned_and_nothing_else(family, process
         theirs = processor.tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in text.messages], return_assistant_tokens_mask=True, return_dict=True)
         row = processor(text)
         assert row["input_ids"] == theirs["input_ids"] and [int(i != IGNORE) for i in row["labels"]] == theirs["assistant_masks"]
+
+
+def test_an_answer_of_weight_0_has_no_label(processor):
+    "Neither its words nor its end; the text stays, and what is learned of the others stays."
+    whole, answers = processor.measure(TALK), [i for i, m in enumerate(TALK.messages) if m.role == "assistant"]
+    for left_out in answers:
+        e = processor.measure(replace(TALK, messages=tuple(replace(m, learned=i != left_out) for i, m in enumerate(TALK.messages))))
+        kept = "".join(TALK.messages[i].content + "<|im_end|>" for i in answers if i != left_out)
+        assert e.input_ids == whole.input_ids and processor.tokenizer.decode([t for t in e.labels if t != IGNORE]).replace("\n", "") == kept
 
 
 def test_what_a_user_writes_is_never_learned(processor):

@@ -159,7 +159,7 @@ def test_a_class_of_one_s_own():
         ("stages: {plan: {}}", "Write a list"),
         ("[" * 3000, "neither YAML nor JSON"),
         ("- a", "key: value"),
-        ("a: &a [*a]", "'a' is unknown"),
+        ("a: &a [*a]", "unfold to more than"),
     ],
 )
 def test_a_job_file_with_it_is_one_sentence(text, message, tmp_path, capsys):

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .save import SAYS_CONFIG, SAYS_PROVENANCE, broken_seals, is_base, wrong_in
+from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base, is_base, wrong_in
 from ..errors import InputError
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
@@ -48,7 +48,7 @@ class Holding:
     "What a folder holds of one part."
 
     part: str  # one of `PARTS`, or the beginning of the names if the family is not known
-    kind: str  # LoRA, in full, by hand, a table (which is not trained), or weights (of a whole model)
+    kind: str  # LoRA, in full, a tied copy (of embeddings, as the head), by hand, a table (which is not trained), or weights (of a whole model)
     tensors: int
     weights: int
     nbytes: int  # on disk
@@ -319,11 +319,16 @@ def _buffers(seen, provenance, base):
     return set(provenance.get("not_trained", ())) | {k for k in seen if plain_name(k) in tables}
 
 
+def _copies(keys, config, layout):
+    "What PEFT writes a second time: the trained embeddings, as the head that is tied to them."
+    return [k for k in keys if ".lora_" not in k and config.get("ensure_weight_tying") and layout and plain_name(k).rpartition(".")[0] in layout.head]
+
+
 def _check_full(seen, config, layout, provenance, base):
     "What is held in full: asked for or not, the base's own or not, the whole base or not."
     full, saved = [k for k in seen if not _LORA.match(k) and not _NAMED.search(k)], config.get("modules_to_save") or []
     inside = lambda k, m: f".{m}." in f".{plain_name(k)}."  # noqa: E731
-    tied = [k for k in full if config.get("ensure_weight_tying") and layout and plain_name(k).rpartition(".")[0] in layout.head]  # PEFT's second copy
+    tied = _copies(full, config, layout)
     by_hand, found = [k for k in full if k not in tied and not any(inside(k, m) for m in saved)], []
     if lost := [m for m in saved if not any(inside(k, m) for k in full)]:
         found.append(_say("error", lost, "modules that modules_to_save names and the file does not hold", "What was trained there is lost; train again"))
@@ -346,7 +351,10 @@ def _check_full(seen, config, layout, provenance, base):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #dc047e39
 def _check_beside(folder, provenance, base, adapter=True):
     found = []
-    if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES):
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+    if state := [n for n in pickles if _STATE.fullmatch(n)]:
+        found.append(Finding("note", f"of the Trainer, to go on with the run, and no weights of the model: {', '.join(state)}"))
+    if pickles := [n for n in pickles if n not in state]:
         found.append(Finding("warning", f"pickles beside, which can hold programs and were not opened: {', '.join(pickles[:5])}",
                              "Weights in them are missing from this account"))  # fmt: skip
     if (folder / "provenance.json").is_file():
@@ -357,10 +365,12 @@ def _check_beside(folder, provenance, base, adapter=True):
         if broken is None:
             found.append(Finding("note", "the folder is not sealed, so a flipped byte would go unnoticed", "Save with save_adapter"))
         found += [Finding("error", f"{name} {what}", "Copy the whole folder again from where it was trained") for name, what in (broken or {}).items()]
+    elif provenance.get("unsealed"):
+        found.append(Finding("note", provenance["unsealed"].rstrip(".")))
     elif adapter:
         found.append(Finding("note", "there is no provenance.json: data, versions and the base's hash are not known, and a flipped byte would go unnoticed"))
-    if provenance.get("base_fingerprint") and base.folder is not None and not is_base(base.folder, provenance):
-        found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; names, types or a sample of its bytes differ", "Name the right one: --base"))
+    if (provenance.get("base_fingerprint") or provenance.get("base_sha256")) and base.folder is not None and not is_base(base.folder, provenance):
+        found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; its weights differ", "Name the right one: --base"))
     if provenance.get("other_adapters"):
         found.append(Finding("note", f"the model had other adapters, which are not in here: {', '.join(provenance['other_adapters'])}"))
     if bad := {k: v for k, v in (provenance.get("metrics") or {}).items() if isinstance(v, float) and v != v}:
@@ -378,6 +388,9 @@ def _check_values(seen):
     return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #11d739a4
+_COPY = "tied copy"
+
+
 def _holdings(seen, kind_of, layout, ranks):
     "Rows of the table: part by part, kind by kind."
     groups = defaultdict(list)
@@ -388,7 +401,8 @@ def _holdings(seen, kind_of, layout, ranks):
     for (part, kind), keys in sorted(groups.items(), key=lambda g: (order.get(g[0][0], 9), g[0])):
         mine = {ranks[m[1]] for k in keys if (m := _LORA.match(k)) and m[1] in ranks}
         joined = lambda i: "+".join(f"{v:g}" for v in sorted({r[i] for r in mine if isinstance(r[i], (int, float))}))  # noqa: E731
-        rows.append(Holding(part, kind, len(keys), sum(torch.Size(seen[k].shape).numel() for k in keys), sum(seen[k].nbytes for k in keys), joined(0), joined(1)))
+        weights = 0 if kind == _COPY else sum(torch.Size(seen[k].shape).numel() for k in keys)  # they are counted where they are trained
+        rows.append(Holding(part, kind, len(keys), weights, sum(seen[k].nbytes for k in keys), joined(0), joined(1)))
     return tuple(rows)
 
 
@@ -415,7 +429,14 @@ def _json_or(path, findings, kinds=()):
 def _adapter(folder, base):
     findings = []
     config, provenance = _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG), _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE)
-    base = _base_of(base or provenance.get("base") or config.get("base_model_name_or_path"))
+    provenance = {k: v for k, v in provenance.items() if k not in ("unsealed", "plan")}
+    if not (folder / "provenance.json").is_file():
+        try:
+            provenance = _of_checkpoint(folder, base) or {}
+        except InputError as e:
+            findings.append(Finding("warning", e.found, e.remedy))
+    said = provenance.get("base") or config.get("base_model_name_or_path")
+    base = _base_of(base or (find_base(said, folder) if isinstance(said, str) else said))
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         findings.append(Finding("error", "there is no adapter_model.safetensors", "Copy the whole folder; a pickle (adapter_model.bin) is not opened here"))
@@ -428,14 +449,15 @@ def _adapter(folder, base):
     ranks, said = _check_lora(seen, config)
     tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
     findings += [*_check_values(seen), *said, *more]
-    if (folder / "plan.json").is_file() and seen:
-        findings += _plan_findings(folder, seen, base, layout)
+    if seen and ((folder / "plan.json").is_file() or provenance.get("plan")):
+        findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
     findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
     if base.why:
         findings.append(Finding("note", f"the base is not at hand ({base.why}), so keys, shapes and values were not compared with it", "Say where it is: --base"))
     if layout is None and seen:
         findings.append(Finding("note", "the family could not be told from the names; parts are shown as the beginnings of names"))
-    kind_of = lambda k: "LoRA" if ".lora_" in k else "table" if k in tables else "by hand" if k in set(by_hand) else "in full"  # noqa: E731
+    copies = _copies(seen, config, layout)
+    kind_of = lambda k: "LoRA" if ".lora_" in k else _COPY if k in copies else "table" if k in tables else "by hand" if k in set(by_hand) else "in full"  # noqa: E731
     about = (("base", base.name or "not said"), ("family", layout.family if layout else "not known"), ("variant", _variant(config) if config else "not known"),
              ("trained beside", {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known")),
              ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
@@ -443,9 +465,9 @@ def _adapter(folder, base):
     return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #18b3d50f
-def _plan_findings(folder, seen, base, layout):
+def _plan_findings(folder, plan, seen, base, layout):
     try:
-        return _check_plan(seen, TuningPlan.of(read_json(folder / "plan.json")), base, layout)
+        return _check_plan(seen, TuningPlan.of(plan or read_json(folder / "plan.json")), base, layout)
     except InputError as e:
         return [Finding("error", f"plan.json does not fit: {e.found}", "Copy the folder again")]
 

@@ -11,16 +11,19 @@ import binascii
 import codecs
 import json
 import os
+import re
 import urllib.error
 import urllib.request
+import zipfile
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, encoding_of, nearest, no_utf8, unique
 
 # %% ../../nbs/26_data.files.ipynb #aebdea77
 @dataclass(frozen=True)
@@ -79,17 +82,12 @@ class _Window:
                 return ""
 
 # %% ../../nbs/26_data.files.ipynb #94355a3d
-def _unique(pairs):
-    "An object's keys and values; a key that is there twice would silently lose the first."
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen = set()
-        twice = next(k for k, _ in pairs if k in seen or seen.add(k))
-        raise InputError(f"the key {twice!r:.40} is there twice", remedy="Keep one of them")
-    return found
+_DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+def _remedy(found):
+    "What to do about JSON that is broken."
+    return "In JSON a backslash is written twice; in paths, write / instead" if "escape" in found else "Mend it there"
 
 
 def _depth(value, limit):
@@ -114,13 +112,14 @@ def parse_json(
     try:
         value = _DECODER.decode(text.decode("utf-8"))
     except UnicodeDecodeError as e:
-        raise InputError(f"this is not UTF-8 text (byte {e.start})", where, "Save the file as UTF-8") from None
+        raise InputError(f"{no_utf8(text).found} (byte {e.start})", where, "Save the file as UTF-8") from None
     except RecursionError:
         raise InputError(f"lists and objects are more than {limits.depth} deep", where, "A record has a handful of levels") from None
     except InputError as e:
         raise InputError(e.found, where, e.remedy) from None
     except ValueError as e:  # JSONDecodeError, and numbers of thousands of digits
-        raise InputError(f"this is not valid JSON: {getattr(e, 'msg', e)}", where, "Mend it there") from None
+        found = f"this is not valid JSON: {getattr(e, 'msg', e)}"
+        raise InputError(found, where, _remedy(found)) from None
     if text.count(b"[") + text.count(b"{") > limits.depth and _depth(value, limits.depth):
         raise InputError(f"lists and objects are more than {limits.depth} deep", where, "A record has a handful of levels")
     return value
@@ -195,19 +194,128 @@ def _walk_list(file, skip, limits, places):
     except _Broken as e:
         places.broken = e.args
     except UnicodeDecodeError as e:
-        places.broken = (f"this is not UTF-8 text ({e.reason})", f"after line {window.line}")
+        places.broken = (no_utf8(e.object).found, f"after line {window.line}")
+
+# %% ../../nbs/26_data.files.ipynb #c2f1a002
+_TABLE = "python -c \"import pandas; pandas.{how}.to_json('{stem}.jsonl', orient='records', lines=True, force_ascii=False)\", with the turns of each record under conversations"
+_PANDAS = {
+    "CSV": "read_csv('{name}')", "TSV": "read_csv('{name}', sep='\\t')", "Excel": "read_excel('{name}')", "OpenDocument": "read_excel('{name}')", "Parquet": "read_parquet('{name}')",
+    "Feather": "read_feather('{name}')", "SQLite": "read_sql('select * from TABLE', 'sqlite:///{name}')", "pickle": "read_pickle('{name}')",
+}  # fmt: skip
+_BEGINNINGS = (
+    (b"\x1f\x8b", "a gzip archive", "Unpack it: gunzip -k '{name}'"), (b"BZh", "a bzip2 archive", "Unpack it: bunzip2 -k '{name}'"), (b"\xfd7zXZ\0", "an xz archive", "Unpack it: unxz -k '{name}'"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "Unpack it: unzstd '{name}'"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "Unpack it: 7z x '{name}'"), (b"Rar!", "a RAR archive", "Unpack it: unrar x '{name}'"),
+    (b"PAR1", "Parquet", ""), (b"ARROW1", "Feather", ""), (b"\xff\xff\xff\xff", "an Arrow stream, as the datasets library keeps it", "Write it as JSON Lines: python -c \"import datasets; datasets.Dataset.from_file('{name}').to_json('{stem}.jsonl')\""),
+    (b"SQLite format 3\0", "SQLite", ""), (b"\xd0\xcf\x11\xe0", "Excel", ""), (b"\x89HDF", "an HDF5 file", "Write its rows as JSON Lines"), (b"\x93NUMPY", "a NumPy array", "Write its rows as JSON Lines"),
+    (b"\x89PNG", "a picture", "Name the JSON file that mentions it"), (b"\xff\xd8\xff", "a picture", "Name the JSON file that mentions it"), (b"GIF8", "a picture", "Name the JSON file that mentions it"),
+    (b"RIFF", "a picture or a sound", "Name the JSON file that mentions it"), (b"%PDF", "a PDF document", "Make pictures of its pages, and name the JSON file that mentions them"), (b"GGUF", "a GGUF model", "Give it to llama.cpp"),
+    (b"version https://git-lfs.github.com/", "a Git LFS pointer and not the file itself", "Run `git lfs pull` in the folder, or fetch the file again"),
+)  # fmt: skip
+
+
+def _zipped(path):
+    "What a file is that begins like a zip archive."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "a damaged zip archive", "Fetch it again"
+    for kind, part in (("Excel", "xl/workbook.xml"), ("OpenDocument", "content.xml")):
+        if part in names:
+            return kind, ""
+    inside = [n for n in names if n.endswith((".json", ".jsonl"))]
+    return f"a zip archive of {len(names)} file{'s' * (len(names) != 1)}" + (f", such as {inside[0]:.80}" if inside else ""), "Unpack it: unzip '{name}'" + (f", and give {inside[0]:.80}" if inside else "")
+
+
+def _binary_kind(path, head):
+    "(what a file is, what to do), by its first bytes; None: it may be text. A kind without a remedy is a table."
+    if head.startswith(b"PK\x03\x04"):
+        return _zipped(path)
+    if head[257:262] == b"ustar" or path.name.endswith((".tar.gz", ".tgz")):
+        return "a tar archive", "Unpack it: tar -xf '{name}'"
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return "pickle", ""
+    return next(((what, remedy) for mark, what, remedy in _BEGINNINGS if head.startswith(mark)), None)
+
+
+def _is_json(text):
+    with suppress(ValueError, RecursionError):
+        json.loads(text)
+        return True
+    return False
+
+
+def _text_kind(path, text):
+    "The same of a text, by its first lines."
+    first, *rest = [line for line in text.splitlines()[:50] if line.strip()] or [""]
+    start = first.lstrip()[:1]
+    if start == "<":
+        return "HTML or XML, such as the page that was shown instead of a download", "Fetch the file again"
+    if re.match(r"[\[\s]*\{\s*'", text):
+        return ("Python's way to write a dictionary and not JSON, which has double quotes",
+                "Write it with json.dump, or convert each line: python -c \"import ast, json, sys; [print(json.dumps(ast.literal_eval(line))) for line in sys.stdin]\" < '{name}' > '{stem}.converted.jsonl'")  # fmt: skip
+    if start == "{" and first.rstrip().endswith(",") and _is_json(first.rstrip()[:-1]):
+        return "records with commas between them, and no brackets around", "Write [ before the first and ] after the last, or take the commas away"
+    if start in "{[" or _is_json(first):
+        return None
+    counts = {d: first.count(d) for d in ("\t", ",", ";", "|") if rest and d in first and d in rest[0]}
+    if path.suffix.lower() in (".csv", ".tsv", ".tab") or (counts and not re.match(r"\s*(- |[\w\"']+:\s)", first)):
+        return "TSV" if "\t" in counts else "CSV", ""
+    if path.suffix.lower() in (".yaml", ".yml") or (re.match(r"\s*(- |[\w\"']+:(\s|$)|---)", first)):
+        return "YAML", "Write it as JSON: python -c \"import json, yaml; json.dump(yaml.safe_load(open('{name}', encoding='utf-8')), open('{stem}.json', 'w'))\""
+    if re.match(r'"|-?\d|(true|false|null)\b', first.lstrip()):
+        return None  # a value, and perhaps a broken one
+    return f"no JSON: its first line is {first.strip()[:60]!r}", "Give a list of records [ {…}, {…} ], or one record per line"
+
+
+def _foreign(path, head):
+    "The error for a file that is no JSON in UTF-8; None: it looks like it. Only its beginning is read."
+    kind = _binary_kind(path, head)
+    if kind is None and not head.strip():
+        return None
+    if kind is None:
+        name, lines = encoding_of(head), head.splitlines()
+        broken = [i for i, line in enumerate(lines) if encoding_of(line) != "UTF-8"] if name != "UTF-8" else []
+        whole = sum(not line.isascii() for line in lines) - len(broken)  # lines that can be read and are not plain English
+        if name != "UTF-8" and (len(broken) > max(1, whole) or len(lines) < 2 or b"\0" in head):
+            return no_utf8(head, path, broken[0] + 1 if broken and b"\0" not in head else None)
+        kind = _text_kind(path, head.decode("utf-8", "replace"))
+    if kind is None:
+        return None
+    what, remedy = kind
+    if not remedy:
+        what, remedy = f"a table ({what}) and not JSON", "Make records of its rows: " + _TABLE.replace("{how}", _PANDAS[what])
+    return InputError(f"this is {what}", path, remedy.replace("{name}", path.name).replace("{stem}", path.name.partition(".")[0]))
 
 # %% ../../nbs/26_data.files.ipynb #be0fd6d4
+def _no_file(path):
+    "The error for a path that leads to no file."
+    if path.is_dir():
+        names = sorted(p.name for p in path.iterdir())
+        if any(n.endswith(".arrow") or n == "dataset_info.json" for n in names):
+            return InputError("this is a folder of the datasets library and no data file", path, f"Write it as JSON Lines: python -c \"import datasets; datasets.load_from_disk('{path.name}').to_json('{path.name}.jsonl')\"")
+        data = [n for n in names if n.endswith((".json", ".jsonl"))]
+        return InputError("this is a folder and no data file", path, f"Give one of its files: {', '.join(data[:5])}" if data else "Give the path of a JSON or JSON Lines file")
+    slashes = Path(str(path).replace("\\", "/"))
+    if slashes != path:
+        return InputError("there is no such data file", path, f"Did you mean {str(slashes)!r}?" if slashes.is_file() else "A backslash is part of a name here; write / between folders")
+    near = nearest(path.name, [p.name for p in path.parent.iterdir() if p.is_file()]) if path.parent.is_dir() else ""
+    return InputError("there is no such data file", path, f"Did you mean {near!r}?" if near else "Give the path of a JSON or JSON Lines file")
+
+
 def _walk(path, limits):
     "Note every record of a file; the first character tells which kind of file it is."
     if not path.is_file():
-        raise InputError("there is no such data file", path, "Give the path of a JSON or JSON Lines file")
+        raise _no_file(path)
     places = _Places()
     try:
         with open(path, "rb") as file:
             skip = 3 if file.read(3) == codecs.BOM_UTF8 else 0
             file.seek(skip)
-            first = file.read(_PIECE).lstrip()[:1]
+            head = file.read(_PIECE)
+            if error := _foreign(path, head):
+                raise error
+            first = head.lstrip()[:1]
             file.seek(skip)
             if first == b"[":
                 _walk_list(file, skip, limits, places)
@@ -231,10 +339,10 @@ class Rows(Sequence):
         self.path, self.limits = Path(path), limits
         places, first = _walk(self.path, limits)
         self.starts, self.sizes, self.lines = places.starts, places.sizes, places.lines
-        self.broken = places.broken and InputError(places.broken[0], f"{path}, {places.broken[1]}", "Mend it there")
+        self.broken = places.broken and InputError(places.broken[0], f"{path}, {places.broken[1]}", _remedy(places.broken[0]))
         if not len(self) and self.broken is None:
             raise InputError("there is no record in this file", path, "Write [ {…}, {…} ], or one record per line")
-        if first == b"{" and len(self) > 1:
+        if first == b"{":
             _refuse_one_object(self)
 
     def __len__(self):
@@ -254,19 +362,45 @@ class Rows(Sequence):
         return parse_json(self.raw(i), self.where(i), self.limits)
 
 # %% ../../nbs/26_data.files.ipynb #0ea1d4e9
+_RECORD = {"conversations", "messages"}  # one of these is in every record
+
+
 def _refuse_one_object(rows):
-    "A file that starts with a brace is one record per line, unless it is a single object over many lines."
-    size = rows.starts[-1] + rows.sizes[-1]
-    try:
-        rows[0]
-    except InputError:
-        try:
-            value = json.loads(rows.path.read_bytes()) if size <= rows.limits.record_bytes else None
-        except (ValueError, RecursionError):
-            value = None
-        if value is not None:
-            raise InputError(f"the file is one object with the keys {', '.join(map(str, value))[:80]}, not a list of records", rows.path,
-                             "Write [ {…}, {…} ], or one record per line") from None  # fmt: skip
+    "A file that starts with a brace is one record per line, unless it is a single object around the list, or over many lines."
+    if len(rows) > 1 and _is_json(rows.raw(0)):
+        return
+    size, value, end = rows.starts[-1] + rows.sizes[-1], None, 0
+    with open(rows.path, "rb") as file:
+        text = file.read(min(size, rows.limits.record_bytes)).decode("utf-8-sig", "ignore").lstrip()
+    with suppress(ValueError, RecursionError):
+        value, end = json.JSONDecoder().raw_decode(text)
+    if value is not None and re.match(r"\s*,?\s*\{", text[end : end + 100]):
+        raise InputError("records of several lines follow one another", rows.path, f"Write each in a line of its own (jq -c . '{rows.path.name}'), or all in a list [ {{…}}, {{…}} ]")
+    if value is None and size > rows.limits.record_bytes and (key := re.match(r'\s*\{\s*"([^"\\]{1,80})"\s*:\s*\[\s*\{', text)):
+        value, end = {key[1]: [{"conversations": []}]}, len(text)  # too long to be looked through
+    if isinstance(value, dict) and not text[end:].strip() and not (len(rows) == 1 and (_RECORD & set(value) or not _lists(value))):
+        _refuse_wrapped(rows.path, value)
+
+
+def _lists(value):
+    "Keys under which there are records: lists of objects, and rather those that look like conversations."
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)}
+    return [k for k, v in lists.items() if _RECORD & set(v[0])] or ([*lists] if len(value) < 3 else [])
+
+
+def _refuse_wrapped(path, value):
+    "The error for an object that is no record: it names the key that holds the list."
+    found = f"the file is one object with the keys {', '.join(map(str, value))[:80]}, not a list of records"
+    take = "python -c \"import json; json.dump({what}, open('{stem}.list.json', 'w'))\"".replace("{stem}", path.name.partition(".")[0])
+    load = f"json.load(open('{path.name}', 'rb'))"
+    if _RECORD & set(value):
+        raise InputError("the file is one record over several lines, not a list of records", path, "Write [ before it and ] after it")
+    if keys := _lists(value):
+        counts = " and ".join(f"{k!r:.40}" for k in keys[:5])
+        raise InputError(f"{found}; {'the list is' if len(keys) == 1 else 'lists are'} under {counts}", path, f"Take the list out: {take.format(what=f'{load}[{keys[0]!r}]')}")
+    if len(value) > 1 and all(isinstance(v, dict) and _RECORD & set(v) for v in value.values()):
+        raise InputError(f"{found}; the records are its values", path, f"Make a list of them: {take.format(what=f'list({load}.values())')}")
+    raise InputError(found, path, "Write [ {…}, {…} ], or one record per line")
 
 # %% ../../nbs/26_data.files.ipynb #5859d622
 @dataclass(frozen=True)
@@ -320,6 +454,22 @@ def _real(folder):
     return os.path.realpath(folder)
 
 
+def _meant(name, root):
+    "A word on a path that leads to no picture, where its spelling shows why; else nothing."
+    if re.search(r"[\x07-\x0d]", name[:300]):
+        return r"In JSON \t and \n are a tab and a line break: in paths, write / instead of a backslash"
+    parts, says = re.split(r"[\\/]+", name[:1000]), ""
+    if "\\" in name[:1000] and os.sep == "/":
+        says = "A backslash is part of a name here; write / between folders"
+        says = f"This is a path of Windows, which no file has here. {says}" if re.match(r"[A-Za-z]:\\|\\\\", name) else says
+    tails = ("/".join(parts[i:]) for i in range(len(parts))) if len(parts) > 1 and ".." not in parts else ()
+    try:
+        near = next((t for t in tails if t != name and os.path.isfile(os.path.join(root, t.lstrip("/")))), "")
+    except (OSError, ValueError):
+        near = ""
+    return f"{says}{'. ' * bool(says)}Did you mean {near!r}?" if near else says
+
+
 def find_picture(
     reference: str,  # as the record has it
     root: str | Path,  # folder that relative paths start from, and that no path may leave
@@ -349,7 +499,7 @@ def find_picture(
         there, inside = False, True
     if not inside or (os.path.isabs(name) and not allow_outside and not there):
         raise InputError(f"the path {name[:200]!r} leads out of the folder {root}", where,
-                         "Give the folder of the pictures with --image-root, or allow it with --allow-outside")  # fmt: skip
+                         _meant(name, root) or "Give the folder of the pictures with --image-root, or allow it with --allow-outside")  # fmt: skip
     if not there:
-        raise InputError(f"there is no picture {path[:200]!r}", where, "Paths are relative to the folder of the data file, or to --image-root")
+        raise InputError(f"there is no picture {path[:200]!r}", where, _meant(name, root) or "Paths are relative to the folder of the data file, or to --image-root")
     return Path(path)

@@ -11,8 +11,8 @@ import json
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as hf_logging
 
-from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
+from ..errors import InputError, claimed, complete_or_nothing, empty_folder, explain_write_errors, write_json
 from .parts import Layout, layout_of
 from .minicpmv import MiniCPMV
 from .published import on_meta, read_json
@@ -177,7 +177,15 @@ def convert_pickles(
 ) -> list[Path]:  # the files written
     """Write `pytorch_model*.bin` as safetensors beside them, through torch's `weights_only` reader.
 
-    Raises `InputError` for a pickle that is damaged or holds anything but tensors; nothing is written then."""
+    A second process waits for the first, and finds its files. Raises `InputError` for a pickle that is damaged or holds anything but tensors; nothing is written then."""
+    with ExitStack() as lock:
+        with explain_write_errors(folder):
+            lock.enter_context(claimed(folder / ".converting.lock", folder, wait=True))
+        return sorted(folder.glob("*.safetensors")) or _convert(folder)
+
+
+def _convert(folder):
+    "The same, for the process that holds the lock."
     bins = [folder / "pytorch_model.bin"]
     if (index := folder / "pytorch_model.bin.index.json").is_file():
         weight_map = read_json(index).get("weight_map")
@@ -277,6 +285,7 @@ def save_vlm(
     source: Path,  # the folder that the model was loaded from
     dtype: torch.dtype | None = None,  # in which the weights are written; None: each as it is
     max_shard_size: str = "5GB",
+    also: Callable[[Path], object] | None = None,  # called with the folder before it takes its name, to change what lies beside the weights
 ) -> Path:
     """Write a model in the layout of the checkpoint it came from, and read the headers back.
 
@@ -297,6 +306,8 @@ def save_vlm(
                 kinds[t.dtype] += t.numel()
             tied = bool(getattr(model, "all_tied_weights_keys", None))
             write_json(partial / "config.json", true_config(read_json(source / "config.json"), kinds, tied))
+        if also:
+            also(partial)
         _check_written(partial, state, model)
     return folder
 

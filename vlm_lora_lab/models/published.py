@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from ..errors import InputError
+from ..errors import InputError, json_value, text_of
 from .minicpmv import MiniCPMOConfig, MiniCPMV, MiniCPMVConfig
 from .qwenvl import QwenVL, QwenVLConfig
 
@@ -172,15 +172,17 @@ def _values(model):
 def read_json(
     path: Path,
 ) -> dict:
-    "A JSON object from a file. Raises `InputError` naming the line when it is none."
+    "A JSON object from a file. Raises `InputError` naming the line when it is none, or when a key is there twice."
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_value(text_of(path), path)
     except json.JSONDecodeError as e:
         raise InputError(f"{path.name} is not valid JSON: {e.msg}", f"{path}, line {e.lineno}", "Fetch the file again") from None
     except RecursionError:
         raise InputError(f"{path.name} is nested too deeply to be a configuration", path, "Fetch the file again") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path.name} is not text", path, "Fetch the file again") from None
+    except InputError:  # another encoding, or a key that is there twice
+        raise
+    except ValueError:  # a number of more digits than Python reads
+        raise InputError(f"{path.name} holds a number that is too long", path, "Fetch the file again") from None
     if not isinstance(values, dict):
         raise InputError(f"{path.name} holds a {type(values).__name__} and no object", path, "Fetch the file again")
     return values

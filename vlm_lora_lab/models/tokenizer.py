@@ -25,7 +25,7 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import InputError
+from ..errors import InputError, json_value
 
 # %% ../../nbs/15_models.tokenizer.ipynb #4ae9abcd
 AGAIN = "Fetch the file again, for instance with: hf download REPOSITORY --local-dir FOLDER"
@@ -51,11 +51,15 @@ def _json(path, optional=True):
     if optional and not path.exists():
         return {}
     try:
-        value = json.loads(_read(path).decode("utf-8"))
+        value = json_value(_read(path).decode("utf-8"), path)
     except UnicodeDecodeError:
         raise InputError("it is not a text file in UTF-8", path, AGAIN) from None
     except json.JSONDecodeError as e:
         raise InputError(f"it is not valid JSON: {e.msg}", f"{path}, line {e.lineno}", AGAIN) from None
+    except InputError:  # a key that is there twice
+        raise
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, lists of thousands of levels
+        raise InputError(f"it is no configuration ({e})", path, AGAIN) from None
     if not isinstance(value, dict):
         raise InputError(f"it holds a {type(value).__name__} where an object is expected", path, AGAIN)
     return value
@@ -360,15 +364,14 @@ def _source(folder, config):
     raise InputError("there is no tokenizer in this folder", folder, "Put tokenizer.json, qwen.tiktoken or tokenizer.model of the model into it")
 
 # %% ../../nbs/15_models.tokenizer.ipynb #1865f490
-def _load_native(folder, config):
-    "A tokenizer of a family that transformers has itself; `AutoTokenizer` leaves out a template that lies in chat_template.json, where the processors of 2024 put it."
+def _load_native(folder):
+    "A tokenizer of a family that transformers has itself."
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # each format has its own kinds of errors, some are plain Exception
         raise InputError(f"transformers cannot read this tokenizer ({' '.join(str(e).split())[:200]})", folder, AGAIN) from None
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} has no fast form, so it cannot say where a token lies in the text", folder, "Add its tokenizer.json")
-    tokenizer.chat_template = _chat_template(folder, config) or tokenizer.chat_template
     return tokenizer
 
 # %% ../../nbs/15_models.tokenizer.ipynb #ca1887c4
@@ -385,7 +388,7 @@ def tokenizer_of(
     config = _json(folder / "tokenizer_config.json")
     source = _source(folder, config)
     if source == "native":
-        return _load_native(folder, config)
+        return _load_native(folder)
     path, template = folder / source, _chat_template(folder, config)
     if source == "tokenizer.json":
         backend = _from_json(path)
