@@ -17,10 +17,11 @@ import sys
 from dataclasses import fields
 from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS
 from pathlib import Path
+from typing import Annotated
 
 from . import __version__
-from .errors import InputError, explain_write_errors, json_value, nearest, text_of, unique, yaml_value
-from .settings import Within, shown
+from .errors import InputError, check_writable, explain_write_errors, json_value, nearest, text_of, unique, yaml_value
+from .settings import FilePath, Within, fitting, shown
 
 # %% ../nbs/95_cli.ipynb #8238ab28
 def _options(cls):
@@ -75,7 +76,7 @@ def _add(group, cls, names=None):
             elif isinstance(default, (int, float)) or name in ("full_learning_rate", "lora_plus"):
                 kind |= {"type": _read_number, "metavar": "N"}
             else:
-                choices = {"nan": "stop|skip|rollback", "metric": "NAME", "vision_cache": "auto|off|memory|disk", "variant": "lora|rslora|dora|pissa"}
+                choices = {"nan": "stop|skip|rollback", "metric": "NAME", "vision_cache": "auto|off|memory|disk", "keep": "last|best", "variant": "lora|rslora|dora|pissa"}
                 kind |= {"metavar": choices.get(name, "freeze|lora|full" if cls.__name__ == "TuningPlan" else "PATH")}
             shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
             group.add_argument(flag, dest=name, help=(comment + shown).replace("%", "%%"), **kind)
@@ -98,7 +99,9 @@ def _configuration(path, kind=dict):
         raise
     except RecursionError:
         raise InputError("this is neither YAML nor JSON of a job: it is nested too deeply", path) from None
-    except (yaml.YAMLError, ValueError, PermissionError) as e:  # a ValueError: a number of 5000 digits, a 13th month
+    except PermissionError:
+        raise InputError("this file may not be read", path, "Change its permissions") from None
+    except (yaml.YAMLError, ValueError) as e:  # a ValueError: a number of 5000 digits, a 13th month
         mark = getattr(e, "problem_mark", None)
         says = " ".join(str(getattr(e, "problem", None) or e).split())
         raise InputError(f"this is neither YAML nor JSON: {says}", f"{path}, line {mark.line + 1}" if mark else path) from None
@@ -115,6 +118,9 @@ Fine-tune a model on your own data, by Q-LoRA unless you say otherwise.
   vlm-lora-lab train --data train.json --eval-data test.json --output runs/first
   vlm-lora-lab train job.yaml --learning-rate 0.001       flags win over the file
   vlm-lora-lab train --resume --output runs/first         go on with a stopped run
+  vlm-lora-lab train --resume --output runs/first --epochs 5   …to another length, also of a finished one
+  vlm-lora-lab train --data train.json --eval-data test.json --every 50 --keep best --patience 3 --output runs/best
+  vlm-lora-lab train --from-adapter runs/first/adapter --data new.json --output runs/second
 
 The data file is JSON or JSON Lines, in the dialect of MiniCPM-V, Qwen-VL, LLaVA or
 OpenAI messages; check it first with vlm-lora-lab check-data. Picture paths are relative to it:
@@ -258,11 +264,20 @@ def _config(o):
     print(config_file(o.name))
 
 
+def _check_new(file):
+    "Raises `InputError` for a file that exists, or that could not be written."
+    if os.path.lexists(file):
+        raise InputError("this file exists", file, "Choose another name; nothing is ever overwritten")
+    if not Path(file).absolute().parent.is_dir():
+        raise InputError("there is no such folder", Path(file).parent, "Make it first")
+    check_writable(Path(file).absolute().parent)
+
+
 def _doctor(o):
     from vlm_lora_lab.job import examine
 
-    if o.report and Path(o.report).exists():
-        raise InputError("this file exists", o.report, "Choose another name; nothing is ever overwritten")
+    if o.report:
+        _check_new(o.report)
     place = hasattr(o, "output") or bool(o.config and "output" in _configuration(o.config))
     if not place:
         o.output = "nowhere"  # a job has one, and a doctor does not need it
@@ -342,7 +357,7 @@ def _flag(pair):
     "name=value, as on an old command line."
     name, equals, value = pair.removeprefix("--").partition("=")
     if not equals:
-        raise InputError(f"{pair!r} has no value", "plan --flags", "Write name=value, such as tune_vision=true")
+        raise InputError(f"{shown(pair)} has no value", "plan --flags", "Write name=value, such as tune_vision=true")
     words = {"true": True, "false": False, "none": None}
     try:
         return name, words[value.lower()] if value.lower() in words else _number(value)
@@ -359,18 +374,18 @@ def _flags(pairs):
 
 
 def _ask(o):
-    from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
+    from vlm_lora_lab.checkpoint.save import adapter_processor, load_adapter, read_provenance
     from vlm_lora_lab.data.native import load_processor
     from vlm_lora_lab.data.records import ask
     from vlm_lora_lab.evaluate import generate_answers
     from vlm_lora_lab.models.load import load_vlm, model_folder
 
-    known = read_provenance(o.adapter) if o.adapter else {}
+    known = read_provenance(o.adapter, o.model) if o.adapter else {}
     base = o.model or known.get("base", "lab")
     question = ask(o.question, "", *map(Path, o.image), id="of the command line")
     if o.allow_pickle:
         model_folder(base, allow_pickle=True)
-    processor = load_processor(base, max_pixels=o.max_pixels or known.get("max_pixels", 0))
+    processor = adapter_processor(o.adapter, base, max_pixels=o.max_pixels) if o.adapter else load_processor(base, max_pixels=o.max_pixels)
     model = load_adapter(o.adapter, base, quick=o.quick) if o.adapter else load_vlm(base)
     print(generate_answers(model, processor, [question], max_new_tokens=o.max_new_tokens)[0])
 
@@ -384,7 +399,7 @@ def _inspect(o):
 
 
 def _compare(o):
-    from vlm_lora_lab.compare import compare
+    from vlm_lora_lab.compare import Checkpoint, compare
     from vlm_lora_lab.data.batch import Reading
 
     reading = Reading(workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls, max_pixels=o.max_pixels)
@@ -393,6 +408,7 @@ def _compare(o):
         compare(o.checkpoints, o.data, o.metric or ["exact"], o.output, o.model, o.four_bit, o.image_root, reading, **limits)
     except KeyboardInterrupt:  # it has said what is kept
         return 130
+    return 1 if any(Checkpoint.of(name, o.model).idle for name in o.checkpoints) else 0
 
 
 def _merge(o):
@@ -463,6 +479,10 @@ Look at every record of a data file, and say what is wrong, with line, field and
   vlm-lora-lab check-data train.json --model lab --against test.json
   vlm-lora-lab check-data train.jsonl --format html --output report.html
 
+Pictures and text are read. A video, a sound or a document is an error; "weight": 0 or "loss": false
+beside an answer leaves it out of the loss. Fields that nobody reads are listed with their count, and
+those that change what should be learned (tool_calls, reasoning_content, rejected, ...) are warnings.
+
 Status: 0 nothing worse than notes, 1 warnings, 2 errors."""
 
 
@@ -470,10 +490,8 @@ def _check_data(o):
     from vlm_lora_lab.data.doctor import check_data
     from vlm_lora_lab.errors import explain_write_errors
 
-    if o.output and Path(o.output).exists():
-        raise InputError("this file exists", o.output, "Choose another name; nothing is ever overwritten")
-    if o.output and not Path(o.output).absolute().parent.is_dir():
-        raise InputError("there is no such folder", Path(o.output).parent, "Make it first")
+    if o.output:
+        _check_new(o.output)
     processor = None
     if o.model:
         from vlm_lora_lab.data.native import load_processor
@@ -515,10 +533,12 @@ def _check_data_parser(p):
 # %% ../nbs/95_cli.ipynb #49b0d881
 COMPARE_HELP = """\
 Ask checkpoints the same questions, and judge their answers: scores with 95 % intervals, and the
-differences to the first one. A checkpoint is an adapter's folder, a model's folder, "lab", or owner/name.
+differences to the first one. A checkpoint is an adapter's folder, one of a run's checkpoints, a plain
+PEFT folder, a model's folder, "lab", or owner/name.
 
   vlm-lora-lab compare lab runs/first/adapter --data test.json --output runs/compared
   vlm-lora-lab compare runs/a/adapter runs/b/adapter --data test.json --metric cer --metric exact
+  vlm-lora-lab compare runs/a/checkpoints/checkpoint-200 runs/a/adapter --data test.json
   vlm-lora-lab evaluate runs/first/adapter --data test.json
 
 With --output, answers are kept as they come. The same command goes on after Ctrl-C, and what did
@@ -578,7 +598,7 @@ def _parser(argv):
     p = command("train", _train, "fine-tune a model on your own data", TRAIN_HELP)
     if argv[:1] == ["train"]:  # its options need the training engine, which takes seconds to import
         _train_parser(p)
-        p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+        p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output; refused while another run writes there")
 
     p = command("config", _config, "where a configuration for several devices lies: ddp, fsdp2, zero2 or zero3",
                 'Print the path of a configuration for accelerate launch.\n\n'
@@ -594,10 +614,11 @@ def _parser(argv):
     _check_data_parser(command("check-data", _check_data, "look at every record of a data file, and say what is wrong", CHECK_HELP))
 
     p = command("ask", _ask, "ask a model, or a model with an adapter, one question",
-                "Ask one question.\n\n  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/adapter")  # fmt: skip
+                "Ask one question.\n\n  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/adapter\n"
+                "  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/checkpoints/checkpoint-200     while it still trains")  # fmt: skip
     p.add_argument("question")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
-    p.add_argument("--adapter", metavar="FOLDER", help="written by train or demo; its base model is found by itself")
+    p.add_argument("--adapter", metavar="FOLDER", help="written by train or demo, a checkpoint of a run, or a plain PEFT folder; its base model is found by itself")
     p.add_argument("--model", metavar="MODEL", help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)')
     p.add_argument("--allow-pickle", action="store_true", help="convert the model's pickled weights (*.bin) once, through a reader that runs no code")
     p.add_argument("--max-new-tokens", type=_TOKENS, default=128, metavar="N", help="longest answer (default: 128)")
@@ -627,7 +648,7 @@ def _parser(argv):
 
     p = command("inspect", _inspect, "what is in an adapter or a model folder, and what is wrong with it; nothing is loaded",
                 "Say what is in a folder: LoRA or full, of which part, for which base, and what is suspicious.\nHeaders and bytes are read; no model is loaded, nothing is fetched.\n\n"
-                "  vlm-lora-lab inspect runs/first/adapter\n  vlm-lora-lab inspect runs/first/merged --base path/to/the/base    did the merge change anything?\n\n"
+                "  vlm-lora-lab inspect runs/first/adapter\n  vlm-lora-lab inspect runs/first/checkpoints/checkpoint-200\n  vlm-lora-lab inspect runs/first/merged --base path/to/the/base    did the merge change anything?\n\n"
                 "Exit status: 0 nothing worse than notes, 1 warnings, 2 errors.")  # fmt: skip
     p.add_argument("folder", help="an adapter, ours or any of PEFT's; or a whole model")
     p.add_argument("--base", metavar="MODEL", help='"lab", a folder, or the name of a published checkpoint (default: what the adapter names)')
@@ -651,8 +672,9 @@ def _parser(argv):
 
     p = command("merge", _merge, "fold an adapter into a whole model",
                 "Fold an adapter into a whole model, tensor by tensor; memory for its largest matrices is enough.\n\n"
-                "  vlm-lora-lab merge runs/first/adapter --output runs/first/merged")  # fmt: skip
-    p.add_argument("adapter", help="folder written by train or demo")
+                "  vlm-lora-lab merge runs/first/adapter --output runs/first/merged\n"
+                "  vlm-lora-lab merge runs/first/checkpoints/checkpoint-200 --output runs/first/merged-200     one in the middle of a run")  # fmt: skip
+    p.add_argument("adapter", help="folder written by train or demo, a checkpoint of a run, or a plain PEFT folder")
     p.add_argument("--output", required=True, metavar="FOLDER", help="for the merged model; must be new or empty")
     p.add_argument("--max-shard-gb", type=_within(0, 10_000, whole=False, above=True), default=5.0, metavar="N", help="largest file of weights, GB (default: 5)")
     _merging(p)
@@ -662,7 +684,7 @@ def _parser(argv):
                 "Then check names, shapes and fields that its loader reads, and print the commands.\n\n"
                 "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served\n"
                 "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served --check      look at it again\n\nStatus: 0 all rules hold, 1 some do not, 2 bad input.")  # fmt: skip
-    p.add_argument("adapter", metavar="FOLDER", help="written by train or demo")
+    p.add_argument("adapter", metavar="FOLDER", help="written by train or demo, a checkpoint of a run, or a plain PEFT folder")
     p.add_argument("output", metavar="OUTPUT", help="folder for the result; must be new or empty")
     p.add_argument("--for", dest="server", required=True, choices=("vllm", "llama.cpp", "transformers"), help="who is to read it")
     p.add_argument("--check", action="store_true", help="write nothing; look at OUTPUT again")
@@ -685,6 +707,10 @@ def _parser(argv):
     return parser
 
 
+def _commands(parser):
+    return next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+
+
 def _given_twice(command, argv):
     "What is wrong where a flag has two values, of which only the last would count; empty: nothing."
     seen: dict[str, str] = {}
@@ -702,10 +728,22 @@ def _given_twice(command, argv):
     return ""
 
 
+_PATHS = {"PATH", "FILE", "FOLDER", "OUTPUT", "MODEL", "CHECKPOINT"}  # what stands for a path in a help text
+
+
+def _check_paths(command, options):
+    "Raises `InputError` for a path that is empty, or that no file can have."
+    for action in command._actions:
+        given = getattr(options, action.dest, None)
+        if given is not None and given != action.default and (action.metavar in _PATHS or action.dest in ("config", "model", "folder", "adapter")):
+            for value in given if isinstance(given, list) else [given]:
+                fitting(value, Annotated[str, FilePath()], action.option_strings[-1] if action.option_strings else action.dest, "")
+
+
 def _options_of(parser, argv):
     "Parsed, or an exit with the nearest flag for one that is not known."
     options, unknown = parser.parse_known_args(argv)
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    commands = _commands(parser)
     if twice := _given_twice(commands[options.command], argv):
         commands[options.command].error(twice)
     if unknown:
@@ -723,7 +761,7 @@ def _quick(p):
 def _merging(p):
     "Options of what folds an adapter into a base."
     _quick(p)
-    p.add_argument("--model", metavar="FOLDER", help="another place of the same base model")
+    p.add_argument("--model", metavar="FOLDER", help="another place of the same base model; or the base, where a plain PEFT folder names none")
     p.add_argument("--onto", default="nf4", choices=("nf4", "original"),
                    help="nf4: the rounded weights that training saw, which reproduces the trained model; original: the base's own weights")  # fmt: skip
     p.add_argument("--dtype", default="stored", choices=("stored", "float32", "bfloat16", "float16"),
@@ -737,8 +775,10 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     if int(os.environ.get("RANK", "0")):
         os.environ["TQDM_DISABLE"] = "1"  # of several processes only the first one draws bars
-    options = _options_of(_parser(argv), argv)
+    parser = _parser(argv)
+    options = _options_of(parser, argv)
     try:
+        _check_paths(_commands(parser)[options.command], options)
         os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written, never shown
         return options.run(options) or 0
     except InputError as e:

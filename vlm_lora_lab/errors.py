@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['InputError', 'Finding', 'nearest', 'unknown_keys', 'unique', 'yaml_value', 'json_value', 'encoding_of', 'no_utf8',
-           'text_of', 'explain_write_errors', 'check_writable', 'empty_folder', 'write_json', 'complete_or_nothing']
+           'text_of', 'explain_write_errors', 'check_writable', 'empty_folder', 'write_json', 'check_free', 'claimed',
+           'complete_or_nothing']
 
 # %% ../nbs/02_errors.ipynb #c78679b2
 import codecs
@@ -13,9 +14,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EAGAIN, EDQUOT, EEXIST, EFBIG, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,12 @@ class Finding(InputError, RuntimeError):
 def nearest(
     name: str,  # that is not known
     known: Iterable[str],
+    cutoff: float = 0.6,  # how similar it has to be, from 0 to 1
 ) -> str:  # the most similar known name; empty: none is near
     "What somebody probably meant."
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(name, list(known), 1)), "")
+    return next(iter(get_close_matches(name, list(known), 1, cutoff)), "")
 
 
 def unknown_keys(
@@ -215,7 +218,7 @@ def explain_write_errors(
         full = number in (ENOSPC, EDQUOT, EFBIG) or any(f"os error {n})" in text for n in (ENOSPC, EDQUOT, EFBIG))
         if full or "PytorchStreamWriter" in text or "inline_container" in text:
             raise InputError("the disk is full, or a quota is used up", folder, "Free some space or choose another folder with --output") from e
-        if number in (EACCES, EEXIST, ENAMETOOLONG, ENOTDIR, EPERM, EROFS) or f"os error {EACCES})" in text:
+        if number in (EACCES, EEXIST, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS) or f"os error {EACCES})" in text:
             raise InputError("this folder cannot be written to", folder, "Choose another folder with --output") from e
         raise
 
@@ -234,8 +237,13 @@ def check_writable(
 ) -> None:
     "Raises `InputError` for a folder that could not be made or written to. Nothing is touched."
     folder = Path(folder).absolute()
-    with explain_write_errors(folder):
-        there = next(p for p in (folder, *folder.parents) if _is_there(p))
+    try:
+        with explain_write_errors(folder):
+            there = next(p for p in (folder, *folder.parents) if _is_there(p))
+    except ValueError as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"no file can have the name {str(folder)[:60]!r}", "output", "Choose another folder with --output") from None
     if not there.is_dir():
         raise InputError(f"{there.name!r} is no folder, so nothing can be written there", folder, "Choose another folder with --output")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -245,10 +253,11 @@ def check_writable(
 def empty_folder(
     folder: str | Path,  # where results should go
 ) -> Path:
-    "The folder, if it is new or empty. Raises `InputError` if anything is in it: nothing is ever overwritten."
+    "The folder, if it is new or empty and could be written to. Raises `InputError` if anything is in it: nothing is ever overwritten."
     folder = Path(folder)
+    check_writable(folder)
     with explain_write_errors(folder):
-        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        used = folder.exists() and any(folder.iterdir())
     if used:
         raise InputError("this folder is not empty", folder, "Choose another one, or remove it; nothing is ever overwritten")
     return folder
@@ -268,21 +277,148 @@ def write_json(
         finally:
             partial.unlink(missing_ok=True)
 
+# %% ../nbs/02_errors.ipynb #cefa08b8
+_PATIENCE = 2  # seconds for others who only look
+_held: list[Any] = []  # lock files of this process
 
+
+def _forget():
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):  # a worker that outlives its parent must not keep the lock
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _who():
+    "This process, as its lock says it."
+    import platform
+
+    return f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def _lives(who):
+    "Does the process that a lock names still run? One of another machine may."
+    import platform
+
+    m = re.match(r"process (\d+) on (.*), since ", who)
+    if m is None or m[2] != platform.node() or sys.platform == "win32":
+        return True
+    try:
+        os.kill(int(m[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _flock(file, kind):
+    "Take the kernel's lock; False: somebody else has it, None: there are none here."
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_EX if kind == "alone" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return None
+    except OSError as e:
+        return False if e.errno in (EACCES, EAGAIN) else None
+    return True
+
+
+def _taken(file, kind):
+    "Who holds a lock file, or nothing. What is left in it afterwards was written by a process that is gone."
+    held = _flock(file, kind)
+    who = file.read().strip()
+    if held or (held is None and not (who and _lives(who))):
+        return ""
+    return who or "another process"
+
+
+def _is_at(file, path):
+    "Is the open file still the one of this name?"
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _in_use(who, folder, lock):
+    import platform
+
+    elsewhere = "" if platform.node() in who and sys.platform != "win32" else f". If that process is gone, remove {lock}"
+    return InputError(f"{who}, is writing here" if "since" in who else f"{who} is writing here", folder, f"Wait until it has ended, stop it, or choose another folder{elsewhere}")
+
+
+def check_free(
+    lock: str | Path,  # a lock file, as for `claimed`
+    folder: str | Path,  # for the message
+) -> None:
+    "Raises `InputError` naming who writes into a folder now. Nothing is touched."
+    try:
+        with open(lock, encoding="utf-8", errors="replace") as file:
+            who = _taken(file, "look")
+    except OSError:  # there is none
+        return
+    if who:
+        raise _in_use(who, folder, lock)
+
+
+@contextmanager
+def claimed(
+    lock: str | Path,  # a file that exists as long as the folder is claimed
+    folder: str | Path,  # what is claimed, for the message
+    say: Callable[[str], Any] | None = None,  # called with a line where a process that is gone left its lock
+    wait: bool = False,  # until the other has ended
+) -> Iterator[None]:
+    "Write into a folder alone. Raises `InputError` naming the process that does, or waits for it."
+    lock, until = Path(lock), time.monotonic() + _PATIENCE
+    while True:
+        file = open(lock, "a+", encoding="utf-8", errors="replace")
+        file.seek(0)
+        who = _taken(file, "alone")
+        if not who and _is_at(file, lock):
+            break
+        file.close()
+        if who and not wait and ((who != "another process" and _lives(who)) or time.monotonic() > until):
+            raise _in_use(who, folder, lock)
+        time.sleep(0.05 if who else 0)  # it was removed at this moment, or somebody looks at it
+    _held.append(file)
+    try:
+        file.seek(0)
+        if (left := file.read().strip()) and say:
+            say(f"{folder} was left by a process that is gone ({left}), and is taken over.")
+        file.truncate(0)
+        file.write(_who())
+        file.flush()
+        yield
+    finally:
+        if sys.platform == "win32":  # where an open file cannot be removed
+            file.close()
+        with suppress(OSError):  # it was removed with its folder, or the folder cannot be written any more
+            lock.unlink()
+        _held.remove(file)
+        file.close()  # and with it the kernel's lock goes
+
+# %% ../nbs/02_errors.ipynb #3e98451f
 @contextmanager
 def complete_or_nothing(
     folder: str | Path,  # must not exist, or be empty
 ) -> Iterator[Path]:  # a folder beside it, which is renamed at the end
-    "A folder that appears under its name when the block succeeds, and not at all when it fails."
+    "A folder that appears under its name when the block succeeds, and not at all when it fails. Raises `InputError` while another process writes it."
     folder = Path(folder).resolve()
     partial = folder.with_name(folder.name + ".partial")
     with explain_write_errors(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            if empty_folder(folder).is_dir():  # still: somebody may have written there in the meantime
-                folder.rmdir()
-            os.replace(partial, folder)
-        finally:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(folder.with_name(f".{folder.name}.lock"), folder):
             shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                yield partial
+                if empty_folder(folder).is_dir():  # still: somebody may have written there in the meantime
+                    folder.rmdir()
+                os.replace(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)

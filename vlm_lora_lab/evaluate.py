@@ -269,6 +269,9 @@ def check_truths(
     if not len(conversations):
         raise InputError("there are no questions", "evaluation")
     for c in conversations:
+        if not c.messages[-1].learned:
+            raise InputError("the last answer is marked as not learned (weight 0), so it is no right answer to judge by", c.where,
+                             "Give it weight 1, or remove the record")  # fmt: skip
         try:
             for text in c.references:
                 metric.check(text)

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .save import SAYS_CONFIG, SAYS_PROVENANCE, broken_seals, find_base, is_base, wrong_in
+from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base, is_base, wrong_in
 from ..errors import InputError
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
@@ -351,7 +351,10 @@ def _check_full(seen, config, layout, provenance, base):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #dc047e39
 def _check_beside(folder, provenance, base, adapter=True):
     found = []
-    if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES):
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+    if state := [n for n in pickles if _STATE.fullmatch(n)]:
+        found.append(Finding("note", f"of the Trainer, to go on with the run, and no weights of the model: {', '.join(state)}"))
+    if pickles := [n for n in pickles if n not in state]:
         found.append(Finding("warning", f"pickles beside, which can hold programs and were not opened: {', '.join(pickles[:5])}",
                              "Weights in them are missing from this account"))  # fmt: skip
     if (folder / "provenance.json").is_file():
@@ -362,9 +365,11 @@ def _check_beside(folder, provenance, base, adapter=True):
         if broken is None:
             found.append(Finding("note", "the folder is not sealed, so a flipped byte would go unnoticed", "Save with save_adapter"))
         found += [Finding("error", f"{name} {what}", "Copy the whole folder again from where it was trained") for name, what in (broken or {}).items()]
+    elif provenance.get("unsealed"):
+        found.append(Finding("note", provenance["unsealed"].rstrip(".")))
     elif adapter:
         found.append(Finding("note", "there is no provenance.json: data, versions and the base's hash are not known, and a flipped byte would go unnoticed"))
-    if provenance.get("base_fingerprint") and base.folder is not None and not is_base(base.folder, provenance):
+    if (provenance.get("base_fingerprint") or provenance.get("base_sha256")) and base.folder is not None and not is_base(base.folder, provenance):
         found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; its weights differ", "Name the right one: --base"))
     if provenance.get("other_adapters"):
         found.append(Finding("note", f"the model had other adapters, which are not in here: {', '.join(provenance['other_adapters'])}"))
@@ -424,6 +429,12 @@ def _json_or(path, findings, kinds=()):
 def _adapter(folder, base):
     findings = []
     config, provenance = _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG), _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE)
+    provenance = {k: v for k, v in provenance.items() if k not in ("unsealed", "plan")}
+    if not (folder / "provenance.json").is_file():
+        try:
+            provenance = _of_checkpoint(folder, base) or {}
+        except InputError as e:
+            findings.append(Finding("warning", e.found, e.remedy))
     said = provenance.get("base") or config.get("base_model_name_or_path")
     base = _base_of(base or (find_base(said, folder) if isinstance(said, str) else said))
     file = folder / "adapter_model.safetensors"
@@ -438,8 +449,8 @@ def _adapter(folder, base):
     ranks, said = _check_lora(seen, config)
     tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
     findings += [*_check_values(seen), *said, *more]
-    if (folder / "plan.json").is_file() and seen:
-        findings += _plan_findings(folder, seen, base, layout)
+    if seen and ((folder / "plan.json").is_file() or provenance.get("plan")):
+        findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
     findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
     if base.why:
         findings.append(Finding("note", f"the base is not at hand ({base.why}), so keys, shapes and values were not compared with it", "Say where it is: --base"))
@@ -454,9 +465,9 @@ def _adapter(folder, base):
     return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #18b3d50f
-def _plan_findings(folder, seen, base, layout):
+def _plan_findings(folder, plan, seen, base, layout):
     try:
-        return _check_plan(seen, TuningPlan.of(read_json(folder / "plan.json")), base, layout)
+        return _check_plan(seen, TuningPlan.of(plan or read_json(folder / "plan.json")), base, layout)
     except InputError as e:
         return [Finding("error", f"plan.json does not fit: {e.found}", "Copy the folder again")]
 

@@ -18,10 +18,10 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from .merge import Adapter, Merged, _Shard, merge_into
-from .save import check_base
+from .merge import Adapter, Merged, _Shard, changes_nothing, merge_into
+from .save import _or_rescue, check_base, check_settings
 from ..data.native import NATIVE, QwenPictures, load_processor, picture_fields
-from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors
+from ..errors import Finding, InputError, complete_or_nothing, empty_folder, explain_write_errors
 from ..models.files import account, shape_of, stored_in
 from ..models.load import load_tokenizer, model_folder
 from ..models.minicpmv import MiniCPMV
@@ -283,19 +283,27 @@ def export_adapter(
     folder = empty_folder(folder)
     if target not in TARGETS:
         raise InputError(f"{target!r} is no server known here", "export, --for", f"Write one of {', '.join(TARGETS)}")
-    opened = Adapter(adapter)
+    opened = Adapter(adapter, base)
     named = base or opened.provenance["base"]
     source, keep, merged = model_folder(named), [], None
+    check_settings(adapter, source, opened.provenance)
     if target == "vllm":
         if opened.config.use_dora:
             raise InputError("this adapter is DoRA, which vLLM does not serve", adapter, "Fold it in: export --for transformers; vLLM serves the merged model without an adapter")
-        layers = set(linear_layers(on_meta(source))["language"])
+        empty = on_meta(source)
+        layers, there = set(linear_layers(empty)["language"]), {n for n, _ in empty.named_modules()}
+        with _or_rescue(opened.folder, opened.provenance):
+            if strange := sorted(set(opened.loras) - there):
+                raise InputError(f"this adapter has LoRA for {strange[0]}, which {str(named)!r} does not have", adapter, "Give the base that it was trained on")
         keep = [m for m in opened.loras if m in layers]
+        if changes_nothing(opened, source):
+            raise Finding(f"this adapter changes nothing: every weight of {str(named)!r} stays as it is", adapter, "Was it trained? Look at what it holds: vlm-lora-lab inspect")
         if not keep:
             raise InputError("nothing in this adapter is LoRA on the language model, so no adapter is left for vLLM", adapter,
                              "Fold it in: export --for transformers; vLLM serves the merged model")  # fmt: skip
     rounded = onto == "nf4" and opened.provenance["four_bit"]
-    needed = rounded or opened.full or len(keep) < len(opened.loras) or opened.config.init_lora_weights == "pissa"
+    own_words = bool(opened.provenance.get("own_tokenizer"))  # they go where the server looks: beside the model
+    needed = rounded or own_words or opened.full or len(keep) < len(opened.loras) or opened.config.init_lora_weights == "pissa"
     if not needed:  # merge_into looks at it otherwise
         check_base(adapter, source, opened.provenance, quick=quick)
     with complete_or_nothing(folder) as partial:

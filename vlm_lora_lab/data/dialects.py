@@ -16,7 +16,7 @@ from PIL import Image
 
 from .files import Inline, Remote
 from .records import DIALECTS, Conversation, Conversations
-from ..errors import InputError, explain_write_errors
+from ..errors import InputError, claimed, explain_write_errors
 
 # %% ../../nbs/27_data.dialects.ipynb #74b0f003
 def _name(image, root):
@@ -47,6 +47,11 @@ def _parts(content, names, wrap):
     return parts
 
 
+def _marked(message, row):
+    "A row of a record, with the mark of an answer that is not learned."
+    return row if message.learned else row | {"weight": 0}
+
+
 def _apart(content):
     "Whether white space stands between every picture and the text beside it; parts without it would be put apart."
     pieces = content.split("<image>")
@@ -74,7 +79,7 @@ def to_record(
 
 
 def _minicpmv(c, names):
-    rows = [{"role": m.role, "content": m.content} for m in c.messages]
+    rows = [_marked(m, {"role": m.role, "content": m.content}) for m in c.messages]
     if len(names) < 2:
         return ({"image": names[0]} if names else {}) | {"conversations": rows}
     tags, count = [f"<image_{i:02}>" for i in range(len(names))], 0
@@ -92,30 +97,30 @@ def _qwenvl(c, names):
         if "<img>" in m.content or "</img>" in m.content or any("</img>" in n for n in names):
             raise InputError("the text or a path contains <img> or </img>", c.where, "Qwen-VL would read it as a picture")
         pieces = m.content.split("<image>")
-        rows.append({"from": m.role, "value": pieces[0] + "".join(f"<img>{names.pop(0)}</img>{piece}" for piece in pieces[1:])})
+        rows.append(_marked(m, {"from": m.role, "value": pieces[0] + "".join(f"<img>{names.pop(0)}</img>{piece}" for piece in pieces[1:])}))
     return {"conversations": rows}
 
 # %% ../../nbs/27_data.dialects.ipynb #1bbd49b0
 def _llava(c, names):
     who = {"user": "human", "assistant": "gpt", "system": "system"}
     image = {"image": names[0] if len(names) == 1 else names} if names else {}
-    return image | {"conversations": [{"from": who[m.role], "value": m.content} for m in c.messages]}
+    return image | {"conversations": [_marked(m, {"from": who[m.role], "value": m.content}) for m in c.messages]}
 
 
 def _openai(c, names):
     if not all(_apart(m.content) for m in c.messages):
-        return {"messages": [{"role": m.role, "content": m.content} for m in c.messages], "images": list(names)}
+        return {"messages": [_marked(m, {"role": m.role, "content": m.content}) for m in c.messages], "images": list(names)}
     names = list(names)
     part = lambda name: {"type": "image_url", "image_url": {"url": name}}  # noqa: E731
-    return {"messages": [{"role": m.role, "content": _parts(m.content, names, part) if "<image>" in m.content else m.content} for m in c.messages]}
+    return {"messages": [_marked(m, {"role": m.role, "content": _parts(m.content, names, part) if "<image>" in m.content else m.content}) for m in c.messages]}
 
 
 def _hf(c, names):
     if not all(_apart(m.content) for m in c.messages):
-        return {"messages": [{"role": m.role, "content": m.content} for m in c.messages], "images": list(names)}
+        return {"messages": [_marked(m, {"role": m.role, "content": m.content}) for m in c.messages], "images": list(names)}
     bare, rows = [None] * len(names), []
     for m in c.messages:
-        rows.append({"role": m.role, "content": _parts(m.content, bare, lambda _: {"type": "image"}) or [{"type": "text", "text": ""}]})
+        rows.append(_marked(m, {"role": m.role, "content": _parts(m.content, bare, lambda _: {"type": "image"}) or [{"type": "text", "text": ""}]}))
     return {"messages": rows, "images": list(names)}
 
 
@@ -132,12 +137,12 @@ def convert(
     target, count = Path(target), 0
     if target.suffix not in (".json", ".jsonl"):
         raise InputError(f"the name ends in {target.suffix!r}", target, "Write .json for a list, or .jsonl for a record per line")
-    if target.exists():
-        raise InputError("this file exists", target, "Choose another name; nothing is ever overwritten")
     conversations = Conversations.open(source, image_root) if isinstance(source, (str, Path)) else source
     lines, partial = target.suffix == ".jsonl", target.with_name(target.name + ".partial")
     root = Path(os.path.abspath(target.parent))
-    with explain_write_errors(target):
+    with explain_write_errors(target), claimed(target.with_name(f".{target.name}.lock"), target):
+        if target.exists():
+            raise InputError("this file exists", target, "Choose another name; nothing is ever overwritten")
         try:
             with open(partial, "w", encoding="utf-8") as file:
                 file.write("" if lines else "[")

@@ -60,7 +60,7 @@ class NativeProcessor(BaseProcessor):
 
         def whole(c):
             texts = self.numbered(grids[len(grids) - len(c.images) :])
-            text = supervised([_message(m) for m in c.messages], lambda ms: self._write(ms, texts, c.where), self.tokenizer, answer)
+            text = supervised([_message(m) for m in c.messages], lambda ms: self._write(ms, texts, c.where), self.tokenizer, answer, c.learned)
             ids, labels = ids_and_labels(*text, self.tokenizer)
             runs = [list(run) for is_picture, run in groupby(range(len(ids)), lambda i: ids[i] == marker) if is_picture]
             return Encoded(ids, labels, [(run[0], run[-1] + 1) for run in runs])

@@ -266,6 +266,7 @@ def supervised(
     write: Callable[[list[dict]], str],  # messages to text, such as a chat template
     tokenizer: PreTrainedTokenizerBase,
     answer: bool = True,  # with the last answer, or only up to the place where it would begin
+    learned: Sequence[bool] = (),  # of each answer: does the loss look at it? None given: at all of them
 ) -> tuple[str, list[tuple[int, int]], list[int]]:  # the text; start and end of what the loss looks at; where an unwritten end token belongs
     "Write messages, and say where the answers are. Raises `InputError` for a template that cannot be matched."
     where = f"tokenizer {tokenizer.name_or_path}".strip()
@@ -276,10 +277,12 @@ def supervised(
     if not answer:
         return whole[: found[-1][0]], [], []
     spans, unwritten = [], []
-    for start, end, after in found:
+    for (start, end, after), wanted in zip(found, learned or [True] * len(found), strict=True):
         closing = next((t for t in (*ENDS, tokenizer.eos_token or ENDS[0]) if after.startswith(t)), None)
         if closing is None and not (after and (_pattern(control_tokens(tokenizer)).match(after) or after.startswith(_WRITTEN))):
             raise InputError("this chat template does not end an answer with a token of its own", where, "Train with another template")
+        if not wanted:
+            continue
         spans.append((start, end + len(closing or "")))
         if closing is None:
             unwritten.append(end)
@@ -302,7 +305,7 @@ def render(
     template = None if tokenizer.chat_template else family.template
     no_commands(conversation, tokenizer, template, named)
     messages = _with_pictures(conversation, family, query_num, use_image_id, grids)
-    return supervised(messages, lambda ms: tokenizer.apply_chat_template(ms, tokenize=False, chat_template=template), tokenizer, answer)
+    return supervised(messages, lambda ms: tokenizer.apply_chat_template(ms, tokenize=False, chat_template=template), tokenizer, answer, conversation.learned)
 
 # %% ../../nbs/22_data.tokens.ipynb #e3305943
 @dataclass(frozen=True)

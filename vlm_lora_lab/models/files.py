@@ -12,7 +12,7 @@ import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as hf_logging
 
-from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
+from ..errors import InputError, claimed, complete_or_nothing, empty_folder, explain_write_errors, write_json
 from .parts import Layout, layout_of
 from .minicpmv import MiniCPMV
 from .published import on_meta, read_json
@@ -177,7 +177,15 @@ def convert_pickles(
 ) -> list[Path]:  # the files written
     """Write `pytorch_model*.bin` as safetensors beside them, through torch's `weights_only` reader.
 
-    Raises `InputError` for a pickle that is damaged or holds anything but tensors; nothing is written then."""
+    A second process waits for the first, and finds its files. Raises `InputError` for a pickle that is damaged or holds anything but tensors; nothing is written then."""
+    with ExitStack() as lock:
+        with explain_write_errors(folder):
+            lock.enter_context(claimed(folder / ".converting.lock", folder, wait=True))
+        return sorted(folder.glob("*.safetensors")) or _convert(folder)
+
+
+def _convert(folder):
+    "The same, for the process that holds the lock."
     bins = [folder / "pytorch_model.bin"]
     if (index := folder / "pytorch_model.bin.index.json").is_file():
         weight_map = read_json(index).get("weight_map")
