@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
-from .checkpoint.save import load_adapter, read_provenance
+from .checkpoint.merge import Adapter, changes_nothing
+from .checkpoint.save import adapter_processor, load_adapter, read_provenance
 from .data.batch import BaseProcessor, Reading, check_rows
 from .data.files import Inline, Remote
 from .data.native import load_processor
@@ -34,6 +35,7 @@ from .evaluate import RESAMPLES, Metric, Score, ScoreTable, answer_all, bootstra
 from .models.load import load_vlm, model_folder
 from .models.published import read_json
 from .style import COLORS, figure, save_figure
+from .train.identity import located
 
 # %% ../nbs/81_compare.ipynb #1acc3b33
 @dataclass(frozen=True)
@@ -189,6 +191,15 @@ def data_digest(
     return digest.hexdigest()
 
 # %% ../nbs/81_compare.ipynb #434c4c14
+@lru_cache(maxsize=64)
+def _idle(adapter, base, digest):
+    "Does an adapter leave its base as it is? Where its variant is not merged here, nobody can say."
+    try:
+        return changes_nothing(Adapter(adapter, base), base)
+    except InputError:
+        return False
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     "An adapter or a whole model, not loaded."
@@ -199,6 +210,7 @@ class Checkpoint:
     adapter: str = ""  # its folder, if it is one
     told: dict | None = None  # what an adapter says about its training: plan, versions
     max_pixels: int = 0  # most pixels of a picture that it looks at; 0: what the base's files say
+    own: str = ""  # the adapter's folder, if it has a tokenizer of its own
     quick: bool = False  # know an adapter's base by names, shapes and samples instead of every byte
 
     @classmethod
@@ -216,17 +228,24 @@ class Checkpoint:
             plan = Path(name) / "plan.json"  # there is none for a model that was unfrozen by hand
             told = {"trained_with": known["versions"], "plan": read_json(plan) if plan.is_file() else known.get("plan")}
             told |= {"unsealed": known["unsealed"]} if "unsealed" in known else {}
-            return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told, max_pixels or known.get("max_pixels", 0))
+            return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told, max_pixels or known.get("max_pixels", 0), name if known.get("own_tokenizer") else "")
         model_folder(name, weights=False)
         return cls(name, name, four_bit, max_pixels=max_pixels)
 
     def processor(self, max_length: int = 2048) -> BaseProcessor:
         "What prepares its questions. Raises `InputError` for a family that has none here."
+        if self.adapter:
+            return adapter_processor(self.adapter, self.base, max_length, self.max_pixels)
         return load_processor(self.base, max_length, max_pixels=self.max_pixels)
 
     def load(self) -> nn.Module:
         "The model, in evaluation mode."
         return load_adapter(self.adapter, self.base, quick=self.quick) if self.adapter else load_vlm(self.base, four_bit=self.four_bit)
+
+    @property
+    def idle(self) -> bool:
+        "Is it an adapter that changes nothing?"
+        return bool(self.adapter) and _idle(self.adapter, self.base, folder_digest(self.adapter))
 
     def depends_on(self) -> dict:
         "All that its answers depend on, but for the questions."
@@ -326,8 +345,8 @@ def compare(
     conversations = Conversations.open(data, image_root, reading.allow_outside, reading.allow_urls) if isinstance(data, (str, Path)) else data
     for metric in wanted:
         check_truths(metric, conversations)
-    processors = {(c.base, c.max_pixels): c.processor(max_length) for c in chosen}
-    for (name, _), processor in processors.items():
+    processors = {(c.base, c.max_pixels, c.own): c.processor(max_length) for c in chosen}
+    for (name, *_), processor in processors.items():
         check_rows(conversations, processor, replace(reading, skip_bad_rows=False), f"checking questions for {name[-40:]}")
     with ExitStack() as lock:
         output = _place(output, lock)
@@ -339,6 +358,9 @@ def _compared(chosen, processors, wanted, data, conversations, output, batch_siz
     rows, about = _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
     results = {m.name: Comparison({n: Score.of(m.name, [r["answer"] for r in a], conversations) for n, a in rows.items()}, tuple(c.category for c in conversations)) for m in wanted}
     say("".join(f"\n{result}\n" for result in results.values()).rstrip("\n"))
+    for c in chosen:
+        if c.idle:
+            say(f"\n{c.name} changes nothing: every weight of {c.base} stays as it is, and its answers are the base's. Was it trained? vlm-lora-lab inspect {c.name}")
     if output:
         _write(output, data, conversations, results, rows, about, say)
     return results
@@ -352,13 +374,13 @@ def _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
         file = output / "answers" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.jsonl" if output else None
         start = time.perf_counter()
         try:
-            rows[c.name], new = _ask(c, processors[c.base, c.max_pixels], conversations, file, key, batch_size, limits["max_new_tokens"])
+            rows[c.name], new = _ask(c, processors[c.base, c.max_pixels, c.own], conversations, file, key, batch_size, limits["max_new_tokens"])
         except KeyboardInterrupt:
             say(f"Stopped while asking {c.name}." + (f" What was answered is kept in {output}; the same command goes on from there." if output else ""))
             raise
         _tell(say, c, rows[c.name], new, time.perf_counter() - start, limits["max_new_tokens"])
         cut = sum(r["cut"] for r in rows[c.name])
-        about.append({"name": c.name, "base": c.base, "answers": file and file.name, "asked_now": new, "cut_off": cut} | key | (c.told or {}))
+        about.append({"name": c.name, "base": located(c.base), "answers": file and file.name, "asked_now": new, "cut_off": cut} | key | (c.told or {}))
         gc.collect()
         torch.cuda.empty_cache()
     return rows, about
@@ -374,7 +396,7 @@ def _tell(say, checkpoint, rows, new, seconds, limit):
 
 def _write(output, data, conversations, results, rows, about, say):
     "Report, questions and figures; they follow from the answers, and are written anew."
-    report = {"data": str(data) if isinstance(data, (str, Path)) else "in memory", "questions": len(conversations), "resamples": RESAMPLES, "seed": 0,
+    report = {"data": located(data) if isinstance(data, (str, Path)) else "in memory", "questions": len(conversations), "resamples": RESAMPLES, "seed": 0,
               "checkpoints": about, "results": [r.to_dict() for r in results.values()]}  # fmt: skip
     write_json(output / "report.json", report)
     partial = output / "questions.jsonl.partial"

@@ -43,11 +43,12 @@ class Finding(InputError, RuntimeError):
 def nearest(
     name: str,  # that is not known
     known: Iterable[str],
+    cutoff: float = 0.6,  # how similar it has to be, from 0 to 1
 ) -> str:  # the most similar known name; empty: none is near
     "What somebody probably meant."
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(name, list(known), 1)), "")
+    return next(iter(get_close_matches(name, list(known), 1, cutoff)), "")
 
 
 def unknown_keys(
@@ -396,7 +397,8 @@ def claimed(
     finally:
         if sys.platform == "win32":  # where an open file cannot be removed
             file.close()
-        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # it was removed with its folder, or the folder cannot be written any more
+            lock.unlink()
         _held.remove(file)
         file.close()  # and with it the kernel's lock goes
 

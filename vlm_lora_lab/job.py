@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from errno import EIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .checkpoint.save import base_sha256, save_adapter
+from .checkpoint.save import ancestry, base_sha256, check_base, check_seals, check_start, plan_of, read_provenance, save_adapter, start_from
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
 from .data.native import keep_limits, load_processor
-from .data.records import Conversations
+from .data.records import Conversations, unread_lines
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
 from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors, unknown_keys, write_json
@@ -37,8 +38,8 @@ from .settings import FilePath, OneOf, Settings, Within, inside, shown
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
-from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed
-from .train.run import Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
+from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located, mended
+from .train.run import Best, Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
 
@@ -54,6 +55,7 @@ class Job(Settings):
     metric: str = "exact"  # how those answers are judged: exact, cer, anls, iou or iou@0.5
     image_root: Annotated[str, FilePath()] | None = None  # folder that picture paths start from; default: that of the JSON file
     allow_pickle: bool = False  # convert pickled weights (*.bin) once, through a reader that runs no code
+    from_adapter: Annotated[str, FilePath()] | None = None  # folder of an adapter to go on from, with this data; model, plan and four_bit are then its own, unless others are given
     four_bit: bool = True  # NF4 for the language model's decoder layers (Q-LoRA); False: plain LoRA
     mix_data: Annotated[str, FilePath()] | None = None  # JSON file of old samples to mix in; "drawn": the lab model's own
     mix_share: Annotated[float, Within(0, 1, "0.3 is usual", below=True)] = 0.3  # of old samples, when `mix_data` is given
@@ -71,10 +73,19 @@ class Job(Settings):
             raise InputError(f"output is {shown(self.output)}, and a backslash is part of a name here", "output", f"Write / between folders: {self.output.replace(chr(92), '/')}")
         if not self.eval_data and (self.watch.every or self.watch.questions not in (0, Watch().questions)):
             raise InputError(f"watch says every {self.watch.every} steps and {self.watch.questions} questions, and there is no evaluation data", "watch", "Give eval_data, or leave them out")
+        if self.watch.judges and not (self.eval_data and self.watch.every):
+            what = "keep: best" if self.watch.keep == "best" else f"patience: {self.watch.patience}"
+            raise InputError(f"{what} needs evaluations to compare, and there is {'no evaluation data' if not self.eval_data else 'no word on how often'}", "watch",
+                             "Give eval_data and every, such as --eval-data test.json --every 100")  # fmt: skip
+        if self.watch.judges and self.stages:
+            raise InputError("stages have evaluations of their own, and none of them is the best of all", "watch", "Leave keep and patience out, or write one plan without stages")
         if self.vision_cache in ("memory", "disk") and self.stages:
             raise InputError(f"vision_cache is {self.vision_cache}, and stages have none", "vision_cache", "Write vision_cache: off")
         if self.vision_cache in ("memory", "disk") and self.plan.vision != "freeze":
             raise InputError(f"vision_cache is {self.vision_cache}, but the plan says vision: {self.plan.vision}", "vision_cache", "Write vision_cache: off, or vision: freeze")
+        if self.from_adapter and self.stages:
+            raise InputError("stages begin with LoRA of their own, and from_adapter gives them another", "from_adapter",
+                             "Leave out one of the two, or merge the adapter first (vlm-lora-lab merge) and give the result as model")  # fmt: skip
         lengths = [k for k in ("epochs", "max_steps") if getattr(self.schedule, k) != getattr(Schedule(), k)]
         if self.stages and lengths and all(s.steps or s.epochs for s in self.stages):
             raise InputError(f"{lengths[0]} is {getattr(self.schedule, lengths[0])!r}, and each stage says its own length", f"schedule, {lengths[0]}", "Say it in one of the two places")
@@ -83,12 +94,14 @@ class Job(Settings):
     def of(cls, values: dict, where: str = "configuration") -> "Job":
         "From nested dictionaries. Raises `InputError` for unknown, missing or ill-typed keys."
         known = [f.name for f in fields(cls)]
-        values = {k: v for k, v in values.items() if k != STARTED}  # a job.json that a run wrote
+        written = STARTED in values  # a job.json that a run wrote
+        values = {k: v for k, v in values.items() if k != STARTED}
         if unknown := sorted(map(str, set(values) - set(known))):
             raise _misplaced(unknown, where) or unknown_keys(unknown, known, where)
         if missing := [n for n in ("data", "output") if values.get(n) is None]:
             raise InputError(f"{missing[0]!r} is missing", where, f"Write {missing[0]}: PATH in the file, or give --{missing[0]} PATH")
         values = {k: v for k, v in values.items() if v is not None or k != "model"}
+        values = values if written else _inherited(values)
         values["vision_cache"] = "off" if values.get("vision_cache") is False else values.get("vision_cache", "auto")  # YAML reads off as false
         with inside(where):
             for name, section in SECTIONS.items():
@@ -100,6 +113,20 @@ class Job(Settings):
 
 # %% ../nbs/94_job.ipynb #beeeddd4
 SECTIONS: dict[str, type[Settings]] = {"plan": TuningPlan, "schedule": Schedule, "reading": Reading, "watch": Watch}
+
+
+def _inherited(values):
+    "What a job that goes on from an adapter does not say itself is what the adapter says."
+    folder = values.get("from_adapter")
+    if not isinstance(folder, str) or values.get("stages"):
+        return values
+    known, plan, reading = read_provenance(folder), values.get("plan") or {}, values.get("reading") or {}
+    found = {"model": known["base"], "four_bit": known["four_bit"]} | values
+    if isinstance(plan, dict):
+        found["plan"] = plan_of(folder, known).to_dict() | plan
+    if isinstance(reading, dict) and known.get("max_pixels"):
+        found["reading"] = {"max_pixels": known["max_pixels"]} | reading
+    return found
 
 
 def _misplaced(names, where):
@@ -119,7 +146,15 @@ def _checked(path, job, processor, desc, say):
         say(f"Left out {len(checked.skipped)} of {len(conversations)} rows of {path}: {names}. The first because: {checked.skipped[0].reason}")
     if checked.dropped:
         say(f"{checked.dropped} rows of {path} were too long and lost whole turns at their front.")
+    for line in _untold(path, checked):
+        say(line)
     return checked
+
+
+def _untold(path, checked):
+    "What of a file is not read, and what of it is not learned."
+    context = f"Answers of {path} that have weight 0, so that they are context and not learned: {checked.context:,}."
+    return unread_lines(checked.unread, path) + ([context] if checked.context else [])
 
 
 def _per_step(schedule):
@@ -154,6 +189,40 @@ def _asker(job, processor, conversations):
     return ask
 
 
+def _best(job, here):
+    "What decides which evaluation is the best; None: nothing depends on it."
+    if not job.watch.judges:
+        return None
+    asked = job.watch.questions and not here.sharded
+    told = {"keep": job.watch.keep == "best", "patience": job.watch.patience}
+    return Best(job.metric, metric_of(job.metric).higher_is_better, **told) if asked else Best("loss", False, **told)
+
+
+def _measured(job, best, n):
+    "What is compared, in words."
+    return f"{best.measure} on {min(job.watch.questions, n)} questions" if best.measure != "loss" else "loss on the evaluation data"
+
+
+def _announce(job, best, n, say):
+    "What will be compared, and what follows from it."
+    follows = ["the best becomes the adapter"] if best.keep else []
+    follows += [f"training stops after {best.patience} in a row without a better one"] if best.patience else []
+    say(f"Every {job.watch.every} steps and at the end: {_measured(job, best, n)}, {'higher' if best.higher else 'lower'} is better; {', and '.join(follows)}.")
+
+
+def _chosen(job, best, run, n, say):
+    "Which state was kept and why, for the report."
+    values = dict(best.values(run.history))
+    kept = run.kept if best.keep and run.kept is not None else run.steps
+    of_best = f", the best of {len(values)} evaluations" if best.keep and run.kept is not None else ", the last"
+    at = f": {values[kept]:.4g}" if kept in values else ""
+    why = f" It stopped early: {best.patience} evaluations in a row were no better than that of step {run.best}." if run.worn_out else ""
+    also = f" The last state is {Path(job.output) / 'checkpoints' / f'checkpoint-{run.steps}'}." if kept != run.steps else ""
+    say(f"Kept: step {kept} of {run.steps}{of_best} ({_measured(job, best, n)}{at}).{why}{also}")
+    return {"keep": job.watch.keep, "step": kept, "of_steps": run.steps, "compared": _measured(job, best, n), "higher_is_better": best.higher, "best_step": run.best,
+            "values": [{"step": s, "value": v} for s, v in values.items()], "stopped_early": run.worn_out}  # fmt: skip
+
+
 def _watched(history):
     "What was seen at each evaluation: loss, and what was asked."
     seen = {}
@@ -167,6 +236,19 @@ def _started_from(output):
     return Inputs.read(read_json(output / "job.json").get(STARTED), str(output / "job.json"))
 
 
+def _note_interruption(job, output):
+    "Write down how data and pictures look when a row cannot be read any more: on resume, pictures that had changed by then count as mended."
+    with suppress(InputError, OSError):
+        values = read_json(output / "job.json")
+        values[STARTED]["interrupted"] = _looked_at(job).to_dict()
+        write_json(output / "job.json", values)
+
+
+def _when_interrupted(output):
+    "What `_note_interruption` wrote; None: nothing."
+    return Inputs.read((read_json(output / "job.json").get(STARTED) or {}).get("interrupted"), str(output / "job.json"))
+
+
 def _looked_at(job):
     "Data and pictures as they are now."
     return Inputs.of({name: getattr(job, name) for name in DATA}, job.image_root, job.reading)
@@ -175,9 +257,18 @@ def _looked_at(job):
 LOCK = "run.lock"  # in the output folder, as long as a run goes on there
 
 
+def _stopped_early(output):
+    "Did patience end this run?"
+    kept = read_json(output / "report.json").get("kept")
+    return isinstance(kept, dict) and bool(kept.get("stopped_early"))
+
+
 def _nothing_left(output, job):
     "The error for a run that is finished."
-    more = "start a new one in another folder" if job.stages else "for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, start a new run in another folder"
+    if _stopped_early(output):
+        return InputError(f"this run is finished: it stopped early, after {job.watch.patience} evaluations without a better one", output,
+                          f"To go on with it, give it more patience: vlm-lora-lab train --resume --output {output} --patience {job.watch.patience + 3}")  # fmt: skip
+    more = "start a new one in another folder" if job.stages else f"for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, go on from its adapter: vlm-lora-lab train --from-adapter {output / 'adapter'} --data … --output …"
     return InputError("this run is finished, so there is nothing to resume", output, more[0].upper() + more[1:])
 
 
@@ -228,7 +319,9 @@ def _room(job, resume):
         if _per_step(was.get("schedule")) == _per_step(before["schedule"]):
             was["schedule"] = before["schedule"]  # the same rows in smaller batches make the same step: the way out of a batch that does not fit
         longer = not job.stages and other_length(was.get("schedule") or {}, before["schedule"], output / "job.json")
-        if finished and not longer:
+        watched = Watch().to_dict() | (was.get("watch") or {})  # of an older version, without what is asked for now
+        was["watch"], patient = watched | {"patience": before["watch"]["patience"]}, watched["patience"] != before["watch"]["patience"]
+        if finished and not longer and not (patient and _stopped_early(output)):
             raise _nothing_left(output, job)
         if longer:  # `check_length` looks at it when the rows are known
             was["schedule"] = (was.get("schedule") or {}) | {k: before["schedule"][k] for k in ("epochs", "max_steps")}
@@ -252,11 +345,28 @@ class _Given:
     held: Checked | None  # rows to be asked about
     left_out: dict  # file -> rows that cannot be used
     model: nn.Module
+    files: dict  # file -> how it was looked through
     inputs: Inputs  # what the run starts from, as it is now; hashed by the first process alone
+    ancestor: dict | None = None  # the adapter that it goes on from
 
     @property
     def held_out(self):
         return self.held.conversations if self.held else None
+
+
+def _ancestor(job, empty, here, resumed):
+    "The adapter to go on from, checked against base and plan; of a run that is resumed, what it wrote down: its checkpoint holds the weights."
+    if not job.from_adapter:
+        return None
+    if resumed:
+        return (read_json(resumed / "job.json").get(STARTED) or {}).get("ancestor")
+    if here.sharded:
+        raise InputError(f"{here.sharded} cuts weights in pieces, and an adapter is put into whole ones", "from_adapter", "Share with ddp or zero2, or merge the adapter first: vlm-lora-lab merge")
+    known = read_provenance(job.from_adapter)
+    check_seals(Path(job.from_adapter))
+    check_base(job.from_adapter, job.model, known)
+    check_start(empty, job.from_adapter, known, job.plan)
+    return ancestry(job.from_adapter, known)
 
 
 def _prepare(job, resume, say, here, at=lambda name: None, place=True):
@@ -268,6 +378,8 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     if place:
         check_writable(output)
     check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
+    if here.sharded and job.watch.keep == "best":
+        raise InputError(f"keep: best has to put an earlier state back, and under {here.sharded} the weights are cut in pieces", "watch", "Write keep: last, or share with ddp or zero2")
     if job.watch.tensorboard:
         summary_writer()  # is it there?
     at("model")
@@ -279,17 +391,23 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     else:
         whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
         lora_layers(empty, job.plan)
+    ancestor = _ancestor(job, empty, here, output if resume and place else None)
     at("data")
     started = _started_from(output) if resume and place else None
     inputs = _looked_at(job) if here.first else Inputs({})
+    started, changed = mended(started, _when_interrupted(output) if started else None, inputs)
     check_resumed(started, inputs, output / "job.json")
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     if held:
         check_truths(metric_of(job.metric), held.conversations)
+    files = {job.data: new} | ({job.eval_data: held} if held else {})
     left_out = {p: c.skipped for p, c in ((job.data, new), (job.eval_data, held)) if c and c.skipped}
     if job.mix_data:
-        old = Drawn(0, 1_000_000) if job.mix_data == "drawn" else _checked(job.mix_data, job, processor, "old samples", say).conversations
+        old = Drawn(0, 1_000_000)
+        if job.mix_data != "drawn":
+            files[job.mix_data] = _checked(job.mix_data, job, processor, "old samples", say)
+            old = files[job.mix_data].conversations
         mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
         added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
         new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
@@ -307,15 +425,17 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     if here.first:
         inputs = inputs.on(job.model, base_sha256(job.model))
     check_resumed(started, inputs, output / "job.json")
-    for line in started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
+    for line in changed + started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
         say(line)
     at("plan")
     if not job.stages:
         model = apply_plan(model, job.plan)
+        if ancestor and not resume:
+            say(f"Starting from {start_from(model, job.from_adapter)} tensors of {job.from_adapter}.")
         say(str(PlanTable.of(model, job.plan)))
     if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(model)):
         raise InputError(f"vision_cache is {job.vision_cache}, but {reason}", "vision cache", "Set vision_cache: off, or vision: freeze in the plan")
-    return _Given(output, processor, new, held, left_out, model, inputs)
+    return _Given(output, processor, new, held, left_out, model, files, inputs, ancestor)
 
 
 def _begin(job, resume, given, here, say, lock):
@@ -331,7 +451,7 @@ def _begin(job, resume, given, here, say, lock):
         _put_aside(output, say)
         for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):  # of an attempt that failed; written anew below
             shutil.rmtree(output / leftover, ignore_errors=True)
-        write_json(output / "job.json", absolute(job.to_dict(), Job) | {STARTED: given.inputs.to_dict()})  # also of a run that goes on in smaller batches
+        write_json(output / "job.json", absolute(job.to_dict(), Job) | {STARTED: given.inputs.to_dict() | ({"ancestor": given.ancestor} if given.ancestor else {})})  # also of a run that goes on in smaller batches
     answers = _ask_all(job, given, given.model, "asking before") if asked else None
     if asked and here.first:
         write_json(output / "before.json", answers)
@@ -355,6 +475,16 @@ def _quiet(line):
     "What other processes than the first one say."
 
 # %% ../nbs/94_job.ipynb #3c6141c4
+def _last_word(say, line):
+    "Say it; a terminal that was closed hears nothing, and that is no error."
+    try:
+        say(line)
+    except OSError as e:
+        if e.errno != EIO:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would fail again at the end
+
+
 def _swapped(job, inputs):
     "What is not what the run started from any more."
     return changed_since(inputs, lambda: _looked_at(job).on(job.model, base_sha256(job.model)))
@@ -363,14 +493,16 @@ def _swapped(job, inputs):
 def _finish(job, run, given, model, plan, doctors, here, say):
     "Ask again, save, and write down what was done."
     output = given.output
-    report = {"job": job.to_dict(), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
+    report = {"job": absolute(job.to_dict(), Job), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
     if watched := _watched(run.history):
         report["watched"] = watched
+    if not job.stages and (best := _best(job, here)):
+        report["kept"] = _chosen(job, best, run, len(given.held_out), say)
     if job.stages:
         report["stages"] = [r.to_dict() for r in run.runs]
         report["logits_moved_at_the_end"] = run.moved
     if given.left_out:
-        report["skipped_rows"] = {str(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
+        report["skipped_rows"] = {located(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
     if any(d.bad_steps for d in doctors):
         report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
     if given.held and here.sharded:
@@ -391,17 +523,17 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         say("\n".join(f"Swapped while it trained: {change}" for change in swapped))
     if isinstance(model, PeftModel):
         data = {f.path: f.sha256 for f in given.inputs.files.values()}
-        metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
-        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None}
-        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
+        metrics = {k: report[k] for k in ("steps", "kept", "loss", "exact_match", "score", "stages") if k in report}
+        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None, "ancestor": given.ancestor}
+        report["adapter"] = located(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
             also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
             save_vlm(model, output / "model", model_folder(job.model), also=also)
-        report["model"] = str(output / "model")
+        report["model"] = located(output / "model")
     if here.first:
         write_json(output / "report.json", report)
-    say(f"Written: {report.get('adapter') or report['model']}, {output / 'loss.png'}, {output / 'report.json'}")
+    say(f"Written: {output / ('adapter' if 'adapter' in report else 'model')}, {output / 'loss.png'}, {output / 'report.json'}")
     return report
 
 # %% ../nbs/94_job.ipynb #cb02816a
@@ -444,16 +576,22 @@ def _run(job, resume, given, here, say):
         else:
             passes = job.schedule.epochs if job.schedule.max_steps < 0 else job.schedule.max_steps * job.schedule.batch_size * job.schedule.accumulation / len(new.conversations)
             cache = None if here.sharded else choose_cache(job.vision_cache, model, samples, passes, say)
-            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, say=say, **watch)
+            if best := _best(job, here):
+                _announce(job, best, len(given.held_out), say)
+            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, say=say, best=best, **watch)
     except NonFiniteStep as e:
         what = "The weights were lost in an earlier step, and nothing of them was saved. It showed at" if e.lost else "Stopped before the weights were lost, at"
         (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")
         return {"not_finite_at_step": doctors[-1].bad_steps[-1][0]}
+    except Interrupted:
+        if here.first:
+            _note_interruption(job, output)
+        raise
     if cache:
         say(f"Vision cache: {cache}.")
     if run.stopped:
         where = f"in stage {len(run.runs)}, after its step {run.runs[-1].steps}" if job.stages else f"after step {run.steps}"
-        say(f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
+        _last_word(say, f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
     return _finish(job, run, given, model, plan, doctors, here, say)
 
@@ -468,7 +606,9 @@ def _counted(given, job):
     says += f"; {len(given.held.conversations)} to be asked" if given.held else ""
     left_out = [f"left out of {path}: {s.reason}" for path, skipped in given.left_out.items() for s in skipped]
     more = [f"and {len(left_out) - 20} others"] if len(left_out) > 20 else []
-    return Check("data", "warning" if left_out else "ok", "\n".join([says, *left_out[:20], *more])), order
+    untold = [line for path, checked in given.files.items() for line in _untold(path, checked)]
+    lost = any(u.loss for checked in given.files.values() for u in checked.unread)
+    return Check("data", "warning" if left_out or lost else "ok", "\n".join([says, *untold, *left_out[:20], *more])), order
 
 
 def _refused(job, name, error):
