@@ -7,16 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from standins import stand_in
 from transformers import AutoImageProcessor
 
 from vlm_lora_lab.checkpoint.merge import merge_into
-from vlm_lora_lab.checkpoint.save import save_adapter
+from vlm_lora_lab.checkpoint.rescue import rescue
+from vlm_lora_lab.checkpoint.save import adapter_processor, save_adapter
 from vlm_lora_lab.checkpoint.serve import export_adapter
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.compare import Checkpoint
 from vlm_lora_lab.data.native import NativeProcessor, keep_limits, load_processor, picture_fields
+from vlm_lora_lab.data.records import ask
 from vlm_lora_lab.models.load import lab_folder, load_vlm
 from vlm_lora_lab.models.tokenizer import picture_file
 from vlm_lora_lab.plan import TuningPlan, apply_plan
@@ -180,3 +183,126 @@ def test_a_model_trained_in_full_carries_it(tmp_path):
     given = ["--model", str(base), "--data", str(tmp_path / "d.json"), "--output", str(tmp_path / "run"), "--max-steps", "1", "--no-four-bit", "--max-pixels", "90000", *parts]
     assert main(["train", *given]) == 0
     assert grids(load_processor(tmp_path / "run" / "model")) == grids(load_processor(base, max_pixels=90000)) != grids(load_processor(base))
+
+
+def with_own_words(place, change):
+    "An adapter on a base with a spare row, whose tokenizer was changed before training; the base, and the processor of training."
+    base = stand_in("Qwen/Qwen2.5-VL-3B-Instruct", place / "base", small=True)
+    rest = lambda m: m | {"vocab": {t: i for t, i in m["vocab"].items() if t != "<|file_sep|>"}}  # noqa: E731
+    edit(base / "tokenizer.json", lambda v: v | {"model": rest(v["model"]), "added_tokens": [t for t in v["added_tokens"] if t["content"] != "<|file_sep|>"]})
+    edit(base / "tokenizer_config.json", lambda v: v | {"added_tokens_decoder": {i: t for i, t in v["added_tokens_decoder"].items() if t["content"] != "<|file_sep|>"}})
+    processor = load_processor(base)
+    change(processor.tokenizer)
+    plan = TuningPlan(vision="freeze", connector="freeze", language="lora")
+    torch.manual_seed(0)
+    model = apply_plan(load_vlm(base, dtype=torch.float32), plan)
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.1)
+    save_adapter(model, place / "adapter", plan, base, processor.tokenizer, False, max_pixels=90000)
+    return base, processor
+
+
+def test_a_tokenizer_of_its_own_goes_with_the_adapter(tmp_path, capsys):
+    base, processor = with_own_words(tmp_path, lambda t: t.add_special_tokens({"additional_special_tokens": ["<lamp>"]}))
+    question = ask("Is it a <lamp>?", "yes <lamp>")
+    want = processor(question)["input_ids"]
+    assert processor.tokenizer.convert_tokens_to_ids("<lamp>") in want and load_processor(base)(question)["input_ids"] != want
+    assert json.loads((tmp_path / "adapter" / "provenance.json").read_text())["own_tokenizer"].startswith("1 tokens that the base has not, such as <lamp>")
+    assert adapter_processor(tmp_path / "adapter")(question)["input_ids"] == want
+    merged = merge_into(tmp_path / "adapter", tmp_path / "merged", onto="original")
+    assert "<lamp>" in str(merged) and load_processor(tmp_path / "merged")(question)["input_ids"] == want
+    assert grids(load_processor(tmp_path / "merged")) == grids(load_processor(base, max_pixels=90000))  # and the limit as well
+    assert Checkpoint.of(tmp_path / "adapter").processor()(question)["input_ids"] == want
+    for target in ("transformers", "vllm"):  # vLLM looks for words beside the model, which is therefore written
+        export_adapter(tmp_path / "adapter", tmp_path / target, target, onto="original")
+        assert load_processor(tmp_path / target / "model")(question)["input_ids"] == want
+    said = []
+    for given in (["--adapter", str(tmp_path / "adapter")], ["--model", str(tmp_path / "merged")]):
+        assert main(["ask", "Is it a <lamp>?", "--max-new-tokens", "6", *given]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_a_chat_template_of_its_own_goes_with_the_adapter(tmp_path):
+    def change(tokenizer):
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+
+    base, processor = with_own_words(tmp_path, change)
+    question = ask("What?", "yes")
+    assert adapter_processor(tmp_path / "adapter")(question)["input_ids"] == processor(question)["input_ids"] != load_processor(base)(question)["input_ids"]
+    assert "chat template" in str(merge_into(tmp_path / "adapter", tmp_path / "merged", onto="original"))
+    assert load_processor(tmp_path / "merged")(question)["input_ids"] == processor(question)["input_ids"]
+
+
+def test_the_bases_own_tokenizer_is_left_as_it_is(adapter, tmp_path):
+    place, limit, few, name = adapter
+    assert json.loads((place / "adapter" / "provenance.json").read_text())["own_tokenizer"] == ""
+    merged = merge_into(place / "adapter", tmp_path / "merged", onto="original")
+    assert not merged.tokenizer
+    for file in place.joinpath("base").iterdir():
+        if "token" in file.name or "template" in file.name:
+            assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("what", ["merge", "ask", "evaluate", "export"])
+def test_a_base_whose_picture_settings_changed_is_refused(what, adapter, tmp_path, capsys):
+    "The weights are the same, and the model would see other pixels."
+    place, limit, few, name = adapter
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    key = "image_mean" if name != "openbmb/MiniCPM-V-2_6" else "norm_mean"
+    edit(base / "preprocessor_config.json", lambda v: v | {key: [0.1, 0.2, 0.3]})
+    record = {"conversations": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "one"}]}
+    (tmp_path / "d.json").write_text(json.dumps([record]))
+    given = {"merge": ["merge", str(place / "adapter"), "--output", str(tmp_path / "out")], "ask": ["ask", "What?", "--adapter", str(place / "adapter")],
+             "evaluate": ["evaluate", str(place / "adapter"), "--data", str(tmp_path / "d.json")], "export": ["export", str(place / "adapter"), str(tmp_path / "out"), "--for", "vllm"]}  # fmt: skip
+    assert main([*given[what], "--model", str(base)]) == 2
+    assert f"{key} is [0.1, 0.2, 0.3], and the adapter in" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def foreign(place, **said):
+    "A plain PEFT folder on a Qwen2.5-VL, as another script leaves it, with what its files say of pictures."
+    base = stand_in("Qwen/Qwen2.5-VL-3B-Instruct", place / "base", small=True)
+    torch.manual_seed(0)
+    model = get_peft_model(load_vlm(base, dtype=torch.float32), LoraConfig(r=4, target_modules=r".*language_model.*q_proj", init_lora_weights=False, task_type="CAUSAL_LM"))
+    model.save_pretrained(place / "run", save_embedding_layers=False)
+    for file, values in said.items():
+        (place / "run" / f"{file}.json").write_text(json.dumps(values))
+    return base, place / "run"
+
+
+@pytest.mark.parametrize("said", [
+    {"preprocessor_config": {"min_pixels": 3136, "max_pixels": 90000}}, {"preprocessor_config": {"size": {"shortest_edge": 3136, "longest_edge": 90000}}},
+    {"processor_config": {"image_processor": {"size": {"shortest_edge": 3136, "longest_edge": 90000}}}}, {"args": {"freeze_vit": True, "freeze_aligner": True, "max_pixels": 90000}},
+])  # fmt: skip
+def test_what_another_script_looked_at_is_rescued_too(said, tmp_path):
+    base, run = foreign(tmp_path, **said)
+    report = rescue(run, base, tmp_path / "out", four_bit=False)
+    assert any("90,000 pixels" in n and "keeps that" in n for n in report.notes)
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["max_pixels"] == 90000
+    few = grids(load_processor(base, max_pixels=90000))
+    assert grids(adapter_processor(tmp_path / "out")) == few
+    merge_into(tmp_path / "out", tmp_path / "merged")
+    assert grids(load_processor(tmp_path / "merged")) == few
+
+
+def test_a_limit_that_cannot_be_kept_is_named(tmp_path):
+    base, run = foreign(tmp_path, preprocessor_config={"min_pixels": 49, "max_pixels": 100})
+    report = rescue(run, base, tmp_path / "out", four_bit=False)
+    assert any("100 pixels" in n and "cannot be kept: max_pixels is 100" in n for n in report.notes) and report.written
+    assert not any("pixels" in n for n in rescue(foreign(tmp_path / "plain")[1], base).notes)
+
+
+def test_llama_factory_s_own_limit_is_told(tmp_path):
+    base, run = foreign(tmp_path)
+    (run / "trainer_log.jsonl").write_text('{"loss": 1.0}\n')
+    assert any("--max-pixels 589824" in n for n in rescue(run, base).notes)
+    (run / "training_args.yaml").write_text("image_max_pixels: 90000\n")
+    assert any("90,000 pixels" in n for n in rescue(run, base).notes)
+
+
+def test_a_plain_folder_of_peft_is_asked_as_its_own_files_say(tmp_path):
+    base, run = foreign(tmp_path, preprocessor_config={"min_pixels": 3136, "max_pixels": 90000})
+    few = grids(load_processor(base, max_pixels=90000))
+    assert grids(adapter_processor(run)) == few == grids(Checkpoint.of(run).processor())
+    assert grids(adapter_processor(run, max_pixels=200000)) == grids(load_processor(base, max_pixels=200000)) != few

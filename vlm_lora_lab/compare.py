@@ -25,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .checkpoint.merge import Adapter, changes_nothing
-from .checkpoint.save import load_adapter, read_provenance
+from .checkpoint.save import adapter_processor, load_adapter, read_provenance
 from .data.batch import BaseProcessor, Reading, check_rows
 from .data.files import Inline, Remote
 from .data.native import load_processor
@@ -210,6 +210,7 @@ class Checkpoint:
     adapter: str = ""  # its folder, if it is one
     told: dict | None = None  # what an adapter says about its training: plan, versions
     max_pixels: int = 0  # most pixels of a picture that it looks at; 0: what the base's files say
+    own: str = ""  # the adapter's folder, if it has a tokenizer of its own
     quick: bool = False  # know an adapter's base by names, shapes and samples instead of every byte
 
     @classmethod
@@ -227,12 +228,14 @@ class Checkpoint:
             plan = Path(name) / "plan.json"  # there is none for a model that was unfrozen by hand
             told = {"trained_with": known["versions"], "plan": read_json(plan) if plan.is_file() else known.get("plan")}
             told |= {"unsealed": known["unsealed"]} if "unsealed" in known else {}
-            return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told, max_pixels or known.get("max_pixels", 0))
+            return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told, max_pixels or known.get("max_pixels", 0), name if known.get("own_tokenizer") else "")
         model_folder(name, weights=False)
         return cls(name, name, four_bit, max_pixels=max_pixels)
 
     def processor(self, max_length: int = 2048) -> BaseProcessor:
         "What prepares its questions. Raises `InputError` for a family that has none here."
+        if self.adapter:
+            return adapter_processor(self.adapter, self.base, max_length, self.max_pixels)
         return load_processor(self.base, max_length, max_pixels=self.max_pixels)
 
     def load(self) -> nn.Module:
@@ -342,8 +345,8 @@ def compare(
     conversations = Conversations.open(data, image_root, reading.allow_outside, reading.allow_urls) if isinstance(data, (str, Path)) else data
     for metric in wanted:
         check_truths(metric, conversations)
-    processors = {(c.base, c.max_pixels): c.processor(max_length) for c in chosen}
-    for (name, _), processor in processors.items():
+    processors = {(c.base, c.max_pixels, c.own): c.processor(max_length) for c in chosen}
+    for (name, *_), processor in processors.items():
         check_rows(conversations, processor, replace(reading, skip_bad_rows=False), f"checking questions for {name[-40:]}")
     with ExitStack() as lock:
         output = _place(output, lock)
@@ -371,7 +374,7 @@ def _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
         file = output / "answers" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.jsonl" if output else None
         start = time.perf_counter()
         try:
-            rows[c.name], new = _ask(c, processors[c.base, c.max_pixels], conversations, file, key, batch_size, limits["max_new_tokens"])
+            rows[c.name], new = _ask(c, processors[c.base, c.max_pixels, c.own], conversations, file, key, batch_size, limits["max_new_tokens"])
         except KeyboardInterrupt:
             say(f"Stopped while asking {c.name}." + (f" What was answered is kept in {output}; the same command goes on from there." if output else ""))
             raise

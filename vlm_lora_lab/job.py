@@ -20,11 +20,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .checkpoint.save import base_sha256, save_adapter
+from .checkpoint.save import ancestry, base_sha256, check_base, check_seals, check_start, plan_of, read_provenance, save_adapter, start_from
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
 from .data.native import keep_limits, load_processor
-from .data.records import Conversations
+from .data.records import Conversations, unread_lines
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
 from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors, unknown_keys, write_json
@@ -34,7 +34,7 @@ from .models.load import load_vlm, model_folder
 from .models.published import on_meta, read_json
 from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
-from .settings import FilePath, OneOf, Settings, Within, inside
+from .settings import FilePath, OneOf, Settings, Within, inside, shown
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
@@ -55,6 +55,7 @@ class Job(Settings):
     metric: str = "exact"  # how those answers are judged: exact, cer, anls, iou or iou@0.5
     image_root: Annotated[str, FilePath()] | None = None  # folder that picture paths start from; default: that of the JSON file
     allow_pickle: bool = False  # convert pickled weights (*.bin) once, through a reader that runs no code
+    from_adapter: Annotated[str, FilePath()] | None = None  # folder of an adapter to go on from, with this data; model, plan and four_bit are then its own, unless others are given
     four_bit: bool = True  # NF4 for the language model's decoder layers (Q-LoRA); False: plain LoRA
     mix_data: Annotated[str, FilePath()] | None = None  # JSON file of old samples to mix in; "drawn": the lab model's own
     mix_share: Annotated[float, Within(0, 1, "0.3 is usual", below=True)] = 0.3  # of old samples, when `mix_data` is given
@@ -68,6 +69,8 @@ class Job(Settings):
 
     def check(self):
         metric_of(self.metric)
+        if "\\" in self.output and os.sep == "/" and not Path(self.output).exists():
+            raise InputError(f"output is {shown(self.output)}, and a backslash is part of a name here", "output", f"Write / between folders: {self.output.replace(chr(92), '/')}")
         if not self.eval_data and (self.watch.every or self.watch.questions not in (0, Watch().questions)):
             raise InputError(f"watch says every {self.watch.every} steps and {self.watch.questions} questions, and there is no evaluation data", "watch", "Give eval_data, or leave them out")
         if self.watch.judges and not (self.eval_data and self.watch.every):
@@ -80,6 +83,9 @@ class Job(Settings):
             raise InputError(f"vision_cache is {self.vision_cache}, and stages have none", "vision_cache", "Write vision_cache: off")
         if self.vision_cache in ("memory", "disk") and self.plan.vision != "freeze":
             raise InputError(f"vision_cache is {self.vision_cache}, but the plan says vision: {self.plan.vision}", "vision_cache", "Write vision_cache: off, or vision: freeze")
+        if self.from_adapter and self.stages:
+            raise InputError("stages begin with LoRA of their own, and from_adapter gives them another", "from_adapter",
+                             "Leave out one of the two, or merge the adapter first (vlm-lora-lab merge) and give the result as model")  # fmt: skip
         lengths = [k for k in ("epochs", "max_steps") if getattr(self.schedule, k) != getattr(Schedule(), k)]
         if self.stages and lengths and all(s.steps or s.epochs for s in self.stages):
             raise InputError(f"{lengths[0]} is {getattr(self.schedule, lengths[0])!r}, and each stage says its own length", f"schedule, {lengths[0]}", "Say it in one of the two places")
@@ -88,12 +94,14 @@ class Job(Settings):
     def of(cls, values: dict, where: str = "configuration") -> "Job":
         "From nested dictionaries. Raises `InputError` for unknown, missing or ill-typed keys."
         known = [f.name for f in fields(cls)]
-        values = {k: v for k, v in values.items() if k != STARTED}  # a job.json that a run wrote
+        written = STARTED in values  # a job.json that a run wrote
+        values = {k: v for k, v in values.items() if k != STARTED}
         if unknown := sorted(map(str, set(values) - set(known))):
             raise _misplaced(unknown, where) or unknown_keys(unknown, known, where)
         if missing := [n for n in ("data", "output") if values.get(n) is None]:
             raise InputError(f"{missing[0]!r} is missing", where, f"Write {missing[0]}: PATH in the file, or give --{missing[0]} PATH")
         values = {k: v for k, v in values.items() if v is not None or k != "model"}
+        values = values if written else _inherited(values)
         values["vision_cache"] = "off" if values.get("vision_cache") is False else values.get("vision_cache", "auto")  # YAML reads off as false
         with inside(where):
             for name, section in SECTIONS.items():
@@ -105,6 +113,20 @@ class Job(Settings):
 
 # %% ../nbs/94_job.ipynb #beeeddd4
 SECTIONS: dict[str, type[Settings]] = {"plan": TuningPlan, "schedule": Schedule, "reading": Reading, "watch": Watch}
+
+
+def _inherited(values):
+    "What a job that goes on from an adapter does not say itself is what the adapter says."
+    folder = values.get("from_adapter")
+    if not isinstance(folder, str) or values.get("stages"):
+        return values
+    known, plan, reading = read_provenance(folder), values.get("plan") or {}, values.get("reading") or {}
+    found = {"model": known["base"], "four_bit": known["four_bit"]} | values
+    if isinstance(plan, dict):
+        found["plan"] = plan_of(folder, known).to_dict() | plan
+    if isinstance(reading, dict) and known.get("max_pixels"):
+        found["reading"] = {"max_pixels": known["max_pixels"]} | reading
+    return found
 
 
 def _misplaced(names, where):
@@ -124,7 +146,15 @@ def _checked(path, job, processor, desc, say):
         say(f"Left out {len(checked.skipped)} of {len(conversations)} rows of {path}: {names}. The first because: {checked.skipped[0].reason}")
     if checked.dropped:
         say(f"{checked.dropped} rows of {path} were too long and lost whole turns at their front.")
+    for line in _untold(path, checked):
+        say(line)
     return checked
+
+
+def _untold(path, checked):
+    "What of a file is not read, and what of it is not learned."
+    context = f"Answers of {path} that have weight 0, so that they are context and not learned: {checked.context:,}."
+    return unread_lines(checked.unread, path) + ([context] if checked.context else [])
 
 
 def _per_step(schedule):
@@ -238,7 +268,7 @@ def _nothing_left(output, job):
     if _stopped_early(output):
         return InputError(f"this run is finished: it stopped early, after {job.watch.patience} evaluations without a better one", output,
                           f"To go on with it, give it more patience: vlm-lora-lab train --resume --output {output} --patience {job.watch.patience + 3}")  # fmt: skip
-    more = "start a new one in another folder" if job.stages else "for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, start a new run in another folder"
+    more = "start a new one in another folder" if job.stages else f"for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, go on from its adapter: vlm-lora-lab train --from-adapter {output / 'adapter'} --data … --output …"
     return InputError("this run is finished, so there is nothing to resume", output, more[0].upper() + more[1:])
 
 
@@ -315,11 +345,28 @@ class _Given:
     held: Checked | None  # rows to be asked about
     left_out: dict  # file -> rows that cannot be used
     model: nn.Module
+    files: dict  # file -> how it was looked through
     inputs: Inputs  # what the run starts from, as it is now; hashed by the first process alone
+    ancestor: dict | None = None  # the adapter that it goes on from
 
     @property
     def held_out(self):
         return self.held.conversations if self.held else None
+
+
+def _ancestor(job, empty, here, resumed):
+    "The adapter to go on from, checked against base and plan; of a run that is resumed, what it wrote down: its checkpoint holds the weights."
+    if not job.from_adapter:
+        return None
+    if resumed:
+        return (read_json(resumed / "job.json").get(STARTED) or {}).get("ancestor")
+    if here.sharded:
+        raise InputError(f"{here.sharded} cuts weights in pieces, and an adapter is put into whole ones", "from_adapter", "Share with ddp or zero2, or merge the adapter first: vlm-lora-lab merge")
+    known = read_provenance(job.from_adapter)
+    check_seals(Path(job.from_adapter))
+    check_base(job.from_adapter, job.model, known)
+    check_start(empty, job.from_adapter, known, job.plan)
+    return ancestry(job.from_adapter, known)
 
 
 def _prepare(job, resume, say, here, at=lambda name: None, place=True):
@@ -344,6 +391,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     else:
         whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
         lora_layers(empty, job.plan)
+    ancestor = _ancestor(job, empty, here, output if resume and place else None)
     at("data")
     started = _started_from(output) if resume and place else None
     inputs = _looked_at(job) if here.first else Inputs({})
@@ -353,9 +401,13 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     if held:
         check_truths(metric_of(job.metric), held.conversations)
+    files = {job.data: new} | ({job.eval_data: held} if held else {})
     left_out = {p: c.skipped for p, c in ((job.data, new), (job.eval_data, held)) if c and c.skipped}
     if job.mix_data:
-        old = Drawn(0, 1_000_000) if job.mix_data == "drawn" else _checked(job.mix_data, job, processor, "old samples", say).conversations
+        old = Drawn(0, 1_000_000)
+        if job.mix_data != "drawn":
+            files[job.mix_data] = _checked(job.mix_data, job, processor, "old samples", say)
+            old = files[job.mix_data].conversations
         mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
         added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
         new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
@@ -378,10 +430,12 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     at("plan")
     if not job.stages:
         model = apply_plan(model, job.plan)
+        if ancestor and not resume:
+            say(f"Starting from {start_from(model, job.from_adapter)} tensors of {job.from_adapter}.")
         say(str(PlanTable.of(model, job.plan)))
     if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(model)):
         raise InputError(f"vision_cache is {job.vision_cache}, but {reason}", "vision cache", "Set vision_cache: off, or vision: freeze in the plan")
-    return _Given(output, processor, new, held, left_out, model, inputs)
+    return _Given(output, processor, new, held, left_out, model, files, inputs, ancestor)
 
 
 def _begin(job, resume, given, here, say, lock):
@@ -397,7 +451,7 @@ def _begin(job, resume, given, here, say, lock):
         _put_aside(output, say)
         for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):  # of an attempt that failed; written anew below
             shutil.rmtree(output / leftover, ignore_errors=True)
-        write_json(output / "job.json", absolute(job.to_dict(), Job) | {STARTED: given.inputs.to_dict()})  # also of a run that goes on in smaller batches
+        write_json(output / "job.json", absolute(job.to_dict(), Job) | {STARTED: given.inputs.to_dict() | ({"ancestor": given.ancestor} if given.ancestor else {})})  # also of a run that goes on in smaller batches
     answers = _ask_all(job, given, given.model, "asking before") if asked else None
     if asked and here.first:
         write_json(output / "before.json", answers)
@@ -470,7 +524,7 @@ def _finish(job, run, given, model, plan, doctors, here, say):
     if isinstance(model, PeftModel):
         data = {f.path: f.sha256 for f in given.inputs.files.values()}
         metrics = {k: report[k] for k in ("steps", "kept", "loss", "exact_match", "score", "stages") if k in report}
-        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None}
+        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None, "ancestor": given.ancestor}
         report["adapter"] = located(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
@@ -552,7 +606,9 @@ def _counted(given, job):
     says += f"; {len(given.held.conversations)} to be asked" if given.held else ""
     left_out = [f"left out of {path}: {s.reason}" for path, skipped in given.left_out.items() for s in skipped]
     more = [f"and {len(left_out) - 20} others"] if len(left_out) > 20 else []
-    return Check("data", "warning" if left_out else "ok", "\n".join([says, *left_out[:20], *more])), order
+    untold = [line for path, checked in given.files.items() for line in _untold(path, checked)]
+    lost = any(u.loss for checked in given.files.values() for u in checked.unread)
+    return Check("data", "warning" if left_out or lost else "ok", "\n".join([says, *untold, *left_out[:20], *more])), order
 
 
 def _refused(job, name, error):

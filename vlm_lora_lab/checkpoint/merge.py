@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
-from .save import _or_rescue, check_base, check_seals, fingerprint, lora_config, read_provenance
+from .save import _or_rescue, check_base, check_seals, check_settings, fingerprint, lora_config, read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
 from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in, true_config, weight_files
@@ -381,6 +381,7 @@ class Merged:
     nbytes: int
     apart: bool = False  # head and embeddings were tied, and are not any more
     max_pixels: int = 0  # most pixels of a picture that it looks at, as in training; 0: what the base's files say
+    tokenizer: str = ""  # what the adapter's tokenizer has that the base's has not; empty: it is the base's
 
     def __str__(self):
         lines = [f"{self.touched} of {self.tensors} tensors merged, {self.nbytes / 1e9:.2f} GB in {self.shards} file{'s' * (self.shards > 1)}: {self.folder}"]
@@ -390,6 +391,8 @@ class Merged:
             lines.append(f"{len(self.unmoved)} of them came out as they were, such as {self.unmoved[0]}.")
         if self.apart:
             lines.append("Head and embeddings were one tensor and are two now; config.json says so.")
+        if self.tokenizer:
+            lines.append(f"Its tokenizer is the adapter's, with {self.tokenizer}.")
         if self.max_pixels:
             lines.append(f"It looks at {self.max_pixels:,} pixels of a picture at most, as in training; the picture processor's file says so.")
         return "\n".join(lines)
@@ -438,6 +441,7 @@ def merge_into(
     opened = Adapter(adapter, base)
     source = model_folder(base or opened.provenance["base"])
     check_base(adapter, source, opened.provenance, quick=quick)
+    check_settings(adapter, source, opened.provenance)
     with _or_rescue(opened.folder, opened.provenance):
         plan, apart = changes(opened, source, onto, keep)
     sums, kinds = _Sums(), Counter()
@@ -452,10 +456,12 @@ def merge_into(
             raise Finding(f"the merged model all but equals its base: {sums.kept / sums.asked:.1%} of what this adapter changes is left in {kind}", adapter, "Write it in float32 (--dtype float32)")
         config = true_config(read_json(source / "config.json"), kinds, tied=not apart)
         write_json(partial / "config.json", config)
+        if own := opened.provenance.get("own_tokenizer") or "":
+            take_tokenizer(adapter, partial)
         if seen := opened.provenance.get("max_pixels", 0):
             keep_limits(partial, load_processor(partial, max_pixels=seen))
         result = Merged(folder, len(plan), len(touched), tuple(sums.unmoved), sums.kept / sums.asked if sums.asked else 1.0, (sums.lost / sums.asked) ** 0.5 if sums.asked else 0.0, len(shards),
-                        sum(f.stat().st_size for f in shards), apart, seen)  # fmt: skip
+                        sum(f.stat().st_size for f in shards), apart, seen, own)  # fmt: skip
         write_json(partial / "merge.json", {"adapter": located(adapter), "onto": onto, "base": located(base or opened.provenance["base"]), "base_fingerprint": opened.provenance["base_fingerprint"],
                                             **{k: v for k, v in asdict(result).items() if k != "folder"}})  # fmt: skip
     return result

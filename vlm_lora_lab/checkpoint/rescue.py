@@ -28,13 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .save import base_sha256, fingerprint, seal
+from .save import base_sha256, fingerprint, most_pixels, picture_limit, seal
+from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, text_of, write_json, yaml_value
 from ..flags import SCRIPTS, from_flags
 from ..models.files import _unpickle, save_vlm, shape_of, stored_in
 from ..models.load import load_vlm, model_folder
 from ..models.parts import PARTS, layout_of, linear_layers
 from ..models.published import on_meta, read_json
+from ..models.tokenizer import picture_file
 from ..plan import Rule, TuningPlan, apply_plan, full_modules, lora_layers
 from ..train.identity import located
 
@@ -728,6 +730,41 @@ def _fold(got, model, layer, size, variant):
     weight = got.full[name] if name in got.full else model.base[name]
     got.full[name] = weight.float() + (delta.T if delta.shape != weight.shape else delta)
 
+# %% ../../nbs/73_checkpoint.rescue.ipynb #f72082e1
+_BY_LLAMA_FACTORY = 768 * 768  # pixels; its `image_max_pixels`, unless a run is told otherwise
+
+
+def _asked_for(found, model):
+    "Most pixels of a picture that a run looked at, and what says so; 0: nothing says less than the base's files."
+    said = {f"{picture_file(found.folder)[1]} there": picture_limit(found.folder, model.folder)}
+    if most := most_pixels(picture_file(model.folder)[0]):
+        said |= {f"its settings, {key}": n for key in ("max_pixels", "image_max_pixels") if type(n := found.settings.get(key)) is int and n < most}
+    less = {where: n for where, n in said.items() if n > 0}
+    where = min(less, key=less.__getitem__, default="")
+    return less.get(where, 0), where
+
+
+def _eyes(found, model):
+    "The processor with a run's own limit, that limit, and what to say of it; without a processor, nothing can be kept."
+    pixels, why = _asked_for(found, model)
+    if not pixels:
+        return None, 0, ""
+    note = f"it looked at {pixels:,} pixels of a picture at most ({why})"
+    try:
+        return load_processor(model.name, max_pixels=pixels), pixels, f"{note}; what is written keeps that"
+    except InputError as e:
+        return None, 0, f"{note}; that cannot be kept: {e.found}"
+
+
+def _notes_on_pictures(found, model):
+    "What a reader should know of how much of a picture was looked at."
+    note = _eyes(found, model)[2]
+    if note:
+        yield note
+    elif found.format == "llamafactory" and most_pixels(picture_file(model.folder)[0]):
+        yield (f"LLaMA-Factory makes pictures smaller than {_BY_LLAMA_FACTORY:,} pixels unless image_max_pixels says otherwise, and no file here says what it was; "
+               f"if you left it alone, ask with --max-pixels {_BY_LLAMA_FACTORY}")  # fmt: skip
+
 # %% ../../nbs/73_checkpoint.rescue.ipynb #3490141b
 def _rows(model, got, sizes):
     "What is there of each part."
@@ -760,6 +797,7 @@ def _notes(found, model, got, flags, four_bit, completed, folded):
     if script and (refused := _said(script, given)[1]):
         ignored = "; what it ignored was never trained, so nothing of it is lost" if "ignores" in refused or "does not train" in refused else ""
         yield f"flags of {script}: {refused}{ignored}"
+    yield from _notes_on_pictures(found, model)
     yield from found.notes
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #9805a37f
@@ -816,7 +854,7 @@ def _refuse_apart(found, model, got):
 def _write(result, model, got, output, four_bit):
     "Write what was rescued, and read it back."
     if result.plan is None:
-        return replace(result, written=_write_whole(model, got, output))
+        return replace(result, written=_write_whole(result.found, model, got, output))
     _refuse_apart(result.found, model, got)
     wrapped = apply_plan(on_meta(model.folder), result.plan)
     wanted, state = get_peft_model_state_dict(wrapped, save_embedding_layers=False), {}
@@ -837,11 +875,14 @@ def _write(result, model, got, output, four_bit):
             save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         for file in sorted(f for f in model.folder.iterdir() if any(fnmatchcase(f.name, p) for p in _OF_TEXT)):
             shutil.copyfile(file, partial / file.name)
+        processor, pixels, _ = _eyes(result.found, model)
+        if processor:
+            keep_limits(partial, processor)
         write_json(partial / "plan.json", result.plan.to_dict())
         packages = ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")
         write_json(partial / "rescue.json", {"format": result.found.format, "lost": [asdict(x) for x in result.lost], "suspicious": result.suspicious,
                                              "notes": result.notes, "tensors": result.fates})  # fmt: skip
-        seal(partial, {"base": located(model.name), "base_fingerprint": fingerprint(model.name), "base_sha256": base_sha256(model.name), "four_bit": four_bit,
+        seal(partial, {"base": located(model.name), "base_fingerprint": fingerprint(model.name), "base_sha256": base_sha256(model.name), "four_bit": four_bit, "max_pixels": pixels,
                        "versions": {p: version(p) for p in packages}, "rescued_from": result.found.format})  # fmt: skip
         again = load_peft_weights(str(partial), device="cpu")
         if set(again) != set(state) or any(not torch.equal(again[k], state[k]) for k in state):
@@ -849,7 +890,7 @@ def _write(result, model, got, output, four_bit):
     return replace(result, written=output)
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #169b154b
-def _write_whole(model, got, output):
+def _write_whole(found, model, got, output):
     "The base with what was trained in its place, in the layout of the base."
     if not got.full:
         raise InputError("there is nothing in it that was trained, so there is nothing to write", output, "Read the report: leave --output away")
@@ -857,4 +898,6 @@ def _write_whole(model, got, output):
     params = dict(whole.named_parameters())
     for name, value in got.full.items():
         params[name].data = value.clone()
-    return save_vlm(whole, output, model.folder)
+    processor = _eyes(found, model)[0]
+    also = (lambda folder: keep_limits(folder, processor)) if processor else None
+    return save_vlm(whole, output, model.folder, also=also)

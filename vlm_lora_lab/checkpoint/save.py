@@ -6,7 +6,8 @@
 __all__ = ['PROCESSOR_FILES', 'SAYS_PROVENANCE', 'SAYS_CONFIG', 'SAYS_JOB', 'fingerprint', 'tensor_hashes', 'base_sha256',
            'hashes_folder', 'seal', 'broken_seals', 'kept_tensors', 'save_adapter', 'wrong_in', 'lora_config',
            'read_provenance', 'find_base', 'check_seals', 'is_base', 'check_base', 'rescue_command', 'run_of',
-           'load_adapter']
+           'picture_limit', 'most_pixels', 'load_adapter', 'take_tokenizer', 'check_settings', 'adapter_processor',
+           'plan_of', 'check_start', 'start_from', 'ancestry']
 
 # %% ../../nbs/70_checkpoint.save.ipynb #fb68ba3f
 import copy
@@ -18,9 +19,11 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,13 +40,16 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..data.batch import BaseProcessor
 from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
-from ..models.files import stored_in
-from ..models.load import load_vlm, model_folder, stand_in
+from ..models.files import copy_beside, stored_in
+from ..models.load import load_tokenizer, load_vlm, model_folder, stand_in
+from ..models.parts import layout_of, plain_name
 from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
-from ..plan import TuningPlan, audit, no_false_warning
+from ..models.tokenizer import picture_file
+from ..plan import TuningPlan, audit, lora_layers, no_false_warning
 from ..settings import FilePath, Within, fitting
 from ..train.identity import STARTED, file_sha256, located
 from ..train.run import last_checkpoint
@@ -285,6 +291,18 @@ def _compare(folder, state, base):
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja")
 
 
+def _own_tokenizer(tokenizer, base):
+    "What a tokenizer has that the base's has not; empty: nothing, or the base has none to compare with."
+    try:
+        known = load_tokenizer(base)
+    except InputError:
+        return ""
+    there = known.get_vocab()
+    if added := sorted((i, t) for t, i in tokenizer.get_vocab().items() if there.get(t) != i):
+        return f"{len(added)} tokens that the base has not, such as {added[0][1]} ({added[0][0]})"
+    return "another chat template than the base's" if tokenizer.chat_template != known.chat_template else ""
+
+
 def _write_beside(folder, base, tokenizer, plan, text, max_pixels):
     "Everything in the folder that is no weight."
     tokenizer.save_pretrained(folder)
@@ -312,6 +330,7 @@ def save_adapter(
     max_pixels: int = 0,  # most pixels of a picture that it looked at; 0: what the base's files say
     hash_base: bool = True,  # the base's full hash, too (seconds for gigabytes)
     base_hash: str | None = None,  # that hash, if it is known from before the training
+    ancestor: dict | None = None,  # the adapter that it went on from, from `ancestry`
     state: dict[str, torch.Tensor] | None = None,  # the gathered state of the wrapped model, under ZeRO-3
 ) -> Path:
     """Save all that was trained, and prove it. Under `torch.distributed` every process must call it; the first one writes.
@@ -336,6 +355,8 @@ def save_adapter(
         "not_trained": [k for k, t in live.items() if not t.requires_grad], "data": data or {}, "metrics": metrics or {}, "max_pixels": max_pixels,
         "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
     }  # fmt: skip
+    if ancestor:
+        provenance["from_adapter"] = ancestor
     _first_process_only(lambda: _write(folder, tensors, empty, config, plan, base, tokenizer, provenance | {"base_sha256": base_hash}, hash_base))
     return folder
 
@@ -346,7 +367,7 @@ def _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, ha
         raise InputError(f"{len(empty)} trained tensors are not here, such as {empty[0]}; they are sharded elsewhere (ZeRO-3)", "save_adapter",
                          "Gather them on every process and pass them on: save_adapter(…, state=accelerator.get_state_dict(model))")  # fmt: skip
     folder = empty_folder(folder)
-    provenance = provenance | {"base_fingerprint": fingerprint(base), "base_sha256": provenance["base_sha256"] or (base_sha256(base) if hash_base else None)}
+    provenance = provenance | {"own_tokenizer": _own_tokenizer(tokenizer, base), "base_fingerprint": fingerprint(base), "base_sha256": provenance["base_sha256"] or (base_sha256(base) if hash_base else None)}
     with complete_or_nothing(folder) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(partial)
@@ -372,7 +393,8 @@ model = load_adapter("{name}")
 # %% ../../nbs/70_checkpoint.save.ipynb #ea4f25ac
 _RANK, _ALPHA = Annotated[int, Within(1, 2**20)], Annotated[float, Within(-(10**9), 10**9)]
 SAYS_PROVENANCE: dict[str, Any] = {"base": Annotated[str, FilePath()], "four_bit": bool, "versions": dict, "max_pixels": Annotated[int, Within(0, 10**9)], "data": dict,
-                                   "metrics": dict, "model_type": str | None, "not_trained": tuple[str, ...] | None, "by_hand": tuple[str, ...] | None, "other_adapters": tuple[str, ...] | None}  # fmt: skip
+                                   "metrics": dict, "model_type": str | None, "own_tokenizer": str | None, "from_adapter": dict | None, "not_trained": tuple[str, ...] | None, "by_hand": tuple[str, ...] | None,
+                                   "other_adapters": tuple[str, ...] | None}  # fmt: skip
 SAYS_CONFIG: dict[str, Any] = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": Annotated[float, Within(0, 1)], "rank_pattern": dict | None, "alpha_pattern": dict | None,
                                "use_dora": bool, "use_rslora": bool, "peft_type": str, "bias": str,
                                "target_parameters": tuple[str, ...] | None, "modules_to_save": tuple[str, ...] | None}  # fmt: skip
@@ -569,6 +591,27 @@ def _finished(checkpoint):
         return False
 
 
+def picture_limit(
+    folder: str | Path,  # of a checkpoint that another program wrote
+    base: str | Path,  # folder of its base
+) -> int:  # most pixels of a picture; 0: it speaks of no less than the base
+    "How much of a picture was looked at in training, where the picture processor's file beside a checkpoint allows less than the base's."
+    (own, _), (there, _) = picture_file(folder), picture_file(base)
+    slices, scale = own.get("max_slice_nums"), own.get("scale_resolution", 448)
+    if type(slices) is int and type(scale) is int and 0 < slices < there.get("max_slice_nums", 9):
+        return slices * scale**2
+    less, most = most_pixels(own), most_pixels(there)
+    return less if less and most and less < most else 0
+
+
+def most_pixels(
+    values: dict,  # of a Qwen's picture processor's file
+) -> int:  # 0: it does not say
+    "The most pixels of a picture that a file allows, in whichever notation."
+    size = values["size"] if isinstance(values.get("size"), dict) else {}
+    return min((v for v in (values.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")) if type(v) is int and v > 0), default=0)
+
+
 def _of_plain(folder, base):
     "What a folder of PEFT's own says, if nothing but LoRA and modules_to_save of a known base is in it."
     if (folder / "plan.json").is_file():
@@ -589,7 +632,7 @@ def _of_plain(folder, base):
         raise InputError(f"this adapter belongs to {str(base)!r}, which is not on this machine", folder, f"Add --model FOLDER, or: {rescue_command(folder)}")
     said = (f"a plain PEFT folder. That {base} is the model it was trained on, and that this was not in 4 bit, is taken on trust: only names and shapes are compared. "
             f"If it was in 4 bit: {command} --four-bit")  # fmt: skip
-    return {"base": str(base), "base_fingerprint": None, "four_bit": False, "versions": {}, "unsealed": said}
+    return {"base": str(base), "base_fingerprint": None, "four_bit": False, "versions": {}, "max_pixels": picture_limit(folder, model_folder(base, weights=False)), "unsealed": said}
 
 
 def _at_hand(base):
@@ -690,3 +733,132 @@ def load_adapter(
     if trainable and plan:
         audit(adapted, TuningPlan.of(plan))
     return adapted.train(trainable)
+
+# %% ../../nbs/70_checkpoint.save.ipynb #2f84eefc
+_OF_TEXT = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "chat_template*")
+_LIMITS = ("size", "min_pixels", "max_pixels", "max_slice_nums")  # of which `max_pixels` makes less
+
+
+def take_tokenizer(
+    adapter: str | Path,  # folder written by `save_adapter`
+    folder: str | Path,  # with copies of a model's files; those of its tokenizer are replaced
+) -> None:
+    "Put the tokenizer that an adapter was trained with into a model's folder."
+    ours = lambda file: file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in _OF_TEXT)  # noqa: E731
+    for file in filter(ours, list(Path(folder).iterdir())):
+        file.unlink()
+    for file in filter(ours, Path(adapter).iterdir()):
+        shutil.copyfile(file, Path(folder) / file.name)
+
+
+def check_settings(
+    adapter: str | Path,  # folder written by `save_adapter`
+    base: Path,  # folder of its base, wherever it lies now
+    provenance: dict,  # of the adapter
+) -> None:
+    "Raises `InputError` when the base's picture settings differ from those that the adapter was trained with."
+    (was, _), (now, file) = picture_file(adapter), picture_file(base)
+    skipped = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map", *(_LIMITS if provenance.get("max_pixels") else ())}
+    for key in sorted(set(was) & set(now) - skipped):
+        if None not in (was[key], now[key]) and was[key] != now[key]:
+            raise InputError(f"{key} is {now[key]!r:.60}, and the adapter in {adapter} was trained with {was[key]!r:.60}", base / file,
+                             "Give the base as it was in training, or copy the adapter's file over this one")  # fmt: skip
+
+
+def adapter_processor(
+    folder: str | Path,  # written by `save_adapter`
+    base: str | Path | None = None,  # another place of the same base; None: the one it was trained on
+    max_length: int = 2048,  # tokens of a conversation
+    max_pixels: int = 0,  # most pixels that it looks at of one picture; 0: as in training
+) -> BaseProcessor:
+    "What prepares the data of an adapter, as in training. Raises `InputError` for a base with other picture settings."
+    provenance = read_provenance(folder, base)
+    name, pixels = base or provenance["base"], max_pixels or provenance.get("max_pixels", 0)
+    source = model_folder(name, weights=False)
+    check_settings(folder, source, provenance)
+    if not provenance.get("own_tokenizer"):
+        return load_processor(name, max_length, max_pixels=pixels)
+    with tempfile.TemporaryDirectory() as place:
+        copy_beside(source, Path(place))
+        take_tokenizer(folder, place)
+        processor = load_processor(place, max_length, max_pixels=pixels)
+    processor.tokenizer.name_or_path = str(folder)
+    return processor
+
+# %% ../../nbs/70_checkpoint.save.ipynb #5c7e0021
+def plan_of(
+    folder: str | Path,  # of an adapter
+    provenance: dict,  # from `read_provenance`
+) -> TuningPlan:
+    "What an adapter was trained with. Raises `InputError` where nobody wrote it down."
+    said = read_json(Path(folder) / "plan.json") if (Path(folder) / "plan.json").is_file() else provenance.get("plan")
+    if not said:
+        raise InputError("this adapter does not say which plan trained it", folder, _merge_first(folder))
+    return TuningPlan.of(said)
+
+
+def _merge_first(folder):
+    place = str(folder).rstrip("/")
+    merged = shlex.quote(f"{place}-merged")
+    return f"Merge it, and train on the result: vlm-lora-lab merge {shlex.quote(place)} --output {merged}, then vlm-lora-lab train --model {merged} --data … --output …"
+
+
+def _trained_in_full(model, plan):
+    part_of = layout_of(model).part_of
+    return {n for n, _ in model.named_parameters() if plan.rule(part_of(n), plain_name(n)).word == "full"}
+
+
+def check_start(
+    model: nn.Module,  # the base; the meta device is enough
+    folder: str | Path,  # of an adapter
+    provenance: dict,  # from `read_provenance`
+    plan: TuningPlan,  # that should go on from it
+) -> None:
+    "Raises `InputError`, with another way, for a plan that does not contain what the adapter holds."
+    was = plan_of(folder, provenance)
+    if was.variant != plan.variant:
+        raise InputError(f"the adapter is {was.variant}, and the plan says variant: {plan.variant}", folder, _merge_first(folder))
+    old, new = lora_layers(model, was), lora_layers(model, plan)
+    for name, rule in old.items():
+        now = new.get(name)
+        if now is None:
+            raise InputError(f"the adapter holds LoRA beside {name}, and the plan has none there", folder, _merge_first(folder))
+        if (now.rank, now.alpha) != (rule.rank, rule.alpha):
+            raise InputError(f"the adapter's LoRA beside {name} has rank {rule.rank} and alpha {rule.alpha:g}, and the plan says {now.rank} and {now.alpha:g}", folder,
+                             f"Write rank {rule.rank} and alpha {rule.alpha:g}; or m{_merge_first(folder)[1:]}")  # fmt: skip
+    if lacking := sorted(_trained_in_full(model, was) - _trained_in_full(model, plan)):
+        raise InputError(f"the adapter holds {lacking[0]} in full, and the plan does not train it in full", folder, _merge_first(folder))
+
+
+@torch.no_grad()
+def start_from(
+    model: PeftModel,  # from `apply_plan`, of a plan that passed `check_start`
+    folder: str | Path,  # of an adapter
+) -> int:  # tensors that were taken over
+    "Give a model the weights of an adapter, exactly. Raises `InputError` for a file that is damaged or does not fit."
+    path = Path(folder) / "adapter_model.safetensors"
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise InputError(f"this file is truncated or damaged ({e})", path, "Copy the whole folder again from where it was trained") from None
+    weights = {k: t for k, t in weights.items() if not k.endswith(".base_layer.weight")}  # an embedding's own, which PEFT writes beside its LoRA
+    places, _ = kept_tensors(model)
+    plain = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    for key, tensor in weights.items():
+        place = places.get(key, plain.get(plain_name(key)))
+        if place is None or place.shape != tensor.shape or not tensor.is_floating_point():
+            raise InputError(f"{key} does not fit the plan's model", path, _merge_first(folder))
+        place.copy_(tensor)
+        if not torch.equal(place.to(tensor.dtype).cpu(), tensor):
+            raise InputError(f"{key} is in {str(tensor.dtype).removeprefix('torch.')}, which {str(place.dtype).removeprefix('torch.')} cannot hold", path, _merge_first(folder))
+    return len(weights)
+
+
+def ancestry(
+    folder: str | Path,  # of an adapter
+    provenance: dict,  # from `read_provenance`
+) -> dict:  # for the provenance of what goes on from it
+    "Which adapter this was, what it had learned from, and which ones it came from itself."
+    own = {"folder": os.path.abspath(folder), "sha256": file_sha256(Path(folder) / "adapter_model.safetensors"), "data": provenance.get("data") or {}}
+    own["steps"] = (provenance.get("metrics") or {}).get("steps")
+    return own | {"from_adapter": provenance.get("from_adapter")}

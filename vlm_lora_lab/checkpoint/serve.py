@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from .merge import Adapter, Merged, _Shard, changes_nothing, merge_into
-from .save import _or_rescue, check_base
+from .save import _or_rescue, check_base, check_settings
 from ..data.native import NATIVE, QwenPictures, load_processor, picture_fields
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, explain_write_errors
 from ..models.files import account, shape_of, stored_in
@@ -286,6 +286,7 @@ def export_adapter(
     opened = Adapter(adapter, base)
     named = base or opened.provenance["base"]
     source, keep, merged = model_folder(named), [], None
+    check_settings(adapter, source, opened.provenance)
     if target == "vllm":
         if opened.config.use_dora:
             raise InputError("this adapter is DoRA, which vLLM does not serve", adapter, "Fold it in: export --for transformers; vLLM serves the merged model without an adapter")
@@ -301,7 +302,8 @@ def export_adapter(
             raise InputError("nothing in this adapter is LoRA on the language model, so no adapter is left for vLLM", adapter,
                              "Fold it in: export --for transformers; vLLM serves the merged model")  # fmt: skip
     rounded = onto == "nf4" and opened.provenance["four_bit"]
-    needed = rounded or opened.full or len(keep) < len(opened.loras) or opened.config.init_lora_weights == "pissa"
+    own_words = bool(opened.provenance.get("own_tokenizer"))  # they go where the server looks: beside the model
+    needed = rounded or own_words or opened.full or len(keep) < len(opened.loras) or opened.config.init_lora_weights == "pissa"
     if not needed:  # merge_into looks at it otherwise
         check_base(adapter, source, opened.provenance, quick=quick)
     with complete_or_nothing(folder) as partial:
@@ -309,7 +311,7 @@ def export_adapter(
             merged = merge_into(adapter, partial / "model", base, onto, dtype, keep=frozenset(keep), quick=quick)
         if keep:
             lora_only(opened, keep, partial / "adapter", str(folder / "model") if needed else str(named))
-        rules = tuple(check_export(partial, target))
+        rules = tuple(replace(r, found=r.found.replace(str(partial), str(folder))) for r in check_export(partial, target))  # the folder that will be there
         commands = _commands(target, folder, needed, str(named), source if not needed else partial / "model", partial / "adapter", opened.provenance.get("max_pixels", 0))
         with explain_write_errors(folder):
             (partial / "SERVE.md").write_text(commands + "\n", encoding="utf-8")
