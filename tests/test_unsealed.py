@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from vlm_lora_lab.checkpoint.merge import merge_into
 from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
 from vlm_lora_lab.cli import main
+from vlm_lora_lab.data.batch import Samples
 from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.parts import mixed_precision
 from vlm_lora_lab.models.published import lab_folder
+from vlm_lora_lab.train.run import Schedule, fit
 from vlm_lora_lab.train.watch import LivePlot
 
 HANDWRITING = samples_folder() / "handwriting"
@@ -289,3 +291,25 @@ def test_one_step_at_rate_zero_is_found_out_on_every_road(tmp_path, capsys):
                 assert status == 2 and "changes nothing" in said and "Traceback" not in said and not any((tmp_path / n).exists() for n in ("merged", "vllm", "llama.cpp", "transformers")), road
             elif road[0] != "ask":
                 assert status == 1 and said.count("changes nothing") == 1, road
+
+
+def test_what_was_unfrozen_by_hand_is_in_every_checkpoint_and_comes_back(tmp_path):
+    def fresh(seed):
+        torch.manual_seed(seed)
+        model = get_peft_model(load_vlm("lab"), LoraConfig(r=4, target_modules=r"llm\..*\.(q_proj|v_proj)"), autocast_adapter_dtype=False)
+        for n, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad or ".resampler." in n and p.is_floating_point() and not n.endswith(".proj"))
+        return model
+
+    processor, schedule = load_processor("lab"), Schedule(max_steps=3, batch_size=2, save_every=1, learning_rate=0.01, warmup=0)
+    rows = read_conversations(HANDWRITING / "train.json")[:4]
+    batch, model = processor.collate([processor(c) for c in rows[:2]]), fresh(0)
+    fit(model, Samples(rows, processor), schedule, tmp_path / "run")
+    live = logits(model, batch)
+    kept = load_file(tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[n], p) for n, p in model.named_parameters() if ".resampler." in n and p.requires_grad) and not list(tmp_path.rglob("*.partial"))
+    torch.testing.assert_close(logits(load_adapter(tmp_path / "run" / "checkpoint-3"), batch), live, rtol=0, atol=0)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    again = fresh(1)
+    fit(again, Samples(rows, processor), schedule, tmp_path / "run", resume=True)
+    torch.testing.assert_close(logits(again, batch), live, rtol=0, atol=0)

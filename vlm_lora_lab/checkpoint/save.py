@@ -540,6 +540,8 @@ def _no_adapter(folder):
     inside = [str(p) for p in (folder / "adapter", newest) if p and (p / "adapter_config.json").is_file()]
     if inside:
         remedy = f"Give what lies in it: {' or '.join(inside)}"
+    elif (folder / "model" / "config.json").is_file():
+        remedy = f"This run trained a whole model, and no adapter: give {folder / 'model'} as --model"
     elif (folder / "adapter_config.json").is_file() or any(f.suffix in (".bin", ".pt", ".pth") and not _STATE.fullmatch(f.name) for f in folder.iterdir()):
         remedy = f"If another program wrote it: {rescue_command(folder)}"
     elif (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -100,6 +102,14 @@ def _while_training() -> Iterator[None]:
         yield
     except InputError as e:
         raise Interrupted(e.found, e.where, e.remedy) from e
+
+
+def _by_hand(model):
+    "Trained parameters of a PEFT model that PEFT itself would not save."
+    if not isinstance(model, PeftModel):
+        return {}
+    stored = {id(t) for t in get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True), save_embedding_layers=False).values()}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in stored}
 
 
 class PartTrainer(Trainer):
@@ -194,6 +204,15 @@ class PartTrainer(Trainer):
         "The Trainer's, of weights and moments that are numbers. Raises `WeightsLost`."
         check_weights(self.model, self.state.global_step, self.args, self.plan, getattr(self.optimizer, "optimizer", self.optimizer))
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        "The Trainer's; and what was unfrozen by hand, which PEFT would leave out, and a resume would start anew."
+        super()._save(output_dir, state_dict)
+        if hand := _by_hand(self.model):
+            file = Path(output_dir or self.args.output_dir) / "adapter_model.safetensors"
+            given = {n: (state_dict or {}).get(n, p).detach().cpu().contiguous() for n, p in hand.items()}
+            save_file(load_file(file) | given, file.with_suffix(".partial"), metadata={"format": "pt"})
+            file.with_suffix(".partial").replace(file)  # what was loaded lies in the old file
 
     def _save_rng_state(self, output_dir):
         "Every process keeps its random numbers before the first one writes that the checkpoint is complete."
