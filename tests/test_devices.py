@@ -51,6 +51,7 @@ def test_two_processes_make_the_step_of_one_that_accumulates(job):
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("all     ") == 1 and result.stdout.count("Written:") == 1 and "Traceback" not in result.stderr  # one voice
     assert sorted(p.name for p in (place / "two" / "checkpoints" / "checkpoint-16").glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert not (place / "two" / "run.lock").exists()  # which both shared
     assert main([*map(str, flags), "--accumulation", "2", "--output", str(place / "one")]) == 0
     a, b = adapter(place / "one"), adapter(place / "two")
     assert a.keys() == b.keys() and [(t.dtype, t.shape) for t in a.values()] == [(t.dtype, t.shape) for t in b.values()]

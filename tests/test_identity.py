@@ -116,6 +116,25 @@ def test_from_another_folder_the_same_files_are_the_same_job(data, tmp_path, mon
     provenance = read_provenance("../out/adapter")
     assert provenance["base"] == str(tmp_path / "base") and provenance["data"] == {str(tmp_path / "data/train.json"): file_sha256("../data/train.json")}
 
+    report = json.loads(Path("../out/report.json").read_text())
+    assert [report["job"][k] for k in ("data", "image_root", "model", "output")] == [str(tmp_path / n) for n in ("data/train.json", "data", "base", "out")]
+    assert report["adapter"] == str(tmp_path / "out" / "adapter")
+
+
+def test_what_merge_rescue_and_compare_write_names_files_that_can_be_found_from_anywhere(data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(lab_folder(), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", "data/train.json", "--model", "base", "--output", "out", *FLAGS]) == 0
+    assert main(["merge", "out/adapter", "--model", "base", "--output", "merged", "--dtype", "float32"]) == 0, capsys.readouterr().err
+    said = json.loads(Path("merged/merge.json").read_text())
+    assert (said["adapter"], said["base"]) == (str(tmp_path / "out" / "adapter"), str(tmp_path / "base"))
+    assert main(["compare", "base", "out/adapter", "--data", "data/train.json", "--output", "compared", "--max-new-tokens", "2"]) == 0
+    said = json.loads(Path("compared/report.json").read_text())
+    assert said["data"] == str(tmp_path / "data" / "train.json") and [c["base"] for c in said["checkpoints"]] == [str(tmp_path / "base")] * 2
+    Path("out/adapter/provenance.json").unlink()
+    assert main(["rescue", "out/adapter", "--base", "base", "--output", "rescued"]) == 0, capsys.readouterr().err
+    assert read_provenance("rescued")["base"] == json.loads(Path("rescued/adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+
 
 def test_a_base_that_changed_is_refused_and_one_that_moved_is_not(data, tmp_path, monkeypatch, capsys):
     base, out = tmp_path / "base", tmp_path / "out"

@@ -1,5 +1,6 @@
 """Files of settings: equal keys, repetitions, encodings, and what is no file of settings at all."""
 
+import os
 import re
 import shutil
 
@@ -79,3 +80,25 @@ def test_a_job_in_another_encoding(encoding, said, tmp_path, capsys):
     assert "is not UTF-8 text" in err and said in err and "iconv -f" in err
     (tmp_path / "job.yaml").write_bytes(b"\xef\xbb\xbf" + b"rank: 3")
     assert main(["train", str(tmp_path / "job.yaml")]) == 2 and "'rank' is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, said", [
+    ('data: "data\\train.json"\noutput: o', "with a tab or a line break in it. In double quotes"), ('data: d.json\noutput: "runs\\new"', "with a tab or a line break in it"), ('{"data": "d\\ud800.json", "output": "o"}', "with half a character in it"),
+    ('{"data": "C:\\data\\x.json", "output": "o"}', "neither YAML nor JSON"),
+])  # fmt: skip
+def test_paths_that_quotes_have_changed(text, said, tmp_path, capsys):
+    (tmp_path / "job.yaml").write_text(text)
+    for command in ("train", "doctor"):
+        assert main([command, str(tmp_path / "job.yaml")]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.sep != "/", reason="a backslash is between folders here")
+def test_a_backslash_makes_no_folder_with_a_strange_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text("data: data\\train.json\noutput: runs\\first")
+    assert main(["train", "job.yaml"]) == 2
+    assert "Write / between folders: runs/first" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["job.yaml"]
+    (tmp_path / "a\\b").mkdir()  # somebody meant it
+    assert main(["train", "--data", "data\\train.json", "--output", "a\\b"]) == 2
+    assert "A backslash is part of a name here; write / between folders" in capsys.readouterr().err

@@ -165,10 +165,10 @@ def test_a_worker_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
 import os, time
 from vlm_lora_lab.errors import claimed
 with claimed({str(lock)!r}, "here"):
-    if (worker := os.fork()) == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # by the worker: what it must forget is forgotten then
         time.sleep(60)
         os._exit(0)
-    print(worker, flush=True)
     time.sleep(60)
 """
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

@@ -200,3 +200,91 @@ def test_an_evaluation_does_not_judge_by_an_answer_of_weight_0(root):
     check_truths(metric_of("exact"), [parse_record(turns({"weight": 0}), Access(root))])
     with pytest.raises(InputError, match="no right answer to judge by"):
         check_truths(metric_of("exact"), [parse_record(turns({}, {"weight": 0}), Access(root))])
+
+
+LOSSES = [
+    (talk(said={"tool_calls": [{"id": "1", "function": {"name": "f"}}]}), "messages[].tool_calls", "calls of tools are not learned"),
+    (talk(said={"function_call": {"name": "f"}}), "messages[].function_call", "calls of tools are not learned"),
+    (talk(tools=[{"type": "function"}]), "tools", "calls of tools are not learned"),
+    (shared(tools='[{"name": "f"}]'), "tools", "calls of tools are not learned"),
+    (talk(said={"reasoning_content": "Hm."}), "messages[].reasoning_content", "<think>"),
+    (talk(rejected="The second."), "rejected", "supervised fine-tuning"),
+    (shared(chosen={"from": "gpt", "value": "x"}), "chosen", "supervised fine-tuning"),
+    (talk(loss_scale=0.5), "loss_scale", "a whole record has no weight"),
+    (talk(weight=0), "weight", "a whole record has no weight"),
+    (talk(history=[["a", "b"]]), "history", "earlier turns"),
+    (talk(objects={"bbox": [[1, 2, 3, 4]]}), "objects", "boxes are read from the text alone"),
+    (talk(said={"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}), "messages[].train_detail", "weight 0 leaves out a whole answer"),
+    (parts({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}), "messages[].content[].image_url.detail", "max_pixels"),
+    (parts({"type": "image", "image": "a.png", "max_pixels": 50176}), "messages[].content[].max_pixels", "max_pixels"),
+    (parts({"type": "image", "image": "a.png", "resized_height": 28, "min_pixels": 3136}), "messages[].content[].resized_height", "max_pixels"),
+    (talk(Images=["a.png"]), "Images", "did you mean 'images'?"),
+    (talk(imgae="a.png"), "imgae", "did you mean 'image'?"),
+    (shared(iamges=["a.png"]), "iamges", "did you mean 'images'?"),
+    (talk(img="a.png"), "img", "pictures are read from 'image' or 'images'"),
+    (talk(image_path="a.png"), "image_path", "pictures are read from 'image' or 'images'"),
+    (talk(System="Be brief."), "System", "did you mean 'system'?"),
+    (talk(catagory="x"), "catagory", "did you mean 'category'?"),
+    (talk(said={"Weight": 0}), "messages[].Weight", "did you mean 'weight'?"),
+    (talk(said={"wieght": 0}), "messages[].wieght", "did you mean 'weight'?"),
+    (shared() | {"conversations": [{"from": "human", "value": "Which?", "content": "And this?"}, {"from": "gpt", "value": "x"}]}, "conversations[].content", "either under role and content"),
+    (talk() | {"messages": [{"role": "user", "content": "x", "weight": 1}, {"role": "assistant", "content": "y"}]}, "messages[] of a user or the system marked as learned", "only answers are learned"),
+]
+
+
+@pytest.mark.parametrize("record, name, loss", LOSSES)
+def test_what_would_change_the_learning_is_a_warning(record, name, loss, root):
+    report = check_data([talk(), record, record | {"id": "again"}], image_root=root, pictures="header")
+    assert report.status == 1 and report.unread[name] == 2
+    [finding] = [f for f in report.findings if f.kind == "unread" and f"{name!r} in 2 records" in f.reason]
+    assert finding.severity == "warning" and loss in finding.reason and finding.row is None
+    assert report.to_dict()["unread_fields"][name] == 2 and repr(name) in report.text() and loss.partition("'")[0] in report.text()
+
+
+@pytest.mark.parametrize(
+    "record, names",
+    [
+        (talk(conversation_id=3, source="web", score=0.5, label=True, message="y", ID=7) | {"answer": "x"}, {"conversation_id", "source", "score", "label", "answer", "message", "ID"}),
+        (talk(said={"name": "Ada", "tool_calls": [], "function_call": None, "reasoning_content": "", "context": "x", "date": 1}),
+         {"messages[].name", "messages[].tool_calls", "messages[].reasoning_content", "messages[].context", "messages[].date"}),
+        (parts({"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}, "cache_control": {"type": "x"}}), {"messages[].content[].image_url.detail", "messages[].content[].cache_control"}),
+        (talk(tools=[], rejected="", history=[[]], weight=1, loss=True), {"tools", "rejected", "history", "weight", "loss"}),
+        (talk("Is <video> a tag?", "Yes."), {"<video> as a word in messages[]"}),
+        (talk(video=None, images=None, system=None, tools=None), set()),
+        (talk(bbox=[1, 2, 3, 4], stem="x", page=3, items=[]), {"bbox", "stem", "page", "items"}),
+    ],
+)
+def test_the_rest_is_listed_and_no_alarm(record, names, root):
+    report = check_data([record], image_root=root)
+    assert report.status == 0 and set(report.unread) == names and set(report.unread.values()) <= {1}
+    assert all(repr(name) in report.text() for name in names)
+
+
+def test_another_case_of_the_turns_is_named(root):
+    with pytest.raises(RecordError, match=r"Did you mean 'messages' by 'Messages'\?"):
+        parse_record({"Messages": talk()["messages"]}, Access(root))
+
+
+def test_doctor_and_train_name_the_same_fields(tmp_path, capsys, monkeypatch):
+    import vlm_lora_lab.job as job
+
+    class Reached(Exception):
+        pass
+
+    def reached(*args, **kwargs):
+        raise Reached
+
+    monkeypatch.setattr(job, "fit", reached)
+    data, held = tmp_path / "d.json", tmp_path / "e.json"
+    data.write_text(json.dumps([turns({"weight": 0}, source="web"), talk(said={"tool_calls": [1]})]))
+    held.write_text(json.dumps([talk(rejected="No.")]))
+    arguments = ["--data", str(data), "--eval-data", str(held), "--output", str(tmp_path / "out"), "--max-steps", "1"]
+    lines = [f"'messages[].tool_calls' in 1 record of {data} is not read: calls of tools are not learned", f"Also not read in {data}, and nothing that should be learned: 'source' (1).",
+             f"Answers of {data} that have weight 0, so that they are context and not learned: 1.", f"'rejected' in 1 record of {held} is not read"]  # fmt: skip
+    assert main(["doctor", *arguments]) == 1
+    told = capsys.readouterr().out
+    with pytest.raises(Reached):
+        main(["train", *arguments])
+    said = capsys.readouterr()
+    for line in lines:
+        assert line in told and line in said.out + said.err

@@ -17,10 +17,11 @@ import sys
 from dataclasses import fields
 from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS
 from pathlib import Path
+from typing import Annotated
 
 from . import __version__
-from .errors import InputError, explain_write_errors, json_value, nearest, text_of, unique, yaml_value
-from .settings import Within, shown
+from .errors import InputError, check_writable, explain_write_errors, json_value, nearest, text_of, unique, yaml_value
+from .settings import FilePath, Within, fitting, shown
 
 # %% ../nbs/95_cli.ipynb #8238ab28
 def _options(cls):
@@ -98,7 +99,9 @@ def _configuration(path, kind=dict):
         raise
     except RecursionError:
         raise InputError("this is neither YAML nor JSON of a job: it is nested too deeply", path) from None
-    except (yaml.YAMLError, ValueError, PermissionError) as e:  # a ValueError: a number of 5000 digits, a 13th month
+    except PermissionError:
+        raise InputError("this file may not be read", path, "Change its permissions") from None
+    except (yaml.YAMLError, ValueError) as e:  # a ValueError: a number of 5000 digits, a 13th month
         mark = getattr(e, "problem_mark", None)
         says = " ".join(str(getattr(e, "problem", None) or e).split())
         raise InputError(f"this is neither YAML nor JSON: {says}", f"{path}, line {mark.line + 1}" if mark else path) from None
@@ -259,11 +262,20 @@ def _config(o):
     print(config_file(o.name))
 
 
+def _check_new(file):
+    "Raises `InputError` for a file that exists, or that could not be written."
+    if os.path.lexists(file):
+        raise InputError("this file exists", file, "Choose another name; nothing is ever overwritten")
+    if not Path(file).absolute().parent.is_dir():
+        raise InputError("there is no such folder", Path(file).parent, "Make it first")
+    check_writable(Path(file).absolute().parent)
+
+
 def _doctor(o):
     from vlm_lora_lab.job import examine
 
-    if o.report and Path(o.report).exists():
-        raise InputError("this file exists", o.report, "Choose another name; nothing is ever overwritten")
+    if o.report:
+        _check_new(o.report)
     place = hasattr(o, "output") or bool(o.config and "output" in _configuration(o.config))
     if not place:
         o.output = "nowhere"  # a job has one, and a doctor does not need it
@@ -343,7 +355,7 @@ def _flag(pair):
     "name=value, as on an old command line."
     name, equals, value = pair.removeprefix("--").partition("=")
     if not equals:
-        raise InputError(f"{pair!r} has no value", "plan --flags", "Write name=value, such as tune_vision=true")
+        raise InputError(f"{shown(pair)} has no value", "plan --flags", "Write name=value, such as tune_vision=true")
     words = {"true": True, "false": False, "none": None}
     try:
         return name, words[value.lower()] if value.lower() in words else _number(value)
@@ -471,10 +483,8 @@ def _check_data(o):
     from vlm_lora_lab.data.doctor import check_data
     from vlm_lora_lab.errors import explain_write_errors
 
-    if o.output and Path(o.output).exists():
-        raise InputError("this file exists", o.output, "Choose another name; nothing is ever overwritten")
-    if o.output and not Path(o.output).absolute().parent.is_dir():
-        raise InputError("there is no such folder", Path(o.output).parent, "Make it first")
+    if o.output:
+        _check_new(o.output)
     processor = None
     if o.model:
         from vlm_lora_lab.data.native import load_processor
@@ -690,6 +700,10 @@ def _parser(argv):
     return parser
 
 
+def _commands(parser):
+    return next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+
+
 def _given_twice(command, argv):
     "What is wrong where a flag has two values, of which only the last would count; empty: nothing."
     seen: dict[str, str] = {}
@@ -707,10 +721,22 @@ def _given_twice(command, argv):
     return ""
 
 
+_PATHS = {"PATH", "FILE", "FOLDER", "OUTPUT", "MODEL", "CHECKPOINT"}  # what stands for a path in a help text
+
+
+def _check_paths(command, options):
+    "Raises `InputError` for a path that is empty, or that no file can have."
+    for action in command._actions:
+        given = getattr(options, action.dest, None)
+        if given is not None and given != action.default and (action.metavar in _PATHS or action.dest in ("config", "model", "folder", "adapter")):
+            for value in given if isinstance(given, list) else [given]:
+                fitting(value, Annotated[str, FilePath()], action.option_strings[-1] if action.option_strings else action.dest, "")
+
+
 def _options_of(parser, argv):
     "Parsed, or an exit with the nearest flag for one that is not known."
     options, unknown = parser.parse_known_args(argv)
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    commands = _commands(parser)
     if twice := _given_twice(commands[options.command], argv):
         commands[options.command].error(twice)
     if unknown:
@@ -742,8 +768,10 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     if int(os.environ.get("RANK", "0")):
         os.environ["TQDM_DISABLE"] = "1"  # of several processes only the first one draws bars
-    options = _options_of(_parser(argv), argv)
+    parser = _parser(argv)
+    options = _options_of(parser, argv)
     try:
+        _check_paths(_commands(parser)[options.command], options)
         os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written, never shown
         return options.run(options) or 0
     except InputError as e:

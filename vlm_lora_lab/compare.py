@@ -34,6 +34,7 @@ from .evaluate import RESAMPLES, Metric, Score, ScoreTable, answer_all, bootstra
 from .models.load import load_vlm, model_folder
 from .models.published import read_json
 from .style import COLORS, figure, save_figure
+from .train.identity import located
 
 # %% ../nbs/81_compare.ipynb #1acc3b33
 @dataclass(frozen=True)
@@ -361,7 +362,7 @@ def _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
             raise
         _tell(say, c, rows[c.name], new, time.perf_counter() - start, limits["max_new_tokens"])
         cut = sum(r["cut"] for r in rows[c.name])
-        about.append({"name": c.name, "base": c.base, "answers": file and file.name, "asked_now": new, "cut_off": cut} | key | (c.told or {}))
+        about.append({"name": c.name, "base": located(c.base), "answers": file and file.name, "asked_now": new, "cut_off": cut} | key | (c.told or {}))
         gc.collect()
         torch.cuda.empty_cache()
     return rows, about
@@ -377,7 +378,7 @@ def _tell(say, checkpoint, rows, new, seconds, limit):
 
 def _write(output, data, conversations, results, rows, about, say):
     "Report, questions and figures; they follow from the answers, and are written anew."
-    report = {"data": str(data) if isinstance(data, (str, Path)) else "in memory", "questions": len(conversations), "resamples": RESAMPLES, "seed": 0,
+    report = {"data": located(data) if isinstance(data, (str, Path)) else "in memory", "questions": len(conversations), "resamples": RESAMPLES, "seed": 0,
               "checkpoints": about, "results": [r.to_dict() for r in results.values()]}  # fmt: skip
     write_json(output / "report.json", report)
     partial = output / "questions.jsonl.partial"

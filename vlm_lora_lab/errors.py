@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EACCES, EAGAIN, EDQUOT, EEXIST, EFBIG, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EAGAIN, EDQUOT, EEXIST, EFBIG, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,12 @@ class Finding(InputError, RuntimeError):
 def nearest(
     name: str,  # that is not known
     known: Iterable[str],
+    cutoff: float = 0.6,  # how similar it has to be, from 0 to 1
 ) -> str:  # the most similar known name; empty: none is near
     "What somebody probably meant."
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(name, list(known), 1)), "")
+    return next(iter(get_close_matches(name, list(known), 1, cutoff)), "")
 
 
 def unknown_keys(
@@ -217,7 +218,7 @@ def explain_write_errors(
         full = number in (ENOSPC, EDQUOT, EFBIG) or any(f"os error {n})" in text for n in (ENOSPC, EDQUOT, EFBIG))
         if full or "PytorchStreamWriter" in text or "inline_container" in text:
             raise InputError("the disk is full, or a quota is used up", folder, "Free some space or choose another folder with --output") from e
-        if number in (EACCES, EEXIST, ENAMETOOLONG, ENOTDIR, EPERM, EROFS) or f"os error {EACCES})" in text:
+        if number in (EACCES, EEXIST, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS) or f"os error {EACCES})" in text:
             raise InputError("this folder cannot be written to", folder, "Choose another folder with --output") from e
         raise
 
@@ -236,8 +237,13 @@ def check_writable(
 ) -> None:
     "Raises `InputError` for a folder that could not be made or written to. Nothing is touched."
     folder = Path(folder).absolute()
-    with explain_write_errors(folder):
-        there = next(p for p in (folder, *folder.parents) if _is_there(p))
+    try:
+        with explain_write_errors(folder):
+            there = next(p for p in (folder, *folder.parents) if _is_there(p))
+    except ValueError as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"no file can have the name {str(folder)[:60]!r}", "output", "Choose another folder with --output") from None
     if not there.is_dir():
         raise InputError(f"{there.name!r} is no folder, so nothing can be written there", folder, "Choose another folder with --output")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -247,10 +253,11 @@ def check_writable(
 def empty_folder(
     folder: str | Path,  # where results should go
 ) -> Path:
-    "The folder, if it is new or empty. Raises `InputError` if anything is in it: nothing is ever overwritten."
+    "The folder, if it is new or empty and could be written to. Raises `InputError` if anything is in it: nothing is ever overwritten."
     folder = Path(folder)
+    check_writable(folder)
     with explain_write_errors(folder):
-        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        used = folder.exists() and any(folder.iterdir())
     if used:
         raise InputError("this folder is not empty", folder, "Choose another one, or remove it; nothing is ever overwritten")
     return folder
@@ -390,7 +397,8 @@ def claimed(
     finally:
         if sys.platform == "win32":  # where an open file cannot be removed
             file.close()
-        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # it was removed with its folder, or the folder cannot be written any more
+            lock.unlink()
         _held.remove(file)
         file.close()  # and with it the kernel's lock goes
 

@@ -148,7 +148,7 @@ def from_flags(
 
     Raises `InputError` for unknown scripts and flags, and for flags that contradict each other, with the plan to write instead."""
     if script not in SCRIPTS:
-        raise InputError(f"there is no script {script!r}", "flags", f"Known are {', '.join(SCRIPTS)}")
+        raise InputError(f"there is no script {script!r:.60}", "flags", f"Known are {', '.join(SCRIPTS)}")
     translate, defaults = SCRIPTS[script]
     if unknown := sorted(set(flags) - set(defaults)):
         near = "".join(f"{n!r}: did you mean {m!r}? " for n in unknown if (m := nearest(n, defaults)))

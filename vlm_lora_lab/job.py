@@ -7,10 +7,12 @@ __all__ = ['SECTIONS', 'LOCK', 'Job', 'train', 'examine']
 
 # %% ../nbs/94_job.ipynb #d8f5762b
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from errno import EIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +24,7 @@ from .checkpoint.save import base_sha256, save_adapter
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
 from .data.native import keep_limits, load_processor
-from .data.records import Conversations
+from .data.records import Conversations, unread_lines
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
 from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors, unknown_keys, write_json
@@ -32,12 +34,12 @@ from .models.load import load_vlm, model_folder
 from .models.published import on_meta, read_json
 from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
-from .settings import FilePath, OneOf, Settings, Within, inside
+from .settings import FilePath, OneOf, Settings, Within, inside, shown
 from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
-from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed
-from .train.run import Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
+from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located, mended
+from .train.run import Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
 
@@ -66,6 +68,8 @@ class Job(Settings):
 
     def check(self):
         metric_of(self.metric)
+        if "\\" in self.output and os.sep == "/" and not Path(self.output).exists():
+            raise InputError(f"output is {shown(self.output)}, and a backslash is part of a name here", "output", f"Write / between folders: {self.output.replace(chr(92), '/')}")
         if not self.eval_data and (self.watch.every or self.watch.questions not in (0, Watch().questions)):
             raise InputError(f"watch says every {self.watch.every} steps and {self.watch.questions} questions, and there is no evaluation data", "watch", "Give eval_data, or leave them out")
         if self.vision_cache in ("memory", "disk") and self.stages:
@@ -116,7 +120,15 @@ def _checked(path, job, processor, desc, say):
         say(f"Left out {len(checked.skipped)} of {len(conversations)} rows of {path}: {names}. The first because: {checked.skipped[0].reason}")
     if checked.dropped:
         say(f"{checked.dropped} rows of {path} were too long and lost whole turns at their front.")
+    for line in _untold(path, checked):
+        say(line)
     return checked
+
+
+def _untold(path, checked):
+    "What of a file is not read, and what of it is not learned."
+    context = f"Answers of {path} that have weight 0, so that they are context and not learned: {checked.context:,}."
+    return unread_lines(checked.unread, path) + ([context] if checked.context else [])
 
 
 def _per_step(schedule):
@@ -162,6 +174,19 @@ def _watched(history):
 def _started_from(output):
     "What the run in a folder began with; None where an older version has not written it."
     return Inputs.read(read_json(output / "job.json").get(STARTED), str(output / "job.json"))
+
+
+def _note_interruption(job, output):
+    "Write down how data and pictures look when a row cannot be read any more: on resume, pictures that had changed by then count as mended."
+    with suppress(InputError, OSError):
+        values = read_json(output / "job.json")
+        values[STARTED]["interrupted"] = _looked_at(job).to_dict()
+        write_json(output / "job.json", values)
+
+
+def _when_interrupted(output):
+    "What `_note_interruption` wrote; None: nothing."
+    return Inputs.read((read_json(output / "job.json").get(STARTED) or {}).get("interrupted"), str(output / "job.json"))
 
 
 def _looked_at(job):
@@ -249,6 +274,7 @@ class _Given:
     held: Checked | None  # rows to be asked about
     left_out: dict  # file -> rows that cannot be used
     model: nn.Module
+    files: dict  # file -> how it was looked through
     inputs: Inputs  # what the run starts from, as it is now; hashed by the first process alone
 
     @property
@@ -279,14 +305,19 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     at("data")
     started = _started_from(output) if resume and place else None
     inputs = _looked_at(job) if here.first else Inputs({})
+    started, changed = mended(started, _when_interrupted(output) if started else None, inputs)
     check_resumed(started, inputs, output / "job.json")
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     if held:
         check_truths(metric_of(job.metric), held.conversations)
+    files = {job.data: new} | ({job.eval_data: held} if held else {})
     left_out = {p: c.skipped for p, c in ((job.data, new), (job.eval_data, held)) if c and c.skipped}
     if job.mix_data:
-        old = Drawn(0, 1_000_000) if job.mix_data == "drawn" else _checked(job.mix_data, job, processor, "old samples", say).conversations
+        old = Drawn(0, 1_000_000)
+        if job.mix_data != "drawn":
+            files[job.mix_data] = _checked(job.mix_data, job, processor, "old samples", say)
+            old = files[job.mix_data].conversations
         mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
         added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
         new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
@@ -304,7 +335,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     if here.first:
         inputs = inputs.on(job.model, base_sha256(job.model))
     check_resumed(started, inputs, output / "job.json")
-    for line in started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
+    for line in changed + started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
         say(line)
     at("plan")
     if not job.stages:
@@ -312,7 +343,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         say(str(PlanTable.of(model, job.plan)))
     if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(model)):
         raise InputError(f"vision_cache is {job.vision_cache}, but {reason}", "vision cache", "Set vision_cache: off, or vision: freeze in the plan")
-    return _Given(output, processor, new, held, left_out, model, inputs)
+    return _Given(output, processor, new, held, left_out, model, files, inputs)
 
 
 def _begin(job, resume, given, here, say, lock):
@@ -352,6 +383,16 @@ def _quiet(line):
     "What other processes than the first one say."
 
 # %% ../nbs/94_job.ipynb #3c6141c4
+def _last_word(say, line):
+    "Say it; a terminal that was closed hears nothing, and that is no error."
+    try:
+        say(line)
+    except OSError as e:
+        if e.errno != EIO:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would fail again at the end
+
+
 def _swapped(job, inputs):
     "What is not what the run started from any more."
     return changed_since(inputs, lambda: _looked_at(job).on(job.model, base_sha256(job.model)))
@@ -360,14 +401,14 @@ def _swapped(job, inputs):
 def _finish(job, run, given, model, plan, doctors, here, say):
     "Ask again, save, and write down what was done."
     output = given.output
-    report = {"job": job.to_dict(), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
+    report = {"job": absolute(job.to_dict(), Job), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
     if watched := _watched(run.history):
         report["watched"] = watched
     if job.stages:
         report["stages"] = [r.to_dict() for r in run.runs]
         report["logits_moved_at_the_end"] = run.moved
     if given.left_out:
-        report["skipped_rows"] = {str(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
+        report["skipped_rows"] = {located(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
     if any(d.bad_steps for d in doctors):
         report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
     if given.held and here.sharded:
@@ -390,15 +431,15 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         data = {f.path: f.sha256 for f in given.inputs.files.values()}
         metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
         told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None}
-        report["adapter"] = str(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
+        report["adapter"] = located(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
             also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
             save_vlm(model, output / "model", model_folder(job.model), also=also)
-        report["model"] = str(output / "model")
+        report["model"] = located(output / "model")
     if here.first:
         write_json(output / "report.json", report)
-    say(f"Written: {report.get('adapter') or report['model']}, {output / 'loss.png'}, {output / 'report.json'}")
+    say(f"Written: {output / ('adapter' if 'adapter' in report else 'model')}, {output / 'loss.png'}, {output / 'report.json'}")
     return report
 
 # %% ../nbs/94_job.ipynb #cb02816a
@@ -446,11 +487,15 @@ def _run(job, resume, given, here, say):
         what = "The weights were lost in an earlier step, and nothing of them was saved. It showed at" if e.lost else "Stopped before the weights were lost, at"
         (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")
         return {"not_finite_at_step": doctors[-1].bad_steps[-1][0]}
+    except Interrupted:
+        if here.first:
+            _note_interruption(job, output)
+        raise
     if cache:
         say(f"Vision cache: {cache}.")
     if run.stopped:
         where = f"in stage {len(run.runs)}, after its step {run.runs[-1].steps}" if job.stages else f"after step {run.steps}"
-        say(f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
+        _last_word(say, f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
     return _finish(job, run, given, model, plan, doctors, here, say)
 
@@ -465,7 +510,9 @@ def _counted(given, job):
     says += f"; {len(given.held.conversations)} to be asked" if given.held else ""
     left_out = [f"left out of {path}: {s.reason}" for path, skipped in given.left_out.items() for s in skipped]
     more = [f"and {len(left_out) - 20} others"] if len(left_out) > 20 else []
-    return Check("data", "warning" if left_out else "ok", "\n".join([says, *left_out[:20], *more])), order
+    untold = [line for path, checked in given.files.items() for line in _untold(path, checked)]
+    lost = any(u.loss for checked in given.files.values() for u in checked.unread)
+    return Check("data", "warning" if left_out or lost else "ok", "\n".join([says, *untold, *left_out[:20], *more])), order
 
 
 def _refused(job, name, error):

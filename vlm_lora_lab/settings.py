@@ -99,9 +99,15 @@ def _text(value, limits, name, where):
         raise InputError(f"{name} is {shown(value)}", where, f"Write {'text, such as a path' if what == 'a path' else what}")
     if "\0" in value:
         raise InputError(f"{name} is {shown(value)}, with a zero byte in it", where, f"Write {what}")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is {shown(value)}, with half a character in it", where, f"Write {what} in whole characters") from None
     if isinstance(limits, FilePath):
         if not value.strip():
             raise InputError(f"{name} is empty", where, f"Write {what}, or leave it out")
+        if not value.isprintable() and any(ord(c) < 32 for c in value):
+            raise InputError(f"{name} is {shown(value)}, with a tab or a line break in it", where, "In double quotes \\t and \\n are those: write / between folders, or single quotes")
         longest = max(len(os.fsencode(n)) for n in value.replace("\\", "/").split("/"))
         if longest > _NAME or len(os.fsencode(value)) > _PATH:
             raise InputError(f"{name} is {shown(value)}, a name of {longest} bytes in a path of {len(os.fsencode(value))}", where, f"File systems take {_NAME} and {_PATH}; write a shorter one")

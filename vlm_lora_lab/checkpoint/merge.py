@@ -37,6 +37,7 @@ from ..models.published import on_meta, read_json
 from ..models.qwenvl import QwenVL
 from ..plan import TuningPlan, apply_plan
 from ..settings import Within, fitting
+from ..train.identity import located
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #d938d342
 CHUNK = 2**24  # weights that are held at a time
@@ -460,7 +461,7 @@ def merge_into(
             keep_limits(partial, load_processor(partial, max_pixels=seen))
         result = Merged(folder, len(plan), len(touched), tuple(sums.unmoved), sums.kept / sums.asked if sums.asked else 1.0, (sums.lost / sums.asked) ** 0.5 if sums.asked else 0.0, len(shards),
                         sum(f.stat().st_size for f in shards), apart, seen, own)  # fmt: skip
-        write_json(partial / "merge.json", {"adapter": str(adapter), "onto": onto, "base_fingerprint": opened.provenance["base_fingerprint"],
+        write_json(partial / "merge.json", {"adapter": located(adapter), "onto": onto, "base": located(base or opened.provenance["base"]), "base_fingerprint": opened.provenance["base_fingerprint"],
                                             **{k: v for k, v in asdict(result).items() if k != "folder"}})  # fmt: skip
     return result
 

@@ -38,6 +38,7 @@ from ..models.parts import PARTS, layout_of, linear_layers
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
 from ..plan import Rule, TuningPlan, apply_plan, full_modules, lora_layers
+from ..train.identity import located
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #b063ff61
 @dataclass(frozen=True)
@@ -867,7 +868,7 @@ def _write(result, model, got, output, four_bit):
     if lost := ({f"{n} {k}" for n, kinds in got.lora.items() for k in kinds} | set(got.full)) - {" ".join(filter(None, plain_key(k)[:2])) for k in wanted}:
         raise RuntimeError(f"{len(lost)} tensors would be lost: {sorted(lost)[:5]}.")
     config = wrapped.active_peft_config
-    config.base_model_name_or_path, config.inference_mode = str(model.name), True
+    config.base_model_name_or_path, config.inference_mode = located(model.name), True
     with complete_or_nothing(output) as partial:
         config.save_pretrained(partial)
         with explain_write_errors(output):
@@ -881,7 +882,7 @@ def _write(result, model, got, output, four_bit):
         packages = ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")
         write_json(partial / "rescue.json", {"format": result.found.format, "lost": [asdict(x) for x in result.lost], "suspicious": result.suspicious,
                                              "notes": result.notes, "tensors": result.fates})  # fmt: skip
-        seal(partial, {"base": str(model.name), "base_fingerprint": fingerprint(model.name), "base_sha256": base_sha256(model.name), "four_bit": four_bit, "max_pixels": pixels,
+        seal(partial, {"base": located(model.name), "base_fingerprint": fingerprint(model.name), "base_sha256": base_sha256(model.name), "four_bit": four_bit, "max_pixels": pixels,
                        "versions": {p: version(p) for p in packages}, "rescued_from": result.found.format})  # fmt: skip
         again = load_peft_weights(str(partial), device="cpu")
         if set(again) != set(state) or any(not torch.equal(again[k], state[k]) for k in state):

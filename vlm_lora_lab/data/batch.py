@@ -9,6 +9,7 @@ __all__ = ['slices_within', 'BaseProcessor', 'Processor', 'WorkerError', 'Sample
 # %% ../../nbs/23_data.batch.ipynb #44806558
 from abc import ABC, abstractmethod
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -310,6 +311,8 @@ class Checked:
     lengths: Sequence[int]  # tokens of each
     skipped: tuple[Skipped, ...] = ()
     dropped: int = 0  # rows that lost turns because they were too long
+    unread: Counter = field(default_factory=Counter)  # `Unread` -> rows that hold it
+    context: int = 0  # answers that are marked as not learned
 
     def samples(self, processor: BaseProcessor, reading: Reading = Reading()) -> Samples:
         "As the Trainer wants them."
@@ -334,9 +337,9 @@ class _Probe(Dataset):
             if self.learned and all(label == IGNORE for label in row["labels"]):
                 remedy = "Raise max_length: all answers that are learned are in turns that were left out" if row["dropped"] else "Leave the record out, or write an answer"
                 raise InputError("nothing of it is learned: no token has a label", conversation.where, remedy)
-            return len(row["input_ids"]), row["dropped"], None
+            return len(row["input_ids"]), row["dropped"], (conversation.unread, conversation.learned.count(False)), None
         except InputError as e:
-            return 0, 0, (getattr(e, "id", "") or name, e.found, e.where, e.remedy)
+            return 0, 0, ((), 0), (getattr(e, "id", "") or name, e.found, e.where, e.remedy)
 
 # %% ../../nbs/23_data.batch.ipynb #ed970709
 def check_rows(
@@ -347,13 +350,15 @@ def check_rows(
     learned: bool = False,  # is a row of which nothing is learned a bad one?
 ) -> Checked:
     "Prepare every row once. Raises `InputError` for a bad row, unless they are to be skipped, and when none is left."
-    lengths, good, skipped, dropped = array("Q"), array("Q"), [], 0
+    lengths, good, skipped, dropped, unread, context = array("Q"), array("Q"), [], 0, Counter(), 0
     probe = DataLoader(_Probe(conversations, processor, learned), batch_size=None, num_workers=reading.workers)
-    for i, (length, turns, wrong) in enumerate(tqdm(probe, desc=desc, leave=False, **({"disable": True} if len(conversations) < 100 else {}))):
+    for i, (length, turns, (more, silent), wrong) in enumerate(tqdm(probe, desc=desc, leave=False, **({"disable": True} if len(conversations) < 100 else {}))):
         if wrong is None:
             good.append(i)
             lengths.append(length)
             dropped += turns > 0
+            unread.update(more)
+            context += silent
             continue
         error = InputError(*wrong[1:])
         if not reading.skip_bad_rows:
@@ -362,4 +367,4 @@ def check_rows(
     if not good:
         raise InputError(f"no row is left; all {len(skipped)} are bad, the first because: {skipped[0].reason}", desc, "Run vlm-lora-lab check-data on the file")
     kept = conversations if not skipped else conversations.select(good) if hasattr(conversations, "select") else [conversations[i] for i in good]
-    return Checked(kept, lengths, tuple(skipped), dropped)
+    return Checked(kept, lengths, tuple(skipped), dropped, unread, context)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .batch import BaseProcessor
 from .files import Inline, Remote, Rows, parse_json
-from .records import DIALECTS, KNOWN_FIELDS, Access, RecordError, dialect_of, parse_record
+from .records import DIALECTS, Access, RecordError, Unread, dialect_of, parse_record
 from .slicing import load_image, opened, picture_size
 from .tokens import IGNORE
 from ..errors import InputError
@@ -62,7 +62,8 @@ class Look:
     keys: tuple[int, int] | None = None  # fingerprints: question and pictures; the whole conversation
     seen: tuple[int, ...] = ()  # fingerprint of each picture
     id: str = ""
-    unread: tuple[str, ...] = ()  # fields that nobody reads
+    unread: tuple[Unread, ...] = ()  # what nobody reads
+    context: int = 0  # answers that are marked as not learned
 
 # %% ../../nbs/28_data.doctor.ipynb #f64e9914
 def _print(*parts):
@@ -136,8 +137,7 @@ def look(
         tokens, learned = _look_at_tokens(conversation, processor, sizes, say)
     texts = [f"{m.role} {m.content}" for m in conversation.messages]
     keys = (_print(*seen, *texts[:-1]), _print(*seen, *texts)) if len(seen) == len(conversation.images) else None
-    unread = tuple(sorted(str(k)[:40] for k in value if k not in KNOWN_FIELDS))
-    return Look(tuple(findings), dialect_of(value), len(conversation.images), tokens, learned, keys, tuple(seen), name, unread)
+    return Look(tuple(findings), dialect_of(value), len(conversation.images), tokens, learned, keys, tuple(seen), name, conversation.unread, conversation.learned.count(False))
 
 # %% ../../nbs/28_data.doctor.ipynb #3a164a2a
 def _look_at_tokens(conversation, processor, sizes, say):
@@ -201,7 +201,9 @@ class Report:
     rows: int = 0
     findings: list[Finding] = field(default_factory=list)
     dialects: Counter = field(default_factory=Counter)
-    unread: Counter = field(default_factory=Counter)  # fields that nobody reads
+    unread: Counter = field(default_factory=Counter)  # what nobody reads -> records that hold it
+    lost: Counter = field(default_factory=Counter)  # those of it (`Unread`) that change what should be learned
+    context: int = 0  # answers that are marked as not learned
     pictures: int = 0
     tokens: list[int] = field(default_factory=list)  # of each record that could be counted
     learned: int = 0  # tokens with a label
@@ -245,7 +247,9 @@ def _take_in(report, seen, more):
     report.rows += 1
     report.findings += [*seen.findings, *more]
     report.dialects[seen.dialect or "none"] += 1
-    report.unread.update(seen.unread)
+    report.unread.update(list(dict.fromkeys(u.name for u in seen.unread)))
+    report.lost.update(u for u in seen.unread if u.loss)
+    report.context += seen.context
     report.pictures += seen.pictures
     report.learned += seen.learned or 0
     if seen.tokens is not None:
@@ -258,7 +262,7 @@ def _facts(report):
     return {
         "file": report.name, "status": report.status, "records": report.rows, "good": report.rows - len(report.bad), "bad": report.bad,
         "counts": {s: dict(Counter(f.kind for f in report.findings if f.severity == s).most_common()) for s in reversed(SEVERITIES)},
-        "dialects": dict(report.dialects), "unread_fields": dict(report.unread), "pictures": report.pictures,
+        "dialects": dict(report.dialects), "unread_fields": dict(report.unread), "answers_of_weight_0": report.context, "pictures": report.pictures,
         "tokens": {"least": t[0], "median": t[len(t) // 2], "most": t[-1], "total": sum(t), "learned": report.learned, "limit": report.limit} if t else None,
         "seconds": round(report.seconds, 2), "findings": [asdict(f) for f in report.findings],
     }  # fmt: skip
@@ -275,7 +279,10 @@ def _headlines(report):
     if t := d["tokens"]:
         yield f"tokens: {t['least']:,} to {t['most']:,}, median {t['median']:,}, limit {t['limit']:,}; {t['learned'] / max(t['total'], 1):.0%} are learned"
     if report.unread:
-        yield "fields that nobody reads: " + ", ".join(f"{k!r} ({n:,})" for k, n in report.unread.most_common(8))
+        more = f" and {len(report.unread) - 20} others" if len(report.unread) > 20 else ""
+        yield "fields that nobody reads: " + ", ".join(f"{k!r} ({n:,})" for k, n in report.unread.most_common(20)) + more
+    if report.context:
+        yield f"answers of weight 0, which are context and not learned: {report.context:,}"
     for severity, kinds in d["counts"].items():
         if kinds:
             yield f"{severity}s: " + ", ".join(f"{k} {n:,}" for k, n in kinds.items())
@@ -391,6 +398,8 @@ def check_data(
     report = Report(str(source) if isinstance(source, (str, Path)) else "records", limit=processor.max_length if processor else None)
     for i, one in enumerate(seen):
         _take_in(report, one, compare.findings(one, i, rows.lines[i] if isinstance(rows, Rows) else None))
+    for u, n in report.lost.most_common():
+        report.findings.append(Finding("warning", "unread", f"{u.name!r} in {n:,} record{'s' * (n > 1)} is not read: {u.loss}"))
     if broken := getattr(rows, "broken", None):
         place = broken.where.removeprefix(f"{source}, ")
         report.findings.append(Finding("error", "json", f"the list is broken at {place}, after {len(rows)} records: {broken.found}", broken.remedy))

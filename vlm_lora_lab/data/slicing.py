@@ -119,7 +119,7 @@ def opened(
     except Image.DecompressionBombError:
         raise InputError(f"{name} claims more pixels than the limit of {limits.pixels:,}", where, "Make it smaller") from None
     except _DAMAGED as e:
-        reason = f"is none of {', '.join(FORMATS)}" if isinstance(e, UnidentifiedImageError) else f"cannot be read as a picture ({str(e) or type(e).__name__:.120})"
+        reason = f"is none of {', '.join(FORMATS)}" if isinstance(e, UnidentifiedImageError) else f"cannot be read as a picture ({getattr(e, 'strerror', None) or str(e) or type(e).__name__:.120})"
         raise InputError(f"{name} {reason}", where, "Replace the file or remove the record") from None
 
 # %% ../../nbs/21_data.slicing.ipynb #4e3ca673

@@ -32,7 +32,7 @@ def config_file(
 ) -> Path:
     "A configuration for `accelerate launch`. Raises `InputError` for a name that is not known."
     if name not in CONFIGS:
-        raise InputError(f"there is no configuration {name!r}", "config", f"Write one of {', '.join(CONFIGS)}")
+        raise InputError(f"there is no configuration {name!r:.60}", "config", f"Write one of {', '.join(CONFIGS)}")
     return Path(str(files("vlm_lora_lab") / "train" / "configs" / f"{name}.yaml"))
 
 # %% ../../nbs/56_train.devices.ipynb #dad41eda

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STARTED', 'DATA', 'file_sha256', 'DataFile', 'look_at', 'Inputs', 'located', 'absolute', 'check_resumed',
-           'changed_since']
+           'changed_since', 'mended']
 
 # %% ../../nbs/57_train.identity.ipynb #64d2b921
 import hashlib
@@ -203,3 +203,17 @@ def changed_since(
         return was.changes(look())
     except (InputError, OSError) as e:
         return [f"what the run started from cannot be read any more ({e})"]
+
+# %% ../../nbs/57_train.identity.ipynb #5c7e0011
+def mended(
+    was: Inputs | None,  # what the run started from
+    interrupted: Inputs | None,  # how it looked when a row could not be read any more; None: the run ended otherwise
+    now: Inputs,
+) -> tuple[Inputs | None, list[str]]:  # what a resume is held against, and what to say
+    "Pictures that had changed when a run was interrupted are taken as they are now."
+    if was is None or interrupted is None:
+        return was, []
+    both = {f: (was.files[f], now.files[f]) for f in was.files if f in now.files and f in interrupted.files}
+    files = {f: new for f, (old, new) in both.items() if old.sha256 == new.sha256 and _change(f, old, interrupted.files[f]) and _change(f, old, new)}
+    says = [f"Pictures of {field} {file.path} were mended since the run was interrupted; they are taken as they are now." for field, file in files.items()]
+    return replace(was, files={**was.files, **files}), says
