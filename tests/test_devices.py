@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,12 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.models.published import lab_folder
 from vlm_lora_lab.plan import TuningPlan
 from vlm_lora_lab.train.devices import CONFIGS, Devices, check_devices, config_file, devices
 
@@ -128,3 +130,16 @@ def test_what_cannot_be_shared_is_refused(here, four_bit, stages, plan, message,
 def test_the_command_says_where_a_configuration_lies(capsys):
     assert main(["config", "zero2"]) == 0 and capsys.readouterr().out.strip() == str(config_file("zero2"))
     assert main(["config", "zero9"]) == 2 and "ddp, fsdp2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_ends_both_with_its_cause(job, tmp_path):
+    place, flags, _ = job
+    shutil.copytree(lab_folder(), tmp_path / "lab")
+    tensors = load_file(tmp_path / "lab" / "model.safetensors")
+    tensors["llm.model.norm.weight"] = torch.full_like(tensors["llm.model.norm.weight"], 1e37)  # finite, and too large for any loss
+    save_file(tensors, tmp_path / "lab" / "model.safetensors", metadata={"format": "pt"})
+    result = two("train", "--data", place / "data.json", "--image-root", flags[4], "--model", tmp_path / "lab", "--no-four-bit", "--batch-size", 1, "--max-steps", 2, "--vision-cache", "off", "--output", tmp_path / "out")
+    assert result.returncode == 1 and "Stopped before the weights were lost, at step 1" in result.stdout and "remedy" in result.stdout, result.stdout + result.stderr[-3000:]
+    assert "AttributeError" not in result.stderr and not (tmp_path / "out" / "adapter").exists()
+    assert (tmp_path / "out" / "nan" / "step-1" / "case.json").is_file() or (tmp_path / "out" / "nan" / "process-1" / "step-1" / "case.json").is_file()

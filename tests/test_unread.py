@@ -1,17 +1,19 @@
 """Nothing in a record is dropped in silence: other media are refused, marks on answers are obeyed, and every field that nobody reads is named."""
 
 import json
+import random
+from collections import Counter
 
 import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
 from vlm_lora_lab.cli import main
-from vlm_lora_lab.data.batch import check_rows
+from vlm_lora_lab.data.batch import Reading, check_rows
 from vlm_lora_lab.data.dialects import to_record
 from vlm_lora_lab.data.doctor import check_data
 from vlm_lora_lab.data.native import load_processor
-from vlm_lora_lab.data.records import DIALECTS, Access, RecordError, parse_record
+from vlm_lora_lab.data.records import DIALECTS, Access, Conversations, RecordError, dialect_of, parse_record
 from vlm_lora_lab.data.tokens import FAMILIES, IGNORE, encode
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.errors import InputError
@@ -96,6 +98,8 @@ def test_other_media_are_refused_with_what_to_give_instead(record, found, where,
         talk("Mend this:\n<video>\n<source src=clip.mp4>\n</video>", "<video>\n</video>"),
         talk("Which tag?\n```html\n<video>\n```", "<video>"),
         talk("Name a tag for clips.", "<video>"),
+        talk("<audio>/<video>: which languages have them?", "HTML"),
+        talk("Which tag?\n`<video>`\n`<audio>`", "`<video>`"),
         talk("Which file is larger?", "clip.mp4", videos=[], audio=None, video=""),
         talk("Has it sound?", "no", audio=False),
         talk("What does <bbox> mean?", "A box."),
@@ -288,3 +292,93 @@ def test_doctor_and_train_name_the_same_fields(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     for line in lines:
         assert line in told and line in said.out + said.err
+
+
+READ = {"id", "image", "images", "conversations", "messages", "system", "category", "answers"}
+TURN = {"weight", "loss", "loss_scale", "train", "training"}
+PART = {"type", "text", "image", "path", "url", "image_url", "base64"}
+EXTRAS = [
+    "video", "videos", "audio", "audios", "Video", "video_url", "objects", "bbox", "ref", "tools", "tool_calls", "function_call", "reasoning_content", "rejected", "chosen", "label", "history", "name",
+    "weight", "loss", "loss_scale", "train", "detail", "min_pixels", "max_pixels", "resized_height", "fps", "Images", "imgae", "IMAGE", "image", "images", "text", "content", "value", "role", "from", "type",
+    "score", "source", "", " ", "\n", "x" * 50, "系统", "system", "answers", "category", "Weight", "id", "path", "url",
+]  # fmt: skip
+VALUES = [None, True, False, 0, 1, -1, 0.5, float("nan"), float("inf"), 10**400, "", " ", "x", "a.png", "clip.mp4", "<video>", "<bbox>", "data:video/mp4;base64,AAAA", [], {}, [None], ["a.png"], ["clip.mp4"], [[]],
+          {"url": "a.png"}, {"url": "a.png", "detail": "low"}, {"ref": ["x"], "bbox": [[1, 2, 3, 4]]}, [{"type": "video"}], {"": {"": [{}]}}]  # fmt: skip
+PARTS = [{"type": "video", "video": "clip.mp4"}, {"type": "audio"}, {"type": "video_url", "video_url": {"url": "x"}}, {"type": "input_audio", "input_audio": {}}, {"type": "file", "file": {"file_id": "x"}},
+         {"type": "text"}, {"type": "text", "text": "more"}, {"type": "image"}, {"type": ["image"]}, {"type": "image", "image": "a.png", "max_pixels": 9}, {"text": "x"}, "x", None, 5, []]  # fmt: skip
+TAGS = ["<video>\n", "<video>", " <video> ", "<audio>", "<bbox>", "<ref-object>", "<|video_pad|>", "<|image_pad|>", "<video>clip.mp4</video>", "<image>"]
+
+
+def laden(record, rng):
+    "A good record with extra fields, wrong types and odd media somewhere in it."
+    record = json.loads(json.dumps(record))
+    name = "messages" if "messages" in record else "conversations"
+    for _ in range(rng.randrange(1, 4)):
+        row = rng.choice(record[name])
+        content = row.get("content", row.get("value"))
+        where = [record, row]
+        if isinstance(content, list):
+            where += [p for p in content if isinstance(p, dict)]
+            where += [p["image_url"] for p in content if isinstance(p, dict) and isinstance(p.get("image_url"), dict)]
+            if rng.random() < 0.3:
+                content.insert(rng.randrange(len(content) + 1), rng.choice(PARTS))
+        elif isinstance(content, str) and rng.random() < 0.3:
+            at = rng.randrange(len(content) + 1)
+            row["content" if "content" in row else "value"] = content[:at] + rng.choice(TAGS) + content[at:]
+        rng.choice(where)[rng.choice(EXTRAS)] = rng.choice(VALUES)
+    return record
+
+
+def ends(record):
+    "Keys that the reader of this dialect leaves aside, from the record itself."
+    name = "messages" if record.get("messages") is not None else "conversations"
+    aside = {k for k, v in record.items() if k not in READ and v is not None}
+    spoken = {"role", "content"} if dialect_of(record) not in ("qwenvl", "llava") else {"from", "value"}
+    for row in record[name]:
+        aside |= {f"{name}[].{k}" for k, v in row.items() if k not in TURN | spoken and v is not None}
+        content = row["value" if "value" in spoken else "content"]
+        for part in content if isinstance(content, list) else ():
+            aside |= {f"{name}[].content[].{k}" for k, v in part.items() if k not in PART and v is not None}
+            if isinstance(part.get("image_url"), dict):
+                aside |= {f"{name}[].content[].image_url.{k}" for k, v in part["image_url"].items() if k != "url" and v is not None}
+    return {k[: k.rfind(".") + 1] + k[k.rfind(".") + 1 :][:40] for k in aside}
+
+
+def texts(record):
+    "Every text that somebody says in a record."
+    for row in record.get("messages") or record.get("conversations"):
+        content = row.get("content" if dialect_of(record) not in ("qwenvl", "llava") else "value")
+        yield from (p["text"] for p in content if p["type"] in ("text", "input_text")) if isinstance(content, list) else [content]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_hundred_laden_records_are_refused_or_listed_in_full(dialect, root):
+    "Whatever is added to a record: a sentence, or a listed count, and all that is said is in the conversation."
+    rng, processor = random.Random(dialect), load_processor("lab")
+    good = [to_record(c, dialect, root) for c in (parse_record(turns(system="Be brief."), Access(root)), parse_record(talk("<image>\nWhich?", image="a.png"), Access(root)),
+                                                  parse_record(turns({"weight": 0}), Access(root)))]  # fmt: skip
+    records = [laden(rng.choice(good), rng) for _ in range(150)]
+    report = check_data(records, processor, root, pictures="header")
+    json.dumps(report.to_dict()), report.text(), report.html()
+    assert 30 < len(report.bad) < 130
+    checked = check_rows(Conversations(records, Access(root)), processor, Reading(skip_bad_rows=True), learned=True)
+    assert [s.row for s in checked.skipped] == report.bad and all(s.reason.endswith((".", "?")) and "Traceback" not in s.reason for s in checked.skipped)
+    fine = [r for i, r in enumerate(records) if i not in set(report.bad)]
+    aside = Counter(name for r in fine for name in ends(r))
+    listed = Counter()
+    for u, n in checked.unread.items():
+        listed[u.name] += n * (" as a word in " not in u.name and " marked as " not in u.name)
+    assert +listed == aside and all(report.unread[name] >= n for name, n in aside.items())
+    warned = {f.reason for f in report.findings if f.kind == "unread"}
+    assert all(any(reason.startswith(f"{u.name!r} in ") and reason.endswith(u.loss) for reason in warned) for u in checked.unread if u.loss)
+    for record in fine:
+        said = "".join(m.content for m in parse_record(record, Access(root)).messages)
+        if dialect != "qwenvl":  # where pictures stand inside of the text
+            assert all(text in said for text in texts(record))
+
+
+def test_one_conversation_with_other_answers_learned_is_no_duplicate(root):
+    "As files are made that teach one answer at a time."
+    one, two = turns({"weight": 0}, id="a"), turns({}, {"weight": 0}, id="b")
+    assert check_data([one, two]).status == 0
+    assert [f.kind for f in check_data([one, one | {"id": "c"}]).findings] == ["duplicate"] and check_data([one, one | {"id": "c"}]).status == 1

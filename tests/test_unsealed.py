@@ -275,3 +275,17 @@ def test_checkpoints_in_the_middle_of_stages_are_not_asked(tmp_path, capsys):
     assert main(["ask", "What?", "--adapter", str(checkpoint)]) == 2
     said = capsys.readouterr().err
     assert "in the middle of stages" in said and f"train --resume --output {out}" in said
+
+
+def test_one_step_at_rate_zero_is_found_out_on_every_road(tmp_path, capsys):
+    questions, folder = rows_in(tmp_path, 3, "test"), tmp_path / "run"
+    flags = ["--batch-size", "2", "--vision-cache", "off", "--connector", "freeze", "--save-every", "1"]
+    assert main(["train", "--data", str(rows_in(tmp_path)), "--allow-outside", "--output", str(folder), "--max-steps", "1", *flags]) == 0
+    for adapter in (folder / "adapter", folder / "checkpoints" / "checkpoint-1"):
+        for road in roads(adapter, tmp_path, questions):
+            capsys.readouterr()
+            status, said = main(list(map(str, road))), "".join(capsys.readouterr())
+            if road[0] in ("merge", "export"):
+                assert status == 2 and "changes nothing" in said and "Traceback" not in said and not any((tmp_path / n).exists() for n in ("merged", "vllm", "llama.cpp", "transformers")), road
+            elif road[0] != "ask":
+                assert status == 1 and said.count("changes nothing") == 1, road

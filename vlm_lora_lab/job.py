@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .checkpoint.save import base_sha256, save_adapter
+from .checkpoint.save import ancestry, base_sha256, check_base, check_seals, check_start, plan_of, read_provenance, save_adapter, start_from
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
 from .data.native import keep_limits, load_processor
@@ -39,7 +39,7 @@ from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
 from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located, mended
-from .train.run import Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
+from .train.run import Best, Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
 
@@ -55,6 +55,7 @@ class Job(Settings):
     metric: str = "exact"  # how those answers are judged: exact, cer, anls, iou or iou@0.5
     image_root: Annotated[str, FilePath()] | None = None  # folder that picture paths start from; default: that of the JSON file
     allow_pickle: bool = False  # convert pickled weights (*.bin) once, through a reader that runs no code
+    from_adapter: Annotated[str, FilePath()] | None = None  # folder of an adapter to go on from, with this data; model, plan and four_bit are then its own, unless others are given
     four_bit: bool = True  # NF4 for the language model's decoder layers (Q-LoRA); False: plain LoRA
     mix_data: Annotated[str, FilePath()] | None = None  # JSON file of old samples to mix in; "drawn": the lab model's own
     mix_share: Annotated[float, Within(0, 1, "0.3 is usual", below=True)] = 0.3  # of old samples, when `mix_data` is given
@@ -72,10 +73,19 @@ class Job(Settings):
             raise InputError(f"output is {shown(self.output)}, and a backslash is part of a name here", "output", f"Write / between folders: {self.output.replace(chr(92), '/')}")
         if not self.eval_data and (self.watch.every or self.watch.questions not in (0, Watch().questions)):
             raise InputError(f"watch says every {self.watch.every} steps and {self.watch.questions} questions, and there is no evaluation data", "watch", "Give eval_data, or leave them out")
+        if self.watch.judges and not (self.eval_data and self.watch.every):
+            what = "keep: best" if self.watch.keep == "best" else f"patience: {self.watch.patience}"
+            raise InputError(f"{what} needs evaluations to compare, and there is {'no evaluation data' if not self.eval_data else 'no word on how often'}", "watch",
+                             "Give eval_data and every, such as --eval-data test.json --every 100")  # fmt: skip
+        if self.watch.judges and self.stages:
+            raise InputError("stages have evaluations of their own, and none of them is the best of all", "watch", "Leave keep and patience out, or write one plan without stages")
         if self.vision_cache in ("memory", "disk") and self.stages:
             raise InputError(f"vision_cache is {self.vision_cache}, and stages have none", "vision_cache", "Write vision_cache: off")
         if self.vision_cache in ("memory", "disk") and self.plan.vision != "freeze":
             raise InputError(f"vision_cache is {self.vision_cache}, but the plan says vision: {self.plan.vision}", "vision_cache", "Write vision_cache: off, or vision: freeze")
+        if self.from_adapter and self.stages:
+            raise InputError("stages begin with LoRA of their own, and from_adapter gives them another", "from_adapter",
+                             "Leave out one of the two, or merge the adapter first (vlm-lora-lab merge) and give the result as model")  # fmt: skip
         lengths = [k for k in ("epochs", "max_steps") if getattr(self.schedule, k) != getattr(Schedule(), k)]
         if self.stages and lengths and all(s.steps or s.epochs for s in self.stages):
             raise InputError(f"{lengths[0]} is {getattr(self.schedule, lengths[0])!r}, and each stage says its own length", f"schedule, {lengths[0]}", "Say it in one of the two places")
@@ -84,12 +94,14 @@ class Job(Settings):
     def of(cls, values: dict, where: str = "configuration") -> "Job":
         "From nested dictionaries. Raises `InputError` for unknown, missing or ill-typed keys."
         known = [f.name for f in fields(cls)]
-        values = {k: v for k, v in values.items() if k != STARTED}  # a job.json that a run wrote
+        written = STARTED in values  # a job.json that a run wrote
+        values = {k: v for k, v in values.items() if k != STARTED}
         if unknown := sorted(map(str, set(values) - set(known))):
             raise _misplaced(unknown, where) or unknown_keys(unknown, known, where)
         if missing := [n for n in ("data", "output") if values.get(n) is None]:
             raise InputError(f"{missing[0]!r} is missing", where, f"Write {missing[0]}: PATH in the file, or give --{missing[0]} PATH")
         values = {k: v for k, v in values.items() if v is not None or k != "model"}
+        values = values if written else _inherited(values)
         values["vision_cache"] = "off" if values.get("vision_cache") is False else values.get("vision_cache", "auto")  # YAML reads off as false
         with inside(where):
             for name, section in SECTIONS.items():
@@ -101,6 +113,20 @@ class Job(Settings):
 
 # %% ../nbs/94_job.ipynb #beeeddd4
 SECTIONS: dict[str, type[Settings]] = {"plan": TuningPlan, "schedule": Schedule, "reading": Reading, "watch": Watch}
+
+
+def _inherited(values):
+    "What a job that goes on from an adapter does not say itself is what the adapter says."
+    folder = values.get("from_adapter")
+    if not isinstance(folder, str) or values.get("stages"):
+        return values
+    known, plan, reading = read_provenance(folder), values.get("plan") or {}, values.get("reading") or {}
+    found = {"model": known["base"], "four_bit": known["four_bit"]} | values
+    if isinstance(plan, dict):
+        found["plan"] = plan_of(folder, known).to_dict() | plan
+    if isinstance(reading, dict) and known.get("max_pixels"):
+        found["reading"] = {"max_pixels": known["max_pixels"]} | reading
+    return found
 
 
 def _misplaced(names, where):
@@ -163,6 +189,40 @@ def _asker(job, processor, conversations):
     return ask
 
 
+def _best(job, here):
+    "What decides which evaluation is the best; None: nothing depends on it."
+    if not job.watch.judges:
+        return None
+    asked = job.watch.questions and not here.sharded
+    told = {"keep": job.watch.keep == "best", "patience": job.watch.patience}
+    return Best(job.metric, metric_of(job.metric).higher_is_better, **told) if asked else Best("loss", False, **told)
+
+
+def _measured(job, best, n):
+    "What is compared, in words."
+    return f"{best.measure} on {min(job.watch.questions, n)} questions" if best.measure != "loss" else "loss on the evaluation data"
+
+
+def _announce(job, best, n, say):
+    "What will be compared, and what follows from it."
+    follows = ["the best becomes the adapter"] if best.keep else []
+    follows += [f"training stops after {best.patience} in a row without a better one"] if best.patience else []
+    say(f"Every {job.watch.every} steps and at the end: {_measured(job, best, n)}, {'higher' if best.higher else 'lower'} is better; {', and '.join(follows)}.")
+
+
+def _chosen(job, best, run, n, say):
+    "Which state was kept and why, for the report."
+    values = dict(best.values(run.history))
+    kept = run.kept if best.keep and run.kept is not None else run.steps
+    of_best = f", the best of {len(values)} evaluations" if best.keep and run.kept is not None else ", the last"
+    at = f": {values[kept]:.4g}" if kept in values else ""
+    why = f" It stopped early: {best.patience} evaluations in a row were no better than that of step {run.best}." if run.worn_out else ""
+    also = f" The last state is {Path(job.output) / 'checkpoints' / f'checkpoint-{run.steps}'}." if kept != run.steps else ""
+    say(f"Kept: step {kept} of {run.steps}{of_best} ({_measured(job, best, n)}{at}).{why}{also}")
+    return {"keep": job.watch.keep, "step": kept, "of_steps": run.steps, "compared": _measured(job, best, n), "higher_is_better": best.higher, "best_step": run.best,
+            "values": [{"step": s, "value": v} for s, v in values.items()], "stopped_early": run.worn_out}  # fmt: skip
+
+
 def _watched(history):
     "What was seen at each evaluation: loss, and what was asked."
     seen = {}
@@ -199,7 +259,7 @@ LOCK = "run.lock"  # in the output folder, as long as a run goes on there
 
 def _nothing_left(output, job):
     "The error for a run that is finished."
-    more = "start a new one in another folder" if job.stages else "for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, start a new run in another folder"
+    more = "start a new one in another folder" if job.stages else f"for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, go on from its adapter: vlm-lora-lab train --from-adapter {output / 'adapter'} --data … --output …"
     return InputError("this run is finished, so there is nothing to resume", output, more[0].upper() + more[1:])
 
 
@@ -276,10 +336,26 @@ class _Given:
     model: nn.Module
     files: dict  # file -> how it was looked through
     inputs: Inputs  # what the run starts from, as it is now; hashed by the first process alone
+    ancestor: dict | None = None  # the adapter that it goes on from
 
     @property
     def held_out(self):
         return self.held.conversations if self.held else None
+
+
+def _ancestor(job, empty, here, resumed):
+    "The adapter to go on from, checked against base and plan; of a run that is resumed, what it wrote down: its checkpoint holds the weights."
+    if not job.from_adapter:
+        return None
+    if resumed:
+        return (read_json(resumed / "job.json").get(STARTED) or {}).get("ancestor")
+    if here.sharded:
+        raise InputError(f"{here.sharded} cuts weights in pieces, and an adapter is put into whole ones", "from_adapter", "Share with ddp or zero2, or merge the adapter first: vlm-lora-lab merge")
+    known = read_provenance(job.from_adapter)
+    check_seals(Path(job.from_adapter))
+    check_base(job.from_adapter, job.model, known)
+    check_start(empty, job.from_adapter, known, job.plan)
+    return ancestry(job.from_adapter, known)
 
 
 def _prepare(job, resume, say, here, at=lambda name: None, place=True):
@@ -291,6 +367,8 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     if place:
         check_writable(output)
     check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
+    if here.sharded and job.watch.keep == "best":
+        raise InputError(f"keep: best has to put an earlier state back, and under {here.sharded} the weights are cut in pieces", "watch", "Write keep: last, or share with ddp or zero2")
     if job.watch.tensorboard:
         summary_writer()  # is it there?
     at("model")
@@ -302,6 +380,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     else:
         whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
         lora_layers(empty, job.plan)
+    ancestor = _ancestor(job, empty, here, output if resume and place else None)
     at("data")
     started = _started_from(output) if resume and place else None
     inputs = _looked_at(job) if here.first else Inputs({})
@@ -340,10 +419,12 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     at("plan")
     if not job.stages:
         model = apply_plan(model, job.plan)
+        if ancestor and not resume:
+            say(f"Starting from {start_from(model, job.from_adapter)} tensors of {job.from_adapter}.")
         say(str(PlanTable.of(model, job.plan)))
     if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(model)):
         raise InputError(f"vision_cache is {job.vision_cache}, but {reason}", "vision cache", "Set vision_cache: off, or vision: freeze in the plan")
-    return _Given(output, processor, new, held, left_out, model, files, inputs)
+    return _Given(output, processor, new, held, left_out, model, files, inputs, ancestor)
 
 
 def _begin(job, resume, given, here, say, lock):
@@ -359,7 +440,7 @@ def _begin(job, resume, given, here, say, lock):
         _put_aside(output, say)
         for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):  # of an attempt that failed; written anew below
             shutil.rmtree(output / leftover, ignore_errors=True)
-        write_json(output / "job.json", absolute(job.to_dict(), Job) | {STARTED: given.inputs.to_dict()})  # also of a run that goes on in smaller batches
+        write_json(output / "job.json", absolute(job.to_dict(), Job) | {STARTED: given.inputs.to_dict() | ({"ancestor": given.ancestor} if given.ancestor else {})})  # also of a run that goes on in smaller batches
     answers = _ask_all(job, given, given.model, "asking before") if asked else None
     if asked and here.first:
         write_json(output / "before.json", answers)
@@ -404,6 +485,8 @@ def _finish(job, run, given, model, plan, doctors, here, say):
     report = {"job": absolute(job.to_dict(), Job), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
     if watched := _watched(run.history):
         report["watched"] = watched
+    if not job.stages and (best := _best(job, here)):
+        report["kept"] = _chosen(job, best, run, len(given.held_out), say)
     if job.stages:
         report["stages"] = [r.to_dict() for r in run.runs]
         report["logits_moved_at_the_end"] = run.moved
@@ -429,8 +512,8 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         say("\n".join(f"Swapped while it trained: {change}" for change in swapped))
     if isinstance(model, PeftModel):
         data = {f.path: f.sha256 for f in given.inputs.files.values()}
-        metrics = {k: report[k] for k in ("steps", "loss", "exact_match", "score", "stages") if k in report}
-        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None}
+        metrics = {k: report[k] for k in ("steps", "kept", "loss", "exact_match", "score", "stages") if k in report}
+        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None, "ancestor": given.ancestor}
         report["adapter"] = located(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
     else:
         if here.first:
@@ -482,7 +565,9 @@ def _run(job, resume, given, here, say):
         else:
             passes = job.schedule.epochs if job.schedule.max_steps < 0 else job.schedule.max_steps * job.schedule.batch_size * job.schedule.accumulation / len(new.conversations)
             cache = None if here.sharded else choose_cache(job.vision_cache, model, samples, passes, say)
-            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, say=say, **watch)
+            if best := _best(job, here):
+                _announce(job, best, len(given.held_out), say)
+            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, say=say, best=best, **watch)
     except NonFiniteStep as e:
         what = "The weights were lost in an earlier step, and nothing of them was saved. It showed at" if e.lost else "Stopped before the weights were lost, at"
         (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")

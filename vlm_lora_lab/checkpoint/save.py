@@ -6,7 +6,8 @@
 __all__ = ['PROCESSOR_FILES', 'SAYS_PROVENANCE', 'SAYS_CONFIG', 'SAYS_JOB', 'fingerprint', 'tensor_hashes', 'base_sha256',
            'hashes_folder', 'seal', 'broken_seals', 'kept_tensors', 'save_adapter', 'wrong_in', 'lora_config',
            'read_provenance', 'find_base', 'check_seals', 'is_base', 'check_base', 'rescue_command', 'run_of',
-           'picture_limit', 'most_pixels', 'load_adapter', 'take_tokenizer', 'check_settings', 'adapter_processor']
+           'picture_limit', 'most_pixels', 'load_adapter', 'take_tokenizer', 'check_settings', 'adapter_processor',
+           'plan_of', 'check_start', 'start_from', 'ancestry']
 
 # %% ../../nbs/70_checkpoint.save.ipynb #fb68ba3f
 import copy
@@ -44,10 +45,11 @@ from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
 from ..models.files import copy_beside, stored_in
 from ..models.load import load_tokenizer, load_vlm, model_folder, stand_in
+from ..models.parts import layout_of, plain_name
 from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
-from ..plan import TuningPlan, audit, no_false_warning
+from ..plan import TuningPlan, audit, lora_layers, no_false_warning
 from ..settings import FilePath, Within, fitting
 from ..train.identity import STARTED, file_sha256, located
 from ..train.run import last_checkpoint
@@ -328,6 +330,7 @@ def save_adapter(
     max_pixels: int = 0,  # most pixels of a picture that it looked at; 0: what the base's files say
     hash_base: bool = True,  # the base's full hash, too (seconds for gigabytes)
     base_hash: str | None = None,  # that hash, if it is known from before the training
+    ancestor: dict | None = None,  # the adapter that it went on from, from `ancestry`
     state: dict[str, torch.Tensor] | None = None,  # the gathered state of the wrapped model, under ZeRO-3
 ) -> Path:
     """Save all that was trained, and prove it. Under `torch.distributed` every process must call it; the first one writes.
@@ -352,6 +355,8 @@ def save_adapter(
         "not_trained": [k for k, t in live.items() if not t.requires_grad], "data": data or {}, "metrics": metrics or {}, "max_pixels": max_pixels,
         "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
     }  # fmt: skip
+    if ancestor:
+        provenance["from_adapter"] = ancestor
     _first_process_only(lambda: _write(folder, tensors, empty, config, plan, base, tokenizer, provenance | {"base_sha256": base_hash}, hash_base))
     return folder
 
@@ -388,7 +393,8 @@ model = load_adapter("{name}")
 # %% ../../nbs/70_checkpoint.save.ipynb #ea4f25ac
 _RANK, _ALPHA = Annotated[int, Within(1, 2**20)], Annotated[float, Within(-(10**9), 10**9)]
 SAYS_PROVENANCE: dict[str, Any] = {"base": Annotated[str, FilePath()], "four_bit": bool, "versions": dict, "max_pixels": Annotated[int, Within(0, 10**9)], "data": dict,
-                                   "metrics": dict, "model_type": str | None, "own_tokenizer": str | None, "not_trained": tuple[str, ...] | None, "by_hand": tuple[str, ...] | None, "other_adapters": tuple[str, ...] | None}  # fmt: skip
+                                   "metrics": dict, "model_type": str | None, "own_tokenizer": str | None, "from_adapter": dict | None, "not_trained": tuple[str, ...] | None, "by_hand": tuple[str, ...] | None,
+                                   "other_adapters": tuple[str, ...] | None}  # fmt: skip
 SAYS_CONFIG: dict[str, Any] = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": Annotated[float, Within(0, 1)], "rank_pattern": dict | None, "alpha_pattern": dict | None,
                                "use_dora": bool, "use_rslora": bool, "peft_type": str, "bias": str,
                                "target_parameters": tuple[str, ...] | None, "modules_to_save": tuple[str, ...] | None}  # fmt: skip
@@ -778,3 +784,81 @@ def adapter_processor(
         processor = load_processor(place, max_length, max_pixels=pixels)
     processor.tokenizer.name_or_path = str(folder)
     return processor
+
+# %% ../../nbs/70_checkpoint.save.ipynb #5c7e0021
+def plan_of(
+    folder: str | Path,  # of an adapter
+    provenance: dict,  # from `read_provenance`
+) -> TuningPlan:
+    "What an adapter was trained with. Raises `InputError` where nobody wrote it down."
+    said = read_json(Path(folder) / "plan.json") if (Path(folder) / "plan.json").is_file() else provenance.get("plan")
+    if not said:
+        raise InputError("this adapter does not say which plan trained it", folder, _merge_first(folder))
+    return TuningPlan.of(said)
+
+
+def _merge_first(folder):
+    place = str(folder).rstrip("/")
+    merged = shlex.quote(f"{place}-merged")
+    return f"Merge it, and train on the result: vlm-lora-lab merge {shlex.quote(place)} --output {merged}, then vlm-lora-lab train --model {merged} --data … --output …"
+
+
+def _trained_in_full(model, plan):
+    part_of = layout_of(model).part_of
+    return {n for n, _ in model.named_parameters() if plan.rule(part_of(n), plain_name(n)).word == "full"}
+
+
+def check_start(
+    model: nn.Module,  # the base; the meta device is enough
+    folder: str | Path,  # of an adapter
+    provenance: dict,  # from `read_provenance`
+    plan: TuningPlan,  # that should go on from it
+) -> None:
+    "Raises `InputError`, with another way, for a plan that does not contain what the adapter holds."
+    was = plan_of(folder, provenance)
+    if was.variant != plan.variant:
+        raise InputError(f"the adapter is {was.variant}, and the plan says variant: {plan.variant}", folder, _merge_first(folder))
+    old, new = lora_layers(model, was), lora_layers(model, plan)
+    for name, rule in old.items():
+        now = new.get(name)
+        if now is None:
+            raise InputError(f"the adapter holds LoRA beside {name}, and the plan has none there", folder, _merge_first(folder))
+        if (now.rank, now.alpha) != (rule.rank, rule.alpha):
+            raise InputError(f"the adapter's LoRA beside {name} has rank {rule.rank} and alpha {rule.alpha:g}, and the plan says {now.rank} and {now.alpha:g}", folder,
+                             f"Write rank {rule.rank} and alpha {rule.alpha:g}; or m{_merge_first(folder)[1:]}")  # fmt: skip
+    if lacking := sorted(_trained_in_full(model, was) - _trained_in_full(model, plan)):
+        raise InputError(f"the adapter holds {lacking[0]} in full, and the plan does not train it in full", folder, _merge_first(folder))
+
+
+@torch.no_grad()
+def start_from(
+    model: PeftModel,  # from `apply_plan`, of a plan that passed `check_start`
+    folder: str | Path,  # of an adapter
+) -> int:  # tensors that were taken over
+    "Give a model the weights of an adapter, exactly. Raises `InputError` for a file that is damaged or does not fit."
+    path = Path(folder) / "adapter_model.safetensors"
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise InputError(f"this file is truncated or damaged ({e})", path, "Copy the whole folder again from where it was trained") from None
+    weights = {k: t for k, t in weights.items() if not k.endswith(".base_layer.weight")}  # an embedding's own, which PEFT writes beside its LoRA
+    places, _ = kept_tensors(model)
+    plain = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    for key, tensor in weights.items():
+        place = places.get(key, plain.get(plain_name(key)))
+        if place is None or place.shape != tensor.shape or not tensor.is_floating_point():
+            raise InputError(f"{key} does not fit the plan's model", path, _merge_first(folder))
+        place.copy_(tensor)
+        if not torch.equal(place.to(tensor.dtype).cpu(), tensor):
+            raise InputError(f"{key} is in {str(tensor.dtype).removeprefix('torch.')}, which {str(place.dtype).removeprefix('torch.')} cannot hold", path, _merge_first(folder))
+    return len(weights)
+
+
+def ancestry(
+    folder: str | Path,  # of an adapter
+    provenance: dict,  # from `read_provenance`
+) -> dict:  # for the provenance of what goes on from it
+    "Which adapter this was, what it had learned from, and which ones it came from itself."
+    own = {"folder": os.path.abspath(folder), "sha256": file_sha256(Path(folder) / "adapter_model.safetensors"), "data": provenance.get("data") or {}}
+    own["steps"] = (provenance.get("metrics") or {}).get("steps")
+    return own | {"from_adapter": provenance.get("from_adapter")}

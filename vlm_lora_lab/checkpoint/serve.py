@@ -18,10 +18,10 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from .merge import Adapter, Merged, _Shard, merge_into
+from .merge import Adapter, Merged, _Shard, changes_nothing, merge_into
 from .save import _or_rescue, check_base, check_settings
 from ..data.native import NATIVE, QwenPictures, load_processor, picture_fields
-from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors
+from ..errors import Finding, InputError, complete_or_nothing, empty_folder, explain_write_errors
 from ..models.files import account, shape_of, stored_in
 from ..models.load import load_tokenizer, model_folder
 from ..models.minicpmv import MiniCPMV
@@ -296,6 +296,8 @@ def export_adapter(
             if strange := sorted(set(opened.loras) - there):
                 raise InputError(f"this adapter has LoRA for {strange[0]}, which {str(named)!r} does not have", adapter, "Give the base that it was trained on")
         keep = [m for m in opened.loras if m in layers]
+        if changes_nothing(opened, source):
+            raise Finding(f"this adapter changes nothing: every weight of {str(named)!r} stays as it is", adapter, "Was it trained? Look at what it holds: vlm-lora-lab inspect")
         if not keep:
             raise InputError("nothing in this adapter is LoRA on the language model, so no adapter is left for vLLM", adapter,
                              "Fold it in: export --for transformers; vLLM serves the merged model")  # fmt: skip

@@ -63,7 +63,7 @@ class Look:
     seen: tuple[int, ...] = ()  # fingerprint of each picture
     id: str = ""
     unread: tuple[Unread, ...] = ()  # what nobody reads
-    context: int = 0  # answers that are marked as not learned
+    learns: tuple[bool, ...] = ()  # of each answer: is it learned?
 
 # %% ../../nbs/28_data.doctor.ipynb #f64e9914
 def _print(*parts):
@@ -137,7 +137,7 @@ def look(
         tokens, learned = _look_at_tokens(conversation, processor, sizes, say)
     texts = [f"{m.role} {m.content}" for m in conversation.messages]
     keys = (_print(*seen, *texts[:-1]), _print(*seen, *texts)) if len(seen) == len(conversation.images) else None
-    return Look(tuple(findings), dialect_of(value), len(conversation.images), tokens, learned, keys, tuple(seen), name, conversation.unread, conversation.learned.count(False))
+    return Look(tuple(findings), dialect_of(value), len(conversation.images), tokens, learned, keys, tuple(seen), name, conversation.unread, conversation.learned)
 
 # %% ../../nbs/28_data.doctor.ipynb #3a164a2a
 def _look_at_tokens(conversation, processor, sizes, say):
@@ -159,7 +159,7 @@ def _look_at_tokens(conversation, processor, sizes, say):
 class Compare:
     "Remembers fingerprints, and says what was there before."
 
-    questions: dict = field(default_factory=dict)  # fingerprint of question and pictures -> (row, fingerprint of all)
+    questions: dict = field(default_factory=dict)  # fingerprint of question and pictures -> (row, fingerprint of all, answers that are learned)
     ids: dict = field(default_factory=dict)
     elsewhere: dict = field(default_factory=dict)  # fingerprint -> name of the other file
 
@@ -178,9 +178,11 @@ class Compare:
         if seen.keys is None:
             return found
         question, whole = seen.keys
-        first, same = self.questions.setdefault(question, (row, whole))
+        first, same, learns = self.questions.setdefault(question, (row, whole, seen.learns))
         if first != row:
-            if same == whole:
+            if same == whole and learns != seen.learns:
+                say("note", "duplicate", f"it is the same as record {first}, and other answers of it are learned")
+            elif same == whole:
                 say("warning", "duplicate", f"it is the same as record {first}", "Keep one of them")
             else:
                 say("warning", "contradiction", f"record {first} has the same question and pictures, and another answer", "Keep the right one")
@@ -249,7 +251,7 @@ def _take_in(report, seen, more):
     report.dialects[seen.dialect or "none"] += 1
     report.unread.update(list(dict.fromkeys(u.name for u in seen.unread)))
     report.lost.update(u for u in seen.unread if u.loss)
-    report.context += seen.context
+    report.context += seen.learns.count(False)
     report.pictures += seen.pictures
     report.learned += seen.learned or 0
     if seen.tokens is not None:

@@ -147,10 +147,11 @@ _INSTEAD = {
 }
 
 
-def _empty(value):
-    "Nothing is given: None, an empty text, or lists and objects of such."
+def _empty(value, depth=4):
+    "Nothing is given: None, an empty text, or lists and objects of such, a few levels deep."
     if isinstance(value, (list, tuple, dict)):
-        return all(map(_empty, value.values() if isinstance(value, dict) else value))
+        inner = value.values() if isinstance(value, dict) else value
+        return all(depth > 0 and _empty(v, depth - 1) for v in inner)
     return value is None or (isinstance(value, (str, bytes)) and not value.strip())
 
 
@@ -181,7 +182,7 @@ def _refuse_media(values, where, field=""):
 _TAGS = re.compile(r"<(?:video|audio|bbox|ref-object)>|<\|(?:video|audio|image)_pad\|>")
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.S)
 _LINE_OF_TAGS = re.compile(r"^[ \t]*(?:<(?:image|video|audio)>[ \t]*)+$", re.M)
-_GLUED = re.compile(r"\s*(?:<(?:image|video|audio)>)+(?=[^\s<>])")
+_GLUED = re.compile(r"\s*(?:<(?:image|video|audio)>)+(?=\w)")
 _BOXES = ("objects", "bbox", "ref")  # ms-swift's, for <bbox> and <ref-object>
 
 
@@ -205,7 +206,8 @@ def _tags(content, role, record, where, field):
         if tag == "<|image_pad|>":
             raise RecordError(f"the text contains {tag}", where, field, "Write <image> where the picture belongs", "placeholder")
         if kind in _INSTEAD and (tag.startswith("<|") or (role == "user" and _stands_for(tag, content))):
-            raise _medium(kind, where, field)
+            e = _medium(kind, where, field)
+            raise e if tag.startswith("<|") else RecordError(e.found, where, field, f"{e.remedy}. If the word is meant, write it in backticks: `{tag}`", e.kind)
         if kind in ("bbox", "refobject") and boxes:
             raise RecordError(f"{tag} stands for something in {boxes!r}, which is not read", where, field,
                               "Write boxes and names into the text, in the model's own notation, such as <ref>cat</ref><box>(1,2),(30,40)</box>", "medium")  # fmt: skip
@@ -428,8 +430,8 @@ def parse_record(
             raise RecordError(f"the record has {len(references)} pictures; the limit is {access.limits.pictures}", where, "image", "Split it", "picture")
         pictures = tuple(_picture(r, access, where) for r in references)
         category, answers = _for_judging(record, where, access.limits)
-        unread = tuple(dict.fromkeys([*_unread(record, dialect), *as_text]))
-        return Conversation(name, tuple(messages), pictures, where, category, answers, unread=unread)
+        unread = tuple(dict.fromkeys(_unread(record, dialect) + as_text))
+        return Conversation(name, tuple(messages), pictures, where, category, answers, unread)
     except RecordError as e:
         e.id = name
         raise
@@ -508,7 +510,7 @@ def _unread(record, dialect):
             found += _unread_in(part, "part", f"{name}[].content[].")
             if isinstance(address := part.get("image_url"), dict):
                 found += _unread_in(address, "address", f"{name}[].content[].image_url.")
-    return dict.fromkeys(found)
+    return list(dict.fromkeys(found))
 
 
 def unread_lines(

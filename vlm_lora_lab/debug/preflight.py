@@ -10,6 +10,7 @@ __all__ = ['VERDICTS', 'NAMES', 'Check', 'Preflight', 'check_data', 'check_plan'
 import html
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from ..data.batch import BaseProcessor
+from ..data.records import unread_lines
 from .gradients import audit_gradients, loss_of, undisturbed
 from .nan import diagnose
 from .trace import extents
@@ -70,13 +72,14 @@ def check_data(
     processor: BaseProcessor,
 ) -> tuple[Check, list[int]]:  # and the rows, by length, longest first
     "Tokenise every text and open every picture; say what is wrong, all of it."
-    lengths, wrong, pictures = {}, [], 0
+    lengths, wrong, pictures, unread = {}, [], 0, Counter()
     for i in range(len(conversations)):
         try:
             c = conversations[i]
             row = processor(c)
             lengths[i] = len(row["input_ids"])
             pictures += len(c.images)
+            unread.update(c.unread)
             if all(label == -100 for label in row["labels"]):
                 wrong.append(f"{c.source or c.id}: no token has a label")
         except InputError as e:
@@ -85,7 +88,9 @@ def check_data(
     says = f"{len(conversations)} conversations, {pictures} pictures"
     says += f", {lengths[order[-1]]} to {lengths[order[0]]} tokens" if order else ""
     shown = "".join(f"\n{w}" for w in wrong[:20]) + (f"\nand {len(wrong) - 20} others" if len(wrong) > 20 else "")
-    return Check("data", "error" if wrong or not order else "ok", says + (f"; {len(wrong)} cannot be used:{shown}" if wrong else "")), order
+    says += f"; {len(wrong)} cannot be used:{shown}" if wrong else ""
+    verdict = "warning" if any(u.loss for u in unread) else "ok"
+    return Check("data", "error" if wrong or not order else verdict, "\n".join([says, *unread_lines(unread, "the conversations")])), order
 
 # %% ../../nbs/64_debug.preflight.ipynb #4f6fb749
 def check_plan(

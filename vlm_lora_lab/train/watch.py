@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..errors import InputError
-from ..settings import Settings, Within
+from ..settings import OneOf, Settings, Within
 from ..style import figure
 
 # %% ../../nbs/55_train.watch.ipynb #f3a01783
@@ -30,6 +30,12 @@ class Watch(Settings):
     questions: Annotated[int, Within(0, 10**9)] = 50  # of the evaluation data, asked at each evaluation; 0: none
     every: Annotated[int, Within(0, 10**9)] = 0  # steps between evaluations; 0: after each epoch
     tensorboard: bool = False  # write files for TensorBoard beside the checkpoints
+    keep: Annotated[str, OneOf(("last", "best"))] = "last"  # which state is saved as the adapter: last, or best (by the metric on the questions; by eval loss where none are asked)
+    patience: Annotated[int, Within(0, 10**6)] = 0  # evaluations in a row without a better one, after which training stops; 0: it never does
+
+    @property
+    def judges(self) -> bool:  # does anything depend on an evaluation?
+        return self.keep == "best" or self.patience > 0
 
 
 def some(
