@@ -76,7 +76,7 @@ def _add(group, cls, names=None):
             elif isinstance(default, (int, float)) or name in ("full_learning_rate", "lora_plus"):
                 kind |= {"type": _read_number, "metavar": "N"}
             else:
-                choices = {"nan": "stop|skip|rollback", "metric": "NAME", "vision_cache": "auto|off|memory|disk", "variant": "lora|rslora|dora|pissa"}
+                choices = {"nan": "stop|skip|rollback", "metric": "NAME", "vision_cache": "auto|off|memory|disk", "keep": "last|best", "variant": "lora|rslora|dora|pissa"}
                 kind |= {"metavar": choices.get(name, "freeze|lora|full" if cls.__name__ == "TuningPlan" else "PATH")}
             shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
             group.add_argument(flag, dest=name, help=(comment + shown).replace("%", "%%"), **kind)
@@ -119,6 +119,8 @@ Fine-tune a model on your own data, by Q-LoRA unless you say otherwise.
   vlm-lora-lab train job.yaml --learning-rate 0.001       flags win over the file
   vlm-lora-lab train --resume --output runs/first         go on with a stopped run
   vlm-lora-lab train --resume --output runs/first --epochs 5   …to another length, also of a finished one
+  vlm-lora-lab train --data train.json --eval-data test.json --every 50 --keep best --patience 3 --output runs/best
+  vlm-lora-lab train --from-adapter runs/first/adapter --data new.json --output runs/second
 
 The data file is JSON or JSON Lines, in the dialect of MiniCPM-V, Qwen-VL, LLaVA or
 OpenAI messages; check it first with vlm-lora-lab check-data. Picture paths are relative to it:
@@ -397,7 +399,7 @@ def _inspect(o):
 
 
 def _compare(o):
-    from vlm_lora_lab.compare import compare
+    from vlm_lora_lab.compare import Checkpoint, compare
     from vlm_lora_lab.data.batch import Reading
 
     reading = Reading(workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls, max_pixels=o.max_pixels)
@@ -406,6 +408,7 @@ def _compare(o):
         compare(o.checkpoints, o.data, o.metric or ["exact"], o.output, o.model, o.four_bit, o.image_root, reading, **limits)
     except KeyboardInterrupt:  # it has said what is kept
         return 130
+    return 1 if any(Checkpoint.of(name, o.model).idle for name in o.checkpoints) else 0
 
 
 def _merge(o):
@@ -475,6 +478,10 @@ Look at every record of a data file, and say what is wrong, with line, field and
   vlm-lora-lab check-data train.json
   vlm-lora-lab check-data train.json --model lab --against test.json
   vlm-lora-lab check-data train.jsonl --format html --output report.html
+
+Pictures and text are read. A video, a sound or a document is an error; "weight": 0 or "loss": false
+beside an answer leaves it out of the loss. Fields that nobody reads are listed with their count, and
+those that change what should be learned (tool_calls, reasoning_content, rejected, ...) are warnings.
 
 Status: 0 nothing worse than notes, 1 warnings, 2 errors."""
 

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
+from .checkpoint.merge import Adapter, changes_nothing
 from .checkpoint.save import adapter_processor, load_adapter, read_provenance
 from .data.batch import BaseProcessor, Reading, check_rows
 from .data.files import Inline, Remote
@@ -190,6 +191,15 @@ def data_digest(
     return digest.hexdigest()
 
 # %% ../nbs/81_compare.ipynb #434c4c14
+@lru_cache(maxsize=64)
+def _idle(adapter, base, digest):
+    "Does an adapter leave its base as it is? Where its variant is not merged here, nobody can say."
+    try:
+        return changes_nothing(Adapter(adapter, base), base)
+    except InputError:
+        return False
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     "An adapter or a whole model, not loaded."
@@ -231,6 +241,11 @@ class Checkpoint:
     def load(self) -> nn.Module:
         "The model, in evaluation mode."
         return load_adapter(self.adapter, self.base, quick=self.quick) if self.adapter else load_vlm(self.base, four_bit=self.four_bit)
+
+    @property
+    def idle(self) -> bool:
+        "Is it an adapter that changes nothing?"
+        return bool(self.adapter) and _idle(self.adapter, self.base, folder_digest(self.adapter))
 
     def depends_on(self) -> dict:
         "All that its answers depend on, but for the questions."
@@ -343,6 +358,9 @@ def _compared(chosen, processors, wanted, data, conversations, output, batch_siz
     rows, about = _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
     results = {m.name: Comparison({n: Score.of(m.name, [r["answer"] for r in a], conversations) for n, a in rows.items()}, tuple(c.category for c in conversations)) for m in wanted}
     say("".join(f"\n{result}\n" for result in results.values()).rstrip("\n"))
+    for c in chosen:
+        if c.idle:
+            say(f"\n{c.name} changes nothing: every weight of {c.base} stays as it is, and its answers are the base's. Was it trained? vlm-lora-lab inspect {c.name}")
     if output:
         _write(output, data, conversations, results, rows, about, say)
     return results

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'KINDS', 'TOLERANCE', 'Reader', 'Lora', 'Adapter', 'by_peft', 'nf4_and_back', 'Change', 'changes', 'Merged',
-           'merge_into', 'merge_adapter', 'save_merged', 'SameModel', 'same_model', 'merge_memory', 'noise_checkpoint']
+           'merge_into', 'changes_nothing', 'merge_adapter', 'save_merged', 'SameModel', 'same_model', 'merge_memory',
+           'noise_checkpoint']
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #b0179667
 import json
@@ -519,6 +520,16 @@ def _stream(shard, name, kind, change, base, adapter, sums, bar):
         bar.update(written.nbytes)
     if change.touched and not moved:
         sums.unmoved.append(name)
+
+# %% ../../nbs/71_checkpoint.merge.ipynb #e5a1c3f0
+def changes_nothing(
+    adapter: Adapter,
+    base: str | Path,  # the model it belongs to
+) -> bool:
+    "Does an adapter leave every weight of its base as it is? For one that learned, a look at a single matrix is enough."
+    source = model_folder(base)
+    reader, (plan, _) = Reader(*weight_files(source)), changes(adapter, source, "nf4")
+    return all(torch.equal(before, after) for change in plan.values() if change.touched for before, after in _pieces(change, reader, adapter))
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #1a7b5878
 def merge_adapter(
