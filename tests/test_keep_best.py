@@ -149,3 +149,16 @@ def test_what_is_no_number_is_never_the_best(higher):
     best = Best("exact", higher)
     assert not best.beats(math.nan, None) and not best.beats(math.inf, 1.0) and best.beats(0.5, None) and not best.beats(0.5, 0.5)
     assert best.beats(0.6, 0.5) == higher and best.beats(0.4, 0.5) == (not higher)
+
+
+def test_a_run_that_lost_patience_goes_on_with_more_of_it(files, tmp_path, capsys):
+    how = ["--questions", "0", "--patience", "1", "--max-steps", "12"]
+    assert train(files, tmp_path / "run", *how) == 0
+    first = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert first["kept"]["stopped_early"] and first["steps"] < 12
+    assert main(["train", "--resume", "--output", str(tmp_path / "run")]) == 2
+    assert f"train --resume --output {tmp_path / 'run'} --patience 4" in capsys.readouterr().err
+    assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--patience", "0"]) == 0
+    assert train(files, tmp_path / "whole", "--questions", "0", "--max-steps", "12") == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 12 and equal(tmp_path / "run" / "adapter", tmp_path / "whole" / "adapter")
+    assert main(["train", "--resume", "--output", str(tmp_path / "run")]) == 2 and "stopped early" not in capsys.readouterr().err

@@ -257,8 +257,17 @@ def _looked_at(job):
 LOCK = "run.lock"  # in the output folder, as long as a run goes on there
 
 
+def _stopped_early(output):
+    "Did patience end this run?"
+    kept = read_json(output / "report.json").get("kept")
+    return isinstance(kept, dict) and bool(kept.get("stopped_early"))
+
+
 def _nothing_left(output, job):
     "The error for a run that is finished."
+    if _stopped_early(output):
+        return InputError(f"this run is finished: it stopped early, after {job.watch.patience} evaluations without a better one", output,
+                          f"To go on with it, give it more patience: vlm-lora-lab train --resume --output {output} --patience {job.watch.patience + 3}")  # fmt: skip
     more = "start a new one in another folder" if job.stages else f"for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, go on from its adapter: vlm-lora-lab train --from-adapter {output / 'adapter'} --data … --output …"
     return InputError("this run is finished, so there is nothing to resume", output, more[0].upper() + more[1:])
 
@@ -310,7 +319,9 @@ def _room(job, resume):
         if _per_step(was.get("schedule")) == _per_step(before["schedule"]):
             was["schedule"] = before["schedule"]  # the same rows in smaller batches make the same step: the way out of a batch that does not fit
         longer = not job.stages and other_length(was.get("schedule") or {}, before["schedule"], output / "job.json")
-        if finished and not longer:
+        watched = Watch().to_dict() | (was.get("watch") or {})  # of an older version, without what is asked for now
+        was["watch"], patient = watched | {"patience": before["watch"]["patience"]}, watched["patience"] != before["watch"]["patience"]
+        if finished and not longer and not (patient and _stopped_early(output)):
             raise _nothing_left(output, job)
         if longer:  # `check_length` looks at it when the rows are known
             was["schedule"] = (was.get("schedule") or {}) | {k: before["schedule"][k] for k in ("epochs", "max_steps")}

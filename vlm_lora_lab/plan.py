@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'Rank', 'Alpha', 'Rate', 'VARIANTS', 'Rule', 'read_rules', 'TuningPlan', 'lora_layers', 'layer_pattern',
-           'packed_projections', 'full_modules', 'apply_plan', 'no_false_warning', 'fold_lora', 'audit', 'experts_left',
-           'PlanTable']
+           'packed_projections', 'full_modules', 'tied_embedding', 'apply_plan', 'no_false_warning', 'fold_lora',
+           'audit', 'experts_left', 'PlanTable']
 
 # %% ../nbs/32_plan.ipynb #4bc22416
 import html
@@ -264,7 +264,7 @@ def full_modules(
     plan: TuningPlan,
 ) -> list[str]:  # names of modules
     "The fewest modules that hold what is trained in full. Raises `InputError` for a bare parameter that no such module holds, and for a rule that means nothing."
-    layout, owner, tied = layout_of(model), {}, _tied(model)
+    layout, owner, tied = layout_of(model), {}, tied_embedding(model)
     for n, p in model.named_parameters():
         owner.setdefault(id(p), layout.part_of(n))  # a tied tensor belongs to the part that names it first
     word = lambda n, p: plan.rule(layout.part_of(n), n).word if owner[id(p)] == layout.part_of(n) else "tied"  # noqa: E731
@@ -275,8 +275,12 @@ def full_modules(
         if inside == {"full"} and name and not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not (tied or "").startswith(f"{name}."):
             return [name]
         if bare := [n for n, p in module.named_parameters(recurse=False) if word(at(n), p) == "full"]:
+            part = layout.part_of(at(bare[0]))
+            homes = [n.rpartition(".")[0] for n, p in model.named_parameters() if word(n, p) == "full" and layout.part_of(n) == part]
+            modules = [home.rpartition(".")[2] for home in homes if home not in ("", name)]
+            others = f", or name the modules it is to train, such as {part}: full on {modules[0]}" if modules else ""
             raise InputError(f"{at(bare[0])} is a bare parameter beside others with another word, and PEFT keeps whole modules only", "plan",
-                             f"Give everything inside {name} the word 'full', or this part another word")  # fmt: skip
+                             f"Give everything inside {name} the word 'full', or this part another word{others}")  # fmt: skip
         return [n for child, m in module.named_children() if "full" in inside for n in walk(at(child), m)]
 
     for part, rule in ((part, r) for part in PARTS for r in plan.rules(part) if r.word == "full" or r.on):
@@ -292,8 +296,10 @@ def full_modules(
     return found
 
 
-def _tied(model):
-    "The name of the embedding that is the head as well; PEFT would copy it for one of the two alone."
+def tied_embedding(
+    model: nn.Module,  # not wrapped; also on the meta device
+) -> str | None:  # name of a module
+    "The embedding that is the head as well; PEFT would copy it for one of the two alone."
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return next(n for n, m in model.named_modules() if m is embeddings) if head is not None and head.weight is embeddings.weight else None
 
@@ -346,7 +352,7 @@ def _peft_config(model, plan, adapted, whole):
         task_type="CAUSAL_LM", r=plan.rank, lora_alpha=plan.alpha, lora_dropout=plan.dropout, bias="none", **VARIANTS[plan.variant],
         rank_pattern={p: r for p, (r, _) in patterns.items()}, alpha_pattern={p: a for p, (_, a) in patterns.items()},
         target_modules=layer_pattern([n for n in adapted if n not in parameters], every) or [], target_parameters=parameters or None,
-        modules_to_save=whole or None, ensure_weight_tying=_tied(model) in whole,
+        modules_to_save=whole or None, ensure_weight_tying=tied_embedding(model) in whole,
     )  # fmt: skip
 
 

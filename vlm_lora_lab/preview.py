@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .models.parts import PARTS, TIED, count, layout_of, linear_layers
-from .plan import TuningPlan, experts_left, full_modules, lora_layers
+from .plan import TuningPlan, experts_left, full_modules, lora_layers, tied_embedding
 
 # %% ../nbs/35_preview.ipynb #b18822d1
 BYTES = {"weight": 4, "gradient": 4, "optimizer": 8}  # of a trained weight: all in 32 bit, AdamW
@@ -28,6 +28,7 @@ class Preview:
     near: tuple[str, ...]  # layers whose name looks like a target, and that do not get LoRA
     bare: tuple[str, ...] = ()  # matrices under the word lora that belong to no layer, and stay frozen
     left: str = ""  # experts that the plan does not reach
+    copied: int = 0  # weights of embeddings trained in full that are the head as well: PEFT writes them under both names
 
     @property
     def trained(self) -> int:
@@ -35,7 +36,7 @@ class Preview:
 
     @property
     def adapter_bytes(self) -> int:  # on disk; the header of the file comes on top
-        return self.trained * BYTES["weight"]
+        return (self.trained + self.copied) * BYTES["weight"]
 
     @property
     def training_bytes(self) -> int:  # trained weights, gradients and optimizer; the base and the activations come on top
@@ -56,7 +57,9 @@ class Preview:
             trained += sum(p.numel() for n, p in model.named_parameters() if layout.part_of(n) == part and plan.rule(part, n).word == "full")
             matched = ", ".join([*_kinds(names), *_kinds(n for n in whole if any(layout.part_of(f"{n}.{p}") == part for p, _ in modules[n].named_parameters()))])
             rows.append((part, plan.words[part], total[part], trained, matched))
-        return cls(plan, tuple(rows), tuple(_near(model, adapted)), tuple(_bare(model, plan, adapted)), experts_left(model, plan))
+        tied = tied_embedding(model)
+        copied = model.get_parameter(f"{tied}.weight").numel() if tied in whole else 0
+        return cls(plan, tuple(rows), tuple(_near(model, adapted)), tuple(_bare(model, plan, adapted)), experts_left(model, plan), copied)
 
     def _cells(self):
         yield ("part", "mode", "weights", "trained", "matches")

@@ -120,8 +120,6 @@ def load_tokenizer(
         version = version_of(values, folder / "config.json")
         special_tokens(tokenizer, version)
         check_special_ids(tokenizer, version)
-    if not tokenizer.chat_template and not isinstance(config, (MiniCPMVConfig, QwenVLConfig)):  # theirs are known
-        raise InputError("the tokenizer has no chat template", folder, "Copy chat_template.jinja or tokenizer_config.json next to config.json")
     if isinstance(config, MiniCPMVConfig) and tokenizer.unk_token is None:
         tokenizer.unk_token = "<unk>"
     if tokenizer.pad_token is None:

@@ -170,10 +170,14 @@ def step_bytes(
 def shapes_only(
     model: nn.Module,  # on the meta device
 ) -> nn.Module:  # the same
-    "Let its attention keep what fused kernels keep."
+    "Let its attention keep what fused kernels keep, and its rotary embeddings their frequencies, which some compute anew for a long text: a shape has no positions to ask."
     for m in model.modules():
         if hasattr(getattr(m, "config", None), "_attn_implementation"):
             m.config._attn_implementation = "shapes"
+        if isinstance(kind := getattr(m, "rope_type", None), str):
+            m.rope_type = "default"
+        elif isinstance(kind, dict):
+            m.rope_type = dict.fromkeys(kind, "default")
     return model
 
 # %% ../../nbs/42_quant.memory.ipynb #4888cc3c
