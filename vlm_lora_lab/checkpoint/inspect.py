@@ -48,7 +48,7 @@ class Holding:
     "What a folder holds of one part."
 
     part: str  # one of `PARTS`, or the beginning of the names if the family is not known
-    kind: str  # LoRA, in full, by hand, a table (which is not trained), or weights (of a whole model)
+    kind: str  # LoRA, in full, a tied copy (of embeddings, as the head), by hand, a table (which is not trained), or weights (of a whole model)
     tensors: int
     weights: int
     nbytes: int  # on disk
@@ -319,11 +319,16 @@ def _buffers(seen, provenance, base):
     return set(provenance.get("not_trained", ())) | {k for k in seen if plain_name(k) in tables}
 
 
+def _copies(keys, config, layout):
+    "What PEFT writes a second time: the trained embeddings, as the head that is tied to them."
+    return [k for k in keys if ".lora_" not in k and config.get("ensure_weight_tying") and layout and plain_name(k).rpartition(".")[0] in layout.head]
+
+
 def _check_full(seen, config, layout, provenance, base):
     "What is held in full: asked for or not, the base's own or not, the whole base or not."
     full, saved = [k for k in seen if not _LORA.match(k) and not _NAMED.search(k)], config.get("modules_to_save") or []
     inside = lambda k, m: f".{m}." in f".{plain_name(k)}."  # noqa: E731
-    tied = [k for k in full if config.get("ensure_weight_tying") and layout and plain_name(k).rpartition(".")[0] in layout.head]  # PEFT's second copy
+    tied = _copies(full, config, layout)
     by_hand, found = [k for k in full if k not in tied and not any(inside(k, m) for m in saved)], []
     if lost := [m for m in saved if not any(inside(k, m) for k in full)]:
         found.append(_say("error", lost, "modules that modules_to_save names and the file does not hold", "What was trained there is lost; train again"))
@@ -383,6 +388,9 @@ def _check_values(seen):
     return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #11d739a4
+_COPY = "tied copy"
+
+
 def _holdings(seen, kind_of, layout, ranks):
     "Rows of the table: part by part, kind by kind."
     groups = defaultdict(list)
@@ -393,7 +401,8 @@ def _holdings(seen, kind_of, layout, ranks):
     for (part, kind), keys in sorted(groups.items(), key=lambda g: (order.get(g[0][0], 9), g[0])):
         mine = {ranks[m[1]] for k in keys if (m := _LORA.match(k)) and m[1] in ranks}
         joined = lambda i: "+".join(f"{v:g}" for v in sorted({r[i] for r in mine if isinstance(r[i], (int, float))}))  # noqa: E731
-        rows.append(Holding(part, kind, len(keys), sum(torch.Size(seen[k].shape).numel() for k in keys), sum(seen[k].nbytes for k in keys), joined(0), joined(1)))
+        weights = 0 if kind == _COPY else sum(torch.Size(seen[k].shape).numel() for k in keys)  # they are counted where they are trained
+        rows.append(Holding(part, kind, len(keys), weights, sum(seen[k].nbytes for k in keys), joined(0), joined(1)))
     return tuple(rows)
 
 
@@ -447,7 +456,8 @@ def _adapter(folder, base):
         findings.append(Finding("note", f"the base is not at hand ({base.why}), so keys, shapes and values were not compared with it", "Say where it is: --base"))
     if layout is None and seen:
         findings.append(Finding("note", "the family could not be told from the names; parts are shown as the beginnings of names"))
-    kind_of = lambda k: "LoRA" if ".lora_" in k else "table" if k in tables else "by hand" if k in set(by_hand) else "in full"  # noqa: E731
+    copies = _copies(seen, config, layout)
+    kind_of = lambda k: "LoRA" if ".lora_" in k else _COPY if k in copies else "table" if k in tables else "by hand" if k in set(by_hand) else "in full"  # noqa: E731
     about = (("base", base.name or "not said"), ("family", layout.family if layout else "not known"), ("variant", _variant(config) if config else "not known"),
              ("trained beside", {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known")),
              ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),

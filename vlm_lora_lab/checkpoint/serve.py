@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -311,7 +311,7 @@ def export_adapter(
             merged = merge_into(adapter, partial / "model", base, onto, dtype, keep=frozenset(keep), quick=quick)
         if keep:
             lora_only(opened, keep, partial / "adapter", str(folder / "model") if needed else str(named))
-        rules = tuple(check_export(partial, target))
+        rules = tuple(replace(r, found=r.found.replace(str(partial), str(folder))) for r in check_export(partial, target))  # the folder that will be there
         commands = _commands(target, folder, needed, str(named), source if not needed else partial / "model", partial / "adapter", opened.provenance.get("max_pixels", 0))
         with explain_write_errors(folder):
             (partial / "SERVE.md").write_text(commands + "\n", encoding="utf-8")

@@ -204,11 +204,14 @@ def load_processor(
     Raises `InputError` for a family that is not known, and for files that do not belong together."""
     folder = model_folder(name, weights=False)
     config = model_config(read_json(folder / "config.json"), folder / "config.json")
+    if config.model_type not in NATIVE:
+        family_of(config)  # an unknown family is told as such, before its files are read
     tokenizer = load_tokenizer(name)
     if config.model_type in NATIVE:
+        if not tokenizer.chat_template:
+            raise InputError("the tokenizer has no chat template", folder, "Copy chat_template.jinja or tokenizer_config.json next to config.json")
         processor: BaseProcessor = _native(config, tokenizer, folder, max_length, drop)
     else:
-        family_of(config)  # an unknown family is told as such, before its files are read
         processor = Processor.of(config, tokenizer, max_length, drop, image_settings(folder))
     return processor.smaller(max_pixels) if max_pixels else processor
 
