@@ -1,6 +1,14 @@
 """A tiny random model and a batch with a picture for every family the package knows; used by several tests."""
 
+import json
+import shutil
+import tempfile
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
 import torch
+from standins import stand_in
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMVConfig
@@ -54,59 +62,60 @@ OURS = {
 }  # fmt: skip
 FAMILIES = [*OURS, *NATIVE]
 
-# Chat templates as transformers' families have them, with the answers marked, so that transformers itself can say which tokens they are.
-VISION_TEMPLATE = (  # Qwen2-VL and later: a picture in brackets, wherever it stands among the texts
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
-    "{% elif m.content is string %}{{ m.content }}<|im_end|>\n"
-    "{% else %}{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-THINKING_TEMPLATE = (  # MiniCPM-V 4.6: parts on lines of their own, no thoughts but in the last answer, and a block for them there, if empty
-    "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-    "{{ '<|image_pad|>' if part.type == 'image' else part.text }}{{ '' if loop.last else '\n' }}{% endfor %}{% endif %}{% endmacro %}"
-    "{% for m in messages %}{% set text = said(m.content) | trim %}{% if m.role == 'assistant' %}"
-    "{% set thought = text.split('</think>')[0].split('<think>')[-1] | trim if '</think>' in text else '' %}"
-    "<|im_start|>assistant\n{% if loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ text.split('</think>')[-1] | trim }}<|im_end|>\n"
-    "{% else %}{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{{ '<think>\n' if enable_thinking | default(false) else '<think>\n\n</think>\n\n' }}{% endif %}"
-)
+# Checkpoints that can be trained from files are stand-ins of published ones (`standins.py`): every field of theirs but sizes and the ids of a smaller vocabulary.
+STAND_INS = {  # family -> the published checkpoint that its stand-in is like
+    "minicpmv-2.0": "openbmb/MiniCPM-V-2", "minicpmv-2.5": "openbmb/MiniCPM-Llama3-V-2_5", "minicpmv-2.6": "openbmb/MiniCPM-V-2_6", "minicpmv-4.0": "openbmb/MiniCPM-V-4",
+    "minicpmv-4.5": "openbmb/MiniCPM-V-4_5", "minicpmo-2.6": "openbmb/MiniCPM-o-2_6", "qwen": "Qwen/Qwen-VL-Chat",
+    "minicpmv4_6": "openbmb/MiniCPM-V-4.6", "minicpmv4_7": "openbmb/MiniCPM-V-4.7-1B", "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct", "qwen2_5_vl": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen3_vl": "Qwen/Qwen3-VL-2B-Instruct", "idefics2": "HuggingFaceM4/idefics2-8b", "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3", "smolvlm": "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "llava": "llava-hf/llava-1.5-7b-hf", "llava_onevision": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "internvl": "OpenGVLab/InternVL3-1B-hf",
+    "gemma3": "google/gemma-3-4b-it", "paligemma": "google/paligemma-3b-pt-224",
+}  # fmt: skip
 
 
-def native_folder(family, folder, lab, seed=0, tied=False):
-    "A tiny random model of one of transformers' own families that can be trained from files, with tokenizer, template and picture processor, as on the hub."
-    import json
-    import shutil
+@cache
+def _place():
+    "A folder that goes when Python ends."
+    return tempfile.TemporaryDirectory(prefix="stand_ins_")
 
-    from transformers import MiniCPMV4_6ImageProcessorPil, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
-    folder.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(lab / file, folder)
-    tokenizer, sliced = PreTrainedTokenizerFast.from_pretrained(folder), family.startswith("minicpmv4")
-    tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]}, replace_extra_special_tokens=False)
-    tokenizer.chat_template = THINKING_TEMPLATE if sliced else VISION_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    number = tokenizer.convert_tokens_to_ids
-    config = tiny_config(family).to_dict()
-    config |= {"image_token_id": number("<|image_pad|>"), "video_token_id": number("<|video_pad|>")}
-    config |= {k: number(t) for k, t in {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>", "image_start_id": "<image>", "image_end_id": "</image>",
-                                         "slice_start_id": "<slice>", "slice_end_id": "</slice>"}.items() if k in config}  # fmt: skip
-    if "newline_id" in config:
-        config["newline_id"] = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
-    config["text_config"] |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 2048}
-    if tied:  # said in both places, as published
-        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
-    if family == "qwen3_vl":  # what the second merger adds comes in after the second layer; only a third one can see it
-        config["text_config"] |= {"num_hidden_layers": 3}
-    torch.manual_seed(seed)
-    AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config)).float().save_pretrained(folder)
-    patch = config["vision_config"]["patch_size"]
-    images = MiniCPMV4_6ImageProcessorPil(scale_resolution=112, max_slice_nums=4, patch_size=patch) if sliced else Qwen2VLImageProcessorPil(
-        patch_size=patch, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})  # fmt: skip
-    images.save_pretrained(folder)
+def made(name, seed=0, dtype=None):
+    "The stand-in of a published checkpoint, made once in a session; to be read, or copied."
+    return _made(name, seed, dtype)
+
+
+@cache
+def _made(name, seed, dtype):
+    return stand_in(name, Path(_place().name) / f"{name.rpartition('/')[2]}-{seed}-{dtype}", small=True, seed=seed, dtype=dtype)
+
+
+def altered(values, changes):
+    "A configuration with other values for some of its fields, at any depth."
+    values = deepcopy(values)
+    for key, value in changes.items():
+        values[key] = altered(values.get(key, {}), value) if isinstance(value, dict) else value
+    return values
+
+
+def written(folder, file, changes):
+    "Change some fields of a JSON file."
+    values = altered(json.loads((folder / file).read_text(encoding="utf-8")), changes)
+    (folder / file).write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
     return folder
+
+
+# Fewer pixels than published, so that a picture is a handful of patches.
+SMALL_PICTURES = {
+    "qwen2_vl": {"min_pixels": 56 * 56, "max_pixels": 112 * 112}, "qwen2_5_vl": {"min_pixels": 56 * 56, "max_pixels": 112 * 112},
+    "qwen3_vl": {"size": {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}},
+    "minicpmv4_6": {"scale_resolution": 112, "max_slice_nums": 4}, "minicpmv4_7": {"scale_resolution": 112, "max_slice_nums": 4},
+}  # fmt: skip
+
+
+def native_folder(family, folder, seed=0, dtype=None):
+    "The stand-in of a family that can be trained from files, with a limit of few pixels."
+    shutil.copytree(made(STAND_INS[family], seed, dtype), folder)
+    return written(folder, "preprocessor_config.json", SMALL_PICTURES[family])
 
 
 def tiny_config(family):

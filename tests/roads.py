@@ -56,6 +56,7 @@ Each row is a small random checkpoint with every published field but the sizes (
 
 "refused", "warns" (`doctor`) and "unmet" (a rule of the reader) carry the package's own sentence below. "in Python": `train` cannot prepare pictures of that family; the same plan was applied, trained for two steps, saved and loaded again with `apply_plan`, `save_adapter` and `load_adapter`, and the commands to its right were given that adapter.
 The words are real ones in rows marked so, and a few hundred short ones elsewhere. Upstream's Python files, and for families of transformers `preprocessor_config.json`, are there by name alone. What goes by size is that of the stand-in: vLLM knows MiniCPM-V 2.0 by its width alone, and refuses LoRA on the published one.
+Seconds are by the clock, on cores that had other things to do; free, a row takes ten to forty.
 
 """
 

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from families import THINKING_TEMPLATE, VISION_TEMPLATE
 from real import real
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,6 +35,24 @@ SIZES = {
 }  # fmt: skip
 IDS = ("vocab_size", "_vocab_size", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id", "image_token_index", "video_token_index",
        "boi_token_index", "eoi_token_index", "bos_token_id", "eos_token_id", "pad_token_id", "image_start_id")  # fmt: skip  # and these, in a smaller vocabulary
+
+# Chat templates as transformers' families have them, with the answers marked, so that transformers itself can say which tokens they are.
+VISION_TEMPLATE = (  # Qwen2-VL and later: a picture in brackets, wherever it stands among the texts
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    "{% elif m.content is string %}{{ m.content }}<|im_end|>\n"
+    "{% else %}{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKING_TEMPLATE = (  # MiniCPM-V 4.6: parts on lines of their own, no thoughts but in the last answer, and a block for them there, if empty
+    "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{{ '<|image_pad|>' if part.type == 'image' else part.text }}{{ '' if loop.last else '\n' }}{% endfor %}{% endif %}{% endmacro %}"
+    "{% for m in messages %}{% set text = said(m.content) | trim %}{% if m.role == 'assistant' %}"
+    "{% set thought = text.split('</think>')[0].split('<think>')[-1] | trim if '</think>' in text else '' %}"
+    "<|im_start|>assistant\n{% if loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ text.split('</think>')[-1] | trim }}<|im_end|>\n"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{{ '<think>\n' if enable_thinking | default(false) else '<think>\n\n</think>\n\n' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -224,7 +241,7 @@ def words(name):
         return Words(_series(151643, *TURNS, "<image>", "<video>"), 151648, QWEN_ROLES, missing=("the chat template",))
     if kind == "internvl":
         special = _series(151643, *TURNS, *GROUNDING, *SIGHT, *TOOLS) | _series(151665, "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-        return Words(special, rows, QWEN_ROLES, missing=("the chat template",))
+        return Words(special, rows, QWEN_ROLES, missing=("the chat template", "<video>, which has the id 151674 there, and no row"))
     if kind == "gemma3":
         special = _series(0, "<pad>", "<eos>", "<bos>", "<unk>") | _series(105, "<start_of_turn>", "<end_of_turn>") | _series(255999, "<start_of_image>", "<end_of_image>")
         roles = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -425,6 +442,7 @@ def stand_in(
     small=False,  # a vocabulary of a few hundred words: special ids differ then, and everything is faster
     shards=2,
     seed=0,
+    dtype=None,  # of the weights on the disk; None: the published one
 ):
     "Write a small random checkpoint like the published one; returns its folder, see `account_of` for what is like it."
     folder = Path(folder)
@@ -444,7 +462,7 @@ def stand_in(
     text = values.get("text_config", {})
     ends = {k: values.get(k, text.get(k)) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write(folder, "generation_config.json", {k: v for k, v in ends.items() if v is not None})
-    _shards(folder, values, stored_dtype(name, PUBLISHED[name].config), shards)
+    _shards(folder, values, dtype or stored_dtype(name, PUBLISHED[name].config), shards)
     return folder
 
 

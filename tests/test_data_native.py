@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import VISION_TEMPLATE, native_folder, tiny_model
+from families import native_folder, tiny_model
 from PIL import Image
+from standins import VISION_TEMPLATE
 from transformers import MiniCPMV4_6Processor, MiniCPMV4_7Processor, Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 
 from vlm_lora_lab.cli import main
@@ -42,7 +43,7 @@ TALK = Conversation("talk", (
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("native")
-    return {f: native_folder(f, root / f, lab_folder()) for f in NATIVE}
+    return {f: native_folder(f, root / f) for f in NATIVE}
 
 
 @pytest.fixture(params=NATIVE)
@@ -237,6 +238,9 @@ def test_qwen2_5_takes_a_missing_type_for_text_and_we_never_leave_it_out(folders
             load_vlm(folders[family])(**without)
 
 
+ABSENT = object()  # a field that an edited file has no more
+
+
 def copy_of(folder, place):
     return shutil.copytree(folder, place / folder.name)
 
@@ -251,7 +255,7 @@ def test_files_that_do_not_belong_together(folders, tmp_path, family):
     def edit(name, **values):
         def change(folder):
             path = folder / name
-            path.write_text(json.dumps(json.loads(path.read_text()) | values))
+            path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | values).items() if v is not ABSENT}))
         return change
 
     refused("cannot read the picture processor", lambda f: (f / "preprocessor_config.json").unlink())
@@ -265,9 +269,10 @@ def test_files_that_do_not_belong_together(folders, tmp_path, family):
         refused("max_slice_nums is 2.5", edit("preprocessor_config.json", max_slice_nums=2.5))
         refused("scale_resolution is 0", edit("preprocessor_config.json", scale_resolution=0))
     else:
-        refused("max_pixels .longest_edge. is contradictory", edit("preprocessor_config.json", max_pixels=5000))
-        refused("a least and a most number", edit("preprocessor_config.json", size={"shortest_edge": 9000, "longest_edge": 5000}))
-        refused("should be a least", edit("preprocessor_config.json", size={"height": 448, "width": 448}))
+        older = dict.fromkeys(("min_pixels", "max_pixels"), ABSENT)
+        refused("max_pixels .longest_edge. is contradictory", edit("preprocessor_config.json", max_pixels=5000, size={"shortest_edge": 3136, "longest_edge": 12544}))
+        refused("a least and a most number", edit("preprocessor_config.json", size={"shortest_edge": 9000, "longest_edge": 5000}, **older))
+        refused("should be a least", edit("preprocessor_config.json", size={"height": 448, "width": 448}, **older))
     refused("picture processor is a", lambda f: shutil.copy(folders[other] / "preprocessor_config.json", f))
     refused("no token of its own", edit("config.json", image_token_id=9999))
     (tmp_path / "t").mkdir()
@@ -283,7 +288,9 @@ def test_files_that_do_not_belong_together(folders, tmp_path, family):
 def test_a_template_beside_the_weights_of_an_older_layout(folders, tmp_path):
     "Qwen2-VL keeps its template in chat_template.json, and what later versions save is processor_config.json."
     folder = copy_of(folders["qwen2_vl"], tmp_path)
-    (folder / "chat_template.jinja").unlink()
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    del tokenizer["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": VISION_TEMPLATE}))
     preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()

@@ -4,12 +4,16 @@ import warnings
 
 import pytest
 import torch
-from families import batch_of, tiny_model
+from families import STAND_INS, batch_of, made, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from vlm_lora_lab.checkpoint.save import save_adapter
+from vlm_lora_lab.cli import main
 from vlm_lora_lab.debug.gradients import audit_gradients, loss_of, undisturbed
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.models.load import load_vlm
+from vlm_lora_lab.models.tokenizer import tokenizer_of
 from vlm_lora_lab.plan import TuningPlan, apply_plan
 
 SIX = ["minicpmv-2.6", "qwen", "minicpmv4_6", "qwen2_5_vl", "llava", "idefics3"]
@@ -143,3 +147,30 @@ def test_losses_are_found_or_asked_for():
     assert audit_gradients(model, torch.ones(1, 3), loss=lambda m, b: m(b).pow(2).sum()).ok
     with pytest.raises(InputError, match="returned no loss"):
         loss_of(tiny_model("llava"), {k: v for k, v in batch_of("llava", None).items() if k != "labels"})
+
+
+@pytest.mark.parametrize("family", ["minicpmv-4.0", "gemma3", "paligemma"])
+def test_the_row_of_padding_has_no_gradient_and_that_is_no_fault(family, tmp_path, capsys):
+    "With embeddings trained in full: the audit, the saved adapter and `inspect`, on a published configuration whose embedding has a row of padding."
+    base = made(STAND_INS[family])
+    model = load_vlm(base, dtype=torch.float32)
+    pad = model.get_input_embeddings().padding_idx
+    assert pad is not None
+    plan = TuningPlan(vision="freeze", connector="freeze", embeddings="full", rank=2)
+    model = apply_plan(model, plan)
+    ids = torch.tensor([[5, 6, 7, pad, 8, 9]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    if family in ("gemma3", "paligemma"):
+        batch["token_type_ids"] = torch.zeros_like(ids)
+    result = audit_gradients(model, batch, rate=1e-4)
+    [row] = [r for r in result.rows if "embed_tokens" in r.name]
+    assert row.verdict == "trained" and not [r for r in result.wrong if "embed" in r.name], result
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    before = model.get_input_embeddings().weight[pad].clone()
+    for _ in range(2):
+        loss_of(model.train(), batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model.get_input_embeddings().weight[pad], before) != bool(model.all_tied_weights_keys)  # as a row of a tied head it learns
+    save_adapter(model, tmp_path / "adapter", plan, base, tokenizer_of(base), False)
+    assert main(["inspect", str(tmp_path / "adapter")]) < 2, capsys.readouterr().out

@@ -23,7 +23,9 @@ FLAGS = ["--data", str(DATA), "--batch-size", "2", "--rank", "2", "--vision-cach
 def wait_for(file, process, seconds=120):
     until = time.monotonic() + seconds
     while not (file.exists() and (not file.is_file() or file.read_text())):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            pytest.fail(f"{file} did not come: {process.communicate()}")
         time.sleep(0.02)
 
 

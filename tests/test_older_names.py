@@ -14,7 +14,7 @@ from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.debug.preflight import check_plan
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.files import model_names, stored_in
-from vlm_lora_lab.models.load import lab_folder, load_vlm, model_folder
+from vlm_lora_lab.models.load import load_vlm, model_folder
 from vlm_lora_lab.models.parts import infer_layout, layout_of
 from vlm_lora_lab.models.published import on_meta, packed_copy
 from vlm_lora_lab.plan import PlanTable, TuningPlan, apply_plan, experts_left
@@ -31,7 +31,7 @@ def pack(whole, folder, **options):
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, **options)
     AutoModelForImageTextToText.from_pretrained(whole, quantization_config=four, dtype=torch.float32).save_pretrained(folder)
     for file in whole.iterdir():
-        if file.suffix != ".safetensors" and not (folder / file.name).exists():
+        if ".safetensors" not in file.name and not (folder / file.name).exists():
             shutil.copy(file, folder)
     return folder
 
@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
             if family in ("llava", "idefics3"):
                 tiny_model(family).save_pretrained(whole)
             else:
-                native_folder(family, whole, lab_folder())
+                native_folder(family, whole)
             made[family] = pack(whole, place / family)
         return made[family]
 

@@ -58,6 +58,12 @@ MEDIA = [
     (talk("<|vision_start|><|video_pad|><|vision_end|>What happens?"), "a video is given", "messages[0]"),
     (talk("<|audio_pad|>What?"), "an audio is given", "messages[0]"),
     (talk("<|vision_start|><|image_pad|><|vision_end|>What?"), "contains <|image_pad|>", "messages[0]"),
+    (talk("<Video>\nWhat happens?"), "a video is given", "messages[0]"),
+    (shared("<video_0>\n<video_1>\nWhich?"), "a video is given", "conversations[0]"),
+    (talk("<|AUDIO|>What?"), "an audio is given", "messages[0]"),
+    (talk("<|image|>What?"), "contains <|image|>", "messages[0]"),
+    (talk("What?", **{"audio-path": "a.wav"}), "an audio is given", "audio-path"),
+    (talk("What?", None, {"tool_calls": [{}]}), "expected text, found None", "messages[1].content"),
     (parts({"type": "video", "video": "clip.mp4"}), "a video is given", "messages[0].content[0].video"),
     (parts({"type": "video"}, videos=["clip.mp4"]), "a video is given", "videos"),
     (parts({"type": "video_url", "video_url": {"url": "https://example.com/clip.mp4"}}), "a video is given", "messages[0].content[0].video_url"),
@@ -229,6 +235,11 @@ LOSSES = [
     (talk(image_path="a.png"), "image_path", "pictures are read from 'image' or 'images'"),
     (talk(System="Be brief."), "System", "did you mean 'system'?"),
     (talk(catagory="x"), "catagory", "did you mean 'category'?"),
+    (talk(clip="clip.mp4"), "clip", "it names a video"),
+    (talk(speech=["a.wav"]), "speech", "it names an audio"),
+    (talk(file={"path": "report.pdf"}), "file", "it names a document"),
+    (talk(said={"masked": True}), "messages[].masked", "by weight 0"),
+    (talk(said={"Loss": False, "loss": None}), "messages[].Loss", "did you mean 'loss'?"),
     (talk(said={"Weight": 0}), "messages[].Weight", "did you mean 'weight'?"),
     (talk(said={"wieght": 0}), "messages[].wieght", "did you mean 'weight'?"),
     (shared() | {"conversations": [{"from": "human", "value": "Which?", "content": "And this?"}, {"from": "gpt", "value": "x"}]}, "conversations[].content", "either under role and content"),
@@ -240,6 +251,7 @@ LOSSES = [
 def test_what_would_change_the_learning_is_a_warning(record, name, loss, root):
     report = check_data([talk(), record, record | {"id": "again"}], image_root=root, pictures="header")
     assert report.status == 1 and report.unread[name] == 2
+    assert "?." not in report.text()
     [finding] = [f for f in report.findings if f.kind == "unread" and f"{name!r} in 2 records" in f.reason]
     assert finding.severity == "warning" and loss in finding.reason and finding.row is None
     assert report.to_dict()["unread_fields"][name] == 2 and repr(name) in report.text() and loss.partition("'")[0] in report.text()
@@ -252,6 +264,8 @@ def test_what_would_change_the_learning_is_a_warning(record, name, loss, root):
         (talk(said={"name": "Ada", "tool_calls": [], "function_call": None, "reasoning_content": "", "context": "x", "date": 1}),
          {"messages[].name", "messages[].tool_calls", "messages[].reasoning_content", "messages[].context", "messages[].date"}),
         (parts({"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}, "cache_control": {"type": "x"}}), {"messages[].content[].image_url.detail", "messages[].content[].cache_control"}),
+        (talk("<image>\nWhich?", image="a.png", source="clip.mp4"), {"source"}),
+        (talk(note="see clip.mp4", score=1), {"note", "score"}),
         (talk(tools=[], rejected="", history=[[]], weight=1, loss=True), {"tools", "rejected", "history", "weight", "loss"}),
         (talk("Is <video> a tag?", "Yes."), {"<video> as a word in messages[]"}),
         (talk(video=None, images=None, system=None, tools=None), set()),

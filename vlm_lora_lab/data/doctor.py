@@ -295,7 +295,8 @@ def _table(report, show):
     order = sorted(report.findings, key=lambda f: (-f.rank, -1 if f.row is None else f.row))
     blank = lambda v: "" if v is None else str(v)  # noqa: E731
     for f in order[:show]:
-        yield f.severity, blank(f.line), blank(f.row), f.id, f.field, f"{f.reason}. {f.remedy}".strip().rstrip(".") + "."
+        says = f"{f.reason}. {f.remedy}".strip().rstrip(".")
+        yield f.severity, blank(f.line), blank(f.row), f.id, f.field, says + "." * (not says.endswith("?"))
 
 
 def _safe(text):

@@ -136,7 +136,7 @@ def dialect_of(
     return "minicpmv"
 
 # %% ../../nbs/20_data.records.ipynb #ad8e843a
-_MEDIUM_FIELD = re.compile(r"(video|audio)s?(_?(path|url|uri|file)s?)?", re.I)
+_MEDIUM_FIELD = re.compile(r"(video|audio)s?([_-]?(path|url|uri|file)s?)?", re.I)
 _MEDIUM_PART = re.compile(r"(?:input_)?(video|audio|file|document)(?:_url)?", re.I)
 _MEDIUM_FILE = re.compile(r"\.(?:(mp4|m4v|avi|mov|mkv|webm|flv|wmv|mpe?g)|(wav|mp3|flac|m4a|ogg|opus|aac)|(pdf|docx?|pptx?))$", re.I)
 _FRAMES = '"images": ["{0}1.png", "{0}2.png"], with one <image> for each in the question'
@@ -179,10 +179,10 @@ def _refuse_media(values, where, field=""):
             raise _medium(given[1], where, f"{field}.{key}" if field else key)
 
 # %% ../../nbs/20_data.records.ipynb #39d70f6a
-_TAGS = re.compile(r"<(?:video|audio|bbox|ref-object)>|<\|(?:video|audio|image)_pad\|>")
+_TAGS = re.compile(r"<(?:(?:video|audio)(?:_\d+)?|bbox|ref-object)>|<\|(?:video|audio|image)(?:_pad)?\|>", re.I)
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.S)
-_LINE_OF_TAGS = re.compile(r"^[ \t]*(?:<(?:image|video|audio)>[ \t]*)+$", re.M)
-_GLUED = re.compile(r"\s*(?:<(?:image|video|audio)>)+(?=\w)")
+_LINE_OF_TAGS = re.compile(r"^[ \t]*(?:<(?:image|video|audio)(?:_\d+)?>[ \t]*)+$", re.M | re.I)
+_GLUED = re.compile(r"\s*(?:<(?:image|video|audio)(?:_\d+)?>)+(?=\w)", re.I)
 _BOXES = ("objects", "bbox", "ref")  # ms-swift's, for <bbox> and <ref-object>
 
 
@@ -202,8 +202,8 @@ def _tags(content, role, record, where, field):
     found = list(dict.fromkeys(_TAGS.findall(content)))
     boxes = next((k for k in _BOXES if not _empty(record.get(k))), None)
     for tag in found:
-        kind = re.sub(r"\W|_pad", "", tag)
-        if tag == "<|image_pad|>":
+        kind = re.sub(r"\W|_pad|_\d+", "", tag).lower()
+        if kind == "image":
             raise RecordError(f"the text contains {tag}", where, field, "Write <image> where the picture belongs", "placeholder")
         if kind in _INSTEAD and (tag.startswith("<|") or (role == "user" and _stands_for(tag, content))):
             e = _medium(kind, where, field)
@@ -262,7 +262,8 @@ def _content(content, dialect, where, field):
         parts = [_part(p, where, f"{field}.content[{i}]") for i, p in enumerate(content)]
         return _join(text for text, _ in parts), [m for _, mentions in parts for m in mentions]
     if not isinstance(content, str):
-        raise RecordError(f"expected text, found {content!r:.60}", where, f"{field}.{'value' if dialect in ('qwenvl', 'llava') else 'content'}", kind="dialect")
+        remedy = "Write text; calls of tools and thoughts are learned only as text" if content is None else ""
+        raise RecordError(f"expected text, found {content!r:.60}", where, f"{field}.{'value' if dialect in ('qwenvl', 'llava') else 'content'}", remedy, "dialect")
     if dialect == "qwenvl":
         pieces = _QWEN_IMAGE.split(content)
         if any(PLACEHOLDER.search(p) or "<img>" in p or "</img>" in p for p in pieces[::2]):
@@ -430,7 +431,7 @@ def parse_record(
             raise RecordError(f"the record has {len(references)} pictures; the limit is {access.limits.pictures}", where, "image", "Split it", "picture")
         pictures = tuple(_picture(r, access, where) for r in references)
         category, answers = _for_judging(record, where, access.limits)
-        unread = tuple(dict.fromkeys(_unread(record, dialect) + as_text))
+        unread = tuple(dict.fromkeys(_unread(record, dialect, bool(pictures)) + as_text))
         return Conversation(name, tuple(messages), pictures, where, category, answers, unread)
     except RecordError as e:
         e.id = name
@@ -466,6 +467,7 @@ _LOSSES = (  # where, keys, what is lost
     ("record", "weight loss loss_scale train training", _WEIGHTS),
     ("message", "role content from value", "who speaks and what stands either under role and content, or under from and value"),
     ("message", "train_detail loss_mask mask", "a part of an answer cannot be left out of the loss; weight 0 leaves out a whole answer"),
+    ("message", "masked learn learned trainable train_on_turn", "an answer is left out of the loss by weight 0"),
     ("record message part address", "min_pixels max_pixels total_pixels resized_height resized_width detail", _SIZES),
     ("record message", "img imgs picture pictures image_path image_paths image_url image_urls image_file image_files frames", "pictures are read from 'image' or 'images'"),
 )
@@ -475,15 +477,22 @@ _USUAL = {"answer", "message", "conversation", "id"}  # keys of others that only
 
 def _meant(key, read, present):
     "The key that was most likely meant by another, while it is missing."
-    missing = [k for k in read if k not in present]
+    missing = [k for k in read if present.get(k) is None]
     low = key.casefold()
     same = next((k for k in missing if k == low), "")
     near = nearest(low, [k for k in missing if len(k) > 4 and abs(len(k) - len(low)) < 2], 0.8)
     return "" if low in _USUAL else same or near
 
 
-def _unread_in(values: Mapping, level: str, path: str, more: tuple[str, ...] = ()) -> Iterator[Unread]:
-    "What nobody reads in a record, a message, a part or an address; `more` is read beside what is always read."
+def _names_medium(value):
+    "The medium that a value names, if it is a file or some files; empty: none."
+    values = value if isinstance(value, list) else [value]
+    values = [v.get("path") or v.get("url") if isinstance(v, dict) else v for v in values]
+    return next((kind for v in values if isinstance(v, str) and " " not in v and (kind := _medium_of(v))), "")
+
+
+def _unread_in(values: Mapping, level: str, path: str, more: tuple[str, ...] = (), pictures: bool = True) -> Iterator[Unread]:
+    "What nobody reads in a record, a message, a part or an address; `more` is read beside what is always read. `pictures`: the record has some."
     read = _READ[level] | set(more)
     for key, value in values.items():
         if value is None or key in read:
@@ -495,15 +504,17 @@ def _unread_in(values: Mapping, level: str, path: str, more: tuple[str, ...] = (
             loss = ""
         elif meant and not loss:
             loss = f"did you mean {meant!r}?"
+        elif not loss and not pictures and (kind := _names_medium(value)):  # beside pictures, it may be where they come from
+            loss = f"it names {'an' if kind == 'audio' else 'a'} {kind}, and only pictures and text are read"
         yield Unread(path + name, loss)
 
 
-def _unread(record, dialect):
+def _unread(record, dialect, pictures=False):
     "All that nobody reads in a record that was read."
-    found = list(_unread_in(record, "record", ""))
+    found = list(_unread_in(record, "record", "", pictures=pictures))
     name, keys = _keys(dialect)
     for row in record[name]:
-        found += _unread_in(row, "message", f"{name}[].", keys)
+        found += _unread_in(row, "message", f"{name}[].", keys, pictures)
         if ROLES[row[keys[0]]] != "assistant" and any(row.get(k) for k in MARKS):
             found.append(Unread(f"{name}[] of a user or the system marked as learned", "only answers are learned"))
         for part in row[keys[1]] if isinstance(row[keys[1]], list) else ():

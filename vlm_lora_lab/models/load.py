@@ -254,7 +254,17 @@ def _from_pretrained(cls, folder, config, dtype, device, quantization, aside):
         kind, names = next(iter(wrong.items()))
         raise InputError(f"weights and configuration disagree: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}", folder,
                          "The folder mixes files of different models, or is incomplete")  # fmt: skip
+    _check_ends(model, folder)
     return model
+
+
+def _check_ends(model, folder):
+    "The tokens that generation_config.json names are ids: transformers would find that out in the middle of an answer."
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(getattr(model, "generation_config", None), name, None)
+        ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise InputError(f"{name} is {value!r:.60}", Path(folder) / "generation_config.json", "Write the id of a token, or a list of ids; or fetch the file again")
 
 
 def _device(name):

@@ -8,6 +8,7 @@ __all__ = ['PARTS', 'Names', 'FAMILIES', 'TIED', 'NARROW', 'Layout', 'plain_name
 
 # %% ../../nbs/10_models.parts.ipynb #d54266e1
 import html
+import math
 import re
 import textwrap
 from collections import Counter
@@ -119,7 +120,7 @@ def infer_layout(
     below = lambda name, root: name == root or name.startswith(root + ".")  # noqa: E731
     if not language or not any(isinstance(m, nn.ModuleList) and below(n, language) for n, m in modules.items()):
         raise _unknown(kind, f"its input embeddings ({embeddings or 'none'}) lie in no module with a list of layers")
-    head = names.get(id(model.get_output_embeddings()), "lm_head")
+    head = names.get(id(model.get_output_embeddings())) or _head_beside(language, modules)
     width = model.get_input_embeddings().weight.shape[1]
     outside = {n: m for n, m in modules.items() if not below(n, language)}
     eyes = [n for n, m in outside.items() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3] or _patch_readers(model.config, outside)
@@ -153,16 +154,25 @@ def _writes(module, width):
     return any(p.dim() == 2 and p.shape[0] == width for p in module.parameters())
 
 
+def _head_beside(language, modules):
+    "The head of a model that does not say which it is: `lm_head` beside the language model, or at the top."
+    beside = f"{language.rpartition('.')[0]}.lm_head".lstrip(".")
+    return beside if beside in modules else "lm_head"
+
+
 def _patch_readers(config, modules):
     "Linear layers, outside of any list of layers, that take a flattened patch of 3 colours (and one or two frames)."
-    vision = getattr(config, "vision_config", None)
-    side = getattr(vision, "patch_size", None)
-    if type(side) is not int:
-        return []
-    frames = getattr(vision, "temporal_patch_size", None)
-    sizes = {3 * side**2, 3 * side**2 * (frames if type(frames) is int else 1)}
+    vision = getattr(config, "vision_config", config)
+    side, frames = getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", None)
+    sizes = {3 * side**2, 3 * side**2 * (frames if type(frames) is int else 1)} if type(side) is int else set()
     listed = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.ModuleList))
-    return [n for n, m in modules.items() if isinstance(m, nn.Linear) and m.in_features in sizes and not n.startswith(listed)]
+    linear = {n: m.in_features for n, m in modules.items() if isinstance(m, nn.Linear) and not n.startswith(listed)}
+    return [n for n, taken in linear.items() if taken in sizes or ("patch" in n and _squares(taken))]
+
+
+def _squares(numbers):
+    "Can so many numbers be 3 colours of a square of at least 8 pixels, in one frame or two?"
+    return any(numbers % (3 * f) == 0 and math.isqrt(numbers // (3 * f)) ** 2 == numbers // (3 * f) >= 64 for f in (1, 2))
 
 
 def _second_tower(kind, name, module, eye):

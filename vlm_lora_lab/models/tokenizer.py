@@ -364,14 +364,15 @@ def _source(folder, config):
     raise InputError("there is no tokenizer in this folder", folder, "Put tokenizer.json, qwen.tiktoken or tokenizer.model of the model into it")
 
 # %% ../../nbs/15_models.tokenizer.ipynb #1865f490
-def _load_native(folder):
-    "A tokenizer of a family that transformers has itself."
+def _load_native(folder, config):
+    "A tokenizer of a family that transformers has itself; `AutoTokenizer` leaves out a template that lies in chat_template.json, where the processors of 2024 put it."
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # each format has its own kinds of errors, some are plain Exception
         raise InputError(f"transformers cannot read this tokenizer ({' '.join(str(e).split())[:200]})", folder, AGAIN) from None
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} has no fast form, so it cannot say where a token lies in the text", folder, "Add its tokenizer.json")
+    tokenizer.chat_template = _chat_template(folder, config) or tokenizer.chat_template
     return tokenizer
 
 # %% ../../nbs/15_models.tokenizer.ipynb #ca1887c4
@@ -388,7 +389,7 @@ def tokenizer_of(
     config = _json(folder / "tokenizer_config.json")
     source = _source(folder, config)
     if source == "native":
-        return _load_native(folder)
+        return _load_native(folder, config)
     path, template = folder / source, _chat_template(folder, config)
     if source == "tokenizer.json":
         backend = _from_json(path)
