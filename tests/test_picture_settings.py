@@ -306,3 +306,13 @@ def test_a_plain_folder_of_peft_is_asked_as_its_own_files_say(tmp_path):
     few = grids(load_processor(base, max_pixels=90000))
     assert grids(adapter_processor(run)) == few == grids(Checkpoint.of(run).processor())
     assert grids(adapter_processor(run, max_pixels=200000)) == grids(load_processor(base, max_pixels=200000)) != few
+
+
+def test_going_on_from_an_adapter_keeps_its_settings_or_says_why_not(tmp_path, capsys):
+    base, _ = with_own_words(tmp_path, lambda t: t.add_tokens(["<lamp>"]))
+    record = {"conversations": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "one"}]}
+    (tmp_path / "d.json").write_text(json.dumps([record]))
+    given = ["train", "--from-adapter", str(tmp_path / "adapter"), "--data", str(tmp_path / "d.json"), "--output", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main(given) == 2 and "a tokenizer of its own (1 tokens" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    edit(base / "preprocessor_config.json", lambda v: v | {"image_mean": [0.1, 0.2, 0.3]})
+    assert main(given) == 2 and "image_mean is [0.1, 0.2, 0.3]" in capsys.readouterr().err and not (tmp_path / "run").exists()

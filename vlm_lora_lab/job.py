@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .checkpoint.save import ancestry, base_sha256, check_base, check_seals, check_start, plan_of, read_provenance, save_adapter, start_from
+from .checkpoint.save import ancestry, base_sha256, check_base, check_seals, check_settings, check_start, plan_of, read_provenance, save_adapter, start_from
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
 from .data.native import keep_limits, load_processor
@@ -365,6 +365,10 @@ def _ancestor(job, empty, here, resumed):
     known = read_provenance(job.from_adapter)
     check_seals(Path(job.from_adapter))
     check_base(job.from_adapter, job.model, known)
+    check_settings(job.from_adapter, model_folder(job.model, weights=False), known)
+    if own := known.get("own_tokenizer"):
+        raise InputError(f"this adapter has a tokenizer of its own ({own}), and a job reads the base's", "from_adapter",
+                         f"Merge it first, which takes the tokenizer along, and train on that: vlm-lora-lab merge {job.from_adapter} --output FOLDER")  # fmt: skip
     check_start(empty, job.from_adapter, known, job.plan)
     return ancestry(job.from_adapter, known)
 
@@ -503,8 +507,6 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         report["logits_moved_at_the_end"] = run.moved
     if given.left_out:
         report["skipped_rows"] = {located(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
-    if unread := {str(path): {u.name: n for u, n in checked.unread.items()} for path, checked in given.files.items() if checked.unread}:
-        report["unread_fields"] = unread
     if any(d.bad_steps for d in doctors):
         report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
     if given.held and here.sharded:
