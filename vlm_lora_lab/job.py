@@ -507,6 +507,8 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         report["logits_moved_at_the_end"] = run.moved
     if given.left_out:
         report["skipped_rows"] = {located(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
+    if unread := {str(path): {u.name: n for u, n in checked.unread.items()} for path, checked in given.files.items() if checked.unread}:
+        report["unread_fields"] = unread
     if any(d.bad_steps for d in doctors):
         report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
     if given.held and here.sharded:
