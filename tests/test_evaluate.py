@@ -41,8 +41,6 @@ from vlm_lora_lab.evaluate import (
 )
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMV25Config
-from vlm_lora_lab.models.published import model_config
-from vlm_lora_lab.models.qwenvl import QwenVL
 
 BOUND = 1e-4  # largest difference of a first logit, in standard deviations of the logits (float32)
 GREEDY = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0)
@@ -178,9 +176,7 @@ def test_qwen_vl_is_asked_one_by_one_where_a_prompt_is_long():
     tokenizer = load_tokenizer("lab")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<img>", "</img>", "<imgpad>"]})
     start = tokenizer.convert_tokens_to_ids("<img>")
-    values = OURS["qwen"] | {"vocab_size": len(tokenizer), "visual": OURS["qwen"]["visual"] | {"image_start_id": start}}
-    torch.manual_seed(0)
-    model = QwenVL(model_config(values)).eval()
+    model = tiny_model("qwen", vocab_size=len(tokenizer), seq_length=128, visual={"image_start_id": start}).eval()
     processor = Processor.of(model.config, tokenizer, 400)
     processor = replace(processor, max_length=400)
     picture = Image.new("RGB", (40, 40), "red")

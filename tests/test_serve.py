@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import FAMILIES, OURS, batch_of, tiny_model
+from families import FAMILIES, batch_of, tiny_model
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -168,12 +168,7 @@ def test_a_rank_above_vllm_s_largest_is_noticed(served, tmp_path):
 
 def gguf_base(folder):
     "A tiny MiniCPM-V 2.6 with a grid of 70 × 70 positions, as published ones have."
-    values = OURS["minicpmv-2.6"] | dict(vision_config=OURS["minicpmv-2.6"]["vision_config"] | dict(image_size=980))
-    from vlm_lora_lab.models.published import model_class, model_config
-
-    torch.manual_seed(0)
-    config = model_config(values | {"vocab_size": 419})
-    model_class(config)(config).bfloat16().save_pretrained(folder)
+    tiny_model("minicpmv-2.6", vocab_size=419).bfloat16().save_pretrained(folder)
     for file in lab_folder().iterdir():
         if "token" in file.name:
             shutil.copy(file, folder)
