@@ -23,7 +23,7 @@ OURS = {
     "minicpmv-4.5": "openbmb/MiniCPM-V-4_5", "minicpmo-2.6": "openbmb/MiniCPM-o-2_6", "qwen": "Qwen/Qwen-VL-Chat",
 }  # fmt: skip
 NATIVE = {
-    "minicpmv4_6": "openbmb/MiniCPM-V-4.6", "minicpmv4_7": "openbmb/MiniCPM-V-4.7-1B", "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct", "qwen2_5_vl": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "minicpmv4_6": "openbmb/MiniCPM-V-4.6", "minicpmv4_7": "openbmb/MiniCPM-V-4.7-1B", "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct", "qwen2_5_vl": "Qwen/Qwen2.5-VL-3B-Instruct",
     "qwen3_vl": "Qwen/Qwen3-VL-2B-Instruct", "idefics2": "HuggingFaceM4/idefics2-8b", "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3", "smolvlm": "HuggingFaceTB/SmolVLM-256M-Instruct",
     "llava": "llava-hf/llava-1.5-7b-hf", "llava_onevision": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "internvl": "OpenGVLab/InternVL3-1B-hf",
     "gemma3": "google/gemma-3-4b-it", "paligemma": "google/paligemma-3b-pt-224",

@@ -27,10 +27,13 @@ from vlm_lora_lab.models.parts import linear_layers
 from vlm_lora_lab.models.published import model_config, on_meta
 
 
+FEW_WORDS = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}  # fewer than the lab model's tokenizer has
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("original")
-    tiny_model("minicpmv-2.6").bfloat16().save_pretrained(folder, max_shard_size="200KB")
+    tiny_model("minicpmv-2.6", **FEW_WORDS).bfloat16().save_pretrained(folder, max_shard_size="200KB")
     return folder
 
 
@@ -94,7 +97,7 @@ def twice(folder):
 
 def no_index(folder):
     (folder / "model.safetensors.index.json").unlink()
-    return "3 files of weights and no model.safetensors.index.json"
+    return f"{len(list(folder.glob('*.safetensors')))} files of weights and no model.safetensors.index.json"
 
 
 def adapter_inside(folder):
@@ -114,8 +117,9 @@ def integers(folder):
 
 
 def wrong_shape(folder):
-    change_config(folder, vocab_size=400)
-    return "llm.model.embed_tokens.weight is 320 × 64, but config.json asks for 400 × 64"
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    change_config(folder, vocab_size=rows + 80)
+    return f"llm.model.embed_tokens.weight is {rows} × 64, but config.json asks for {rows + 80} × 64"
 
 
 def other_version(folder):
@@ -299,7 +303,7 @@ def test_types_and_devices(original):
 def test_a_tied_head_comes_back(tmp_path):
     from families import tiny_config
 
-    config = tiny_config("minicpmv-2.6")
+    config = tiny_config("minicpmv-2.6", **FEW_WORDS)
     config.tie_word_embeddings = True
     torch.manual_seed(0)
     model = MiniCPMV(config)

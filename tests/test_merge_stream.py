@@ -163,7 +163,7 @@ def test_a_head_trained_alone_leaves_tied_embeddings_alone(tmp_path):
     tiny_model("gemma3").bfloat16().save_pretrained(base)
     _, adapter = made(base, tmp_path / "adapter", TuningPlan(connector="freeze", rank=4), False)
     file, learned = adapter / "adapter_model.safetensors", load_file(adapter / "adapter_model.safetensors")
-    new = torch.randn(320, 64)
+    new = torch.randn(len(load_vlm(base).get_input_embeddings().weight), 64)
     save_file(learned | {"base_model.model.lm_head.weight": new}, file)
     with pytest.raises(InputError, match="adapter_model.safetensors"):
         merge_into(adapter, tmp_path / "no")  # a sealed folder that was changed

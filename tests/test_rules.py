@@ -102,7 +102,7 @@ def test_two_hundred_random_plans(family):
             refused += 1
             assert refused < 2000
             continue
-        model = type(template)(tiny_config(family))
+        model = type(template)(tiny_config(family)).float()
         model.load_state_dict(state)
         model = apply_plan(model.train(), plan)
         applied += 1
