@@ -230,7 +230,7 @@ def test_a_tower_in_four_bit_and_its_constants():
     bnb = pytest.importorskip("bitsandbytes")
     model = frozen("minicpmv-2.6")
     for layer in model.vpm.encoder.layers:
-        new = bnb.nn.Linear4bit(48, 80, compute_dtype=torch.float32, quant_type="nf4")
+        new = bnb.nn.Linear4bit(layer.mlp.fc1.in_features, layer.mlp.fc1.out_features, compute_dtype=torch.float32, quant_type="nf4")
         new.load_state_dict({"weight": layer.mlp.fc1.weight.data, "bias": layer.mlp.fc1.bias.data})
         layer.mlp.fc1 = new.to("cpu").requires_grad_(False)
     batch, cache = ragged(model, [0]), VisionCache(check_every=10**6)

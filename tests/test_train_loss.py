@@ -99,7 +99,7 @@ def test_the_noise_of_a_piece_is_drawn_once():
 def test_soft_capping_and_scaling_are_kept():
     config = tiny_config("paligemma")
     config.text_config = GemmaConfig(**{k: v for k, v in config.text_config.to_dict().items() if k != "model_type"})
-    config.text_config.final_logit_softcapping = 2.0
+    config.text_config.final_logit_softcapping = 0.1  # logits of weights as small as the published ones begin with are small
     torch.manual_seed(0)
     model = PaliGemmaForConditionalGeneration(config).float().train()
     batch = batch_of("paligemma", model)
