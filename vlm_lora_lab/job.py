@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from errno import EIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -479,16 +478,6 @@ def _quiet(line):
     "What other processes than the first one say."
 
 # %% ../nbs/94_job.ipynb #3c6141c4
-def _last_word(say, line):
-    "Say it; a terminal that was closed hears nothing, and that is no error."
-    try:
-        say(line)
-    except OSError as e:
-        if e.errno != EIO:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would fail again at the end
-
-
 def _swapped(job, inputs):
     "What is not what the run started from any more."
     return changed_since(inputs, lambda: _looked_at(job).on(job.model, base_sha256(job.model)))
@@ -597,7 +586,7 @@ def _run(job, resume, given, here, say):
         say(f"Vision cache: {cache}.")
     if run.stopped:
         where = f"in stage {len(run.runs)}, after its step {run.runs[-1].steps}" if job.stages else f"after step {run.steps}"
-        _last_word(say, f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
+        say(f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
     return _finish(job, run, given, model, plan, doctors, here, say)
 
