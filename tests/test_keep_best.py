@@ -51,14 +51,16 @@ def test_the_best_state_becomes_the_adapter_and_the_last_one_stays_beside(measur
     kept = report["kept"]
     values = {v["step"]: v["value"] for v in kept["values"]}
     assert set(values) == {2, 4, 6, 8} and values == {row["step"]: row[measure] for row in report["watched"]}
-    assert kept["step"] == min(values, key=lambda s: (values[s], s)) and kept["of_steps"] == 8 and kept["higher_is_better"] is False  # the first of equals
+    losses = {row["step"]: row["loss"] for row in report["watched"]}
+    assert kept["step"] == min(values, key=lambda s: (values[s], losses[s], s)) and kept["of_steps"] == 8 and kept["higher_is_better"] is False  # of equals the lower loss
     checkpoints = tmp_path / "run" / "checkpoints"
     assert equal(tmp_path / "run" / "adapter", checkpoints / f"checkpoint-{kept['step']}") and (checkpoints / "checkpoint-8").is_dir()
     assert len(list(checkpoints.glob("checkpoint-*"))) <= 2
     if kept["step"] != 8:
         assert not equal(tmp_path / "run" / "adapter", checkpoints / "checkpoint-8") and "The last state is" in said
     words = "loss on the evaluation data" if measure == "loss" else "cer on 6 questions"
-    assert f"{words}, lower is better; the best becomes the adapter" in said and f"Kept: step {kept['step']} of 8, the best of 4 evaluations ({words}" in said
+    ties = "" if measure == "loss" else " (of equal ones, the lower loss)"
+    assert f"{words}, lower is better{ties}; the best becomes the adapter" in said and f"Kept: step {kept['step']} of 8, the best of 4 evaluations ({words}" in said
     assert read_provenance(tmp_path / "run" / "adapter")["metrics"]["kept"]["step"] == kept["step"]
 
 

@@ -206,7 +206,7 @@ def _announce(job, best, n, say):
     "What will be compared, and what follows from it."
     follows = ["the best becomes the adapter"] if best.keep else []
     follows += [f"training stops after {best.patience} in a row without a better one"] if best.patience else []
-    say(f"Every {job.watch.every} steps and at the end: {_measured(job, best, n)}, {'higher' if best.higher else 'lower'} is better; {', and '.join(follows)}.")
+    say(f"Every {job.watch.every} steps and at the end: {_measured(job, best, n)}, {'higher' if best.higher else 'lower'} is better{'' if best.measure == 'loss' else ' (of equal ones, the lower loss)'}; {', and '.join(follows)}.")
 
 
 def _chosen(job, best, run, n, say):

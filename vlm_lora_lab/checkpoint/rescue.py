@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .save import base_sha256, fingerprint, most_pixels, picture_limit, seal
+from .save import PROCESSOR_FILES, TOKENIZER_FILES, base_sha256, fingerprint, most_pixels, picture_limit, seal
 from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, text_of, write_json, yaml_value
 from ..flags import SCRIPTS, from_flags
@@ -731,7 +731,7 @@ def _fold(got, model, layer, size, variant):
     got.full[name] = weight.float() + (delta.T if delta.shape != weight.shape else delta)
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #f72082e1
-_BY_LLAMA_FACTORY = 768 * 768  # pixels; its `image_max_pixels`, unless a run is told otherwise
+_BY_LLAMA_FACTORY = 768 * 768  # pixels; image_max_pixels of ProcessorArguments in its src/llamafactory/hparams/model_args.py
 
 
 def _asked_for(found, model):
@@ -838,9 +838,6 @@ def _four_bit(found):
     return 4 in (found.settings.get("quant_bits"), found.settings.get("quantization_bit"))
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #65392587
-_OF_TEXT = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "chat_template*", "*processor_config.json")
-
-
 def _refuse_apart(found, model, got):
     "In training, `modules_to_save` takes an embedding out of a tie; a plan keeps the two together."
     config = found.config or {}
@@ -873,7 +870,7 @@ def _write(result, model, got, output, four_bit):
         config.save_pretrained(partial)
         with explain_write_errors(output):
             save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        for file in sorted(f for f in model.folder.iterdir() if any(fnmatchcase(f.name, p) for p in _OF_TEXT)):
+        for file in sorted(f for f in model.folder.iterdir() if any(fnmatchcase(f.name, p) for p in (*TOKENIZER_FILES, *PROCESSOR_FILES))):
             shutil.copyfile(file, partial / file.name)
         processor, pixels, _ = _eyes(result.found, model)
         if processor:

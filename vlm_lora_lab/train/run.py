@@ -69,29 +69,31 @@ class Schedule(Settings):
     def full_rate(self) -> float:
         return self.learning_rate / 10 if self.full_learning_rate is None else self.full_learning_rate
 
-# %% ../../nbs/52_train.run.ipynb #c716e30f
+# %% ../../nbs/52_train.run.ipynb #a7c9d2f5
 @dataclass(frozen=True)
 class Best(Settings):
-    "Which evaluation counts as the best, and what follows from it. An equal one is no better."
+    "Which evaluation counts as the best, and what follows from it. Of equal ones the one with the lower loss is; after that, the first."
 
     measure: str = "loss"  # as an evaluation reports it: loss, or what was asked, such as exact
     higher: bool = False  # is more of it better?
     keep: bool = False  # end with the model as it was then; False: as it is after the last step
     patience: Annotated[int, Within(0, 10**6)] = 0  # evaluations without a better one, after which training stops; 0: it never does
 
-    def beats(self, value: float, best: float | None) -> bool:
+    def beats(self, value: float, best: float | None, loss: float = 0.0, best_loss: float = 0.0) -> bool:
         "Is it better than the best so far? What is no number never is."
         if not math.isfinite(value):
             return False
         if best is None:
             return True
+        if value == best:
+            return loss < best_loss
         return value > best if self.higher else value < best
 
     def values(self, history: list[dict]) -> list[tuple[int, float]]:  # step, value
         "What each evaluation measured."
         return [(row["step"], row[f"eval_{self.measure}"]) for row in history if f"eval_{self.measure}" in row]
 
-
+# %% ../../nbs/52_train.run.ipynb #c716e30f
 class Interrupted(InputError):
     "What could be read before the training cannot be read any more. What was learned up to then is saved, if there was something to save."
 
@@ -160,12 +162,13 @@ class PartTrainer(Trainer):
             self.log(said)
             metrics |= said
         if self.best is not None and self.is_in_train:
-            self._judge(self.best, metrics[f"eval_{self.best.measure}"])
+            self._judge(self.best, metrics)
         return metrics
 
-    def _judge(self, best, value):
+    def _judge(self, best, metrics):
         "Mark the best evaluation, keep its checkpoint, and stop when there was none for too long. What is needed for that is saved with every checkpoint."
-        if any_of(best.beats(value, self.state.best_metric)):
+        value, before = metrics[f"eval_{best.measure}"], {row["step"]: row["eval_loss"] for row in self.state.log_history if "eval_loss" in row}
+        if any_of(best.beats(value, self.state.best_metric, metrics["eval_loss"], before.get(self.state.best_global_step, math.inf))):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             self.control.should_save = self.control.should_save or best.keep  # the Trainer never removes the checkpoint of `best_global_step`
         if self.worn_out:
@@ -180,7 +183,7 @@ class PartTrainer(Trainer):
         if step % self.state.eval_steps == 0 or step >= self.state.max_steps:
             metrics = self.evaluate()
             if not self.is_in_train:
-                self._judge(best, metrics[f"eval_{best.measure}"])
+                self._judge(best, metrics)
             self.control.should_save = self.control.should_training_stop = False  # this checkpoint is there
 
     @property
