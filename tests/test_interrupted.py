@@ -116,17 +116,27 @@ def _read_until(stream, word, seconds=120):
     assert word in seen, seen[-500:]
 
 
-def test_a_closed_terminal_stops_a_run_with_a_checkpoint(data, tmp_path):
-    "A real terminal, which goes away."
-    out = tmp_path / "out"
+def _in_a_terminal_that_is_closed(command, hangup):
+    "The exit status of a command whose real terminal goes away in mid-run."
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "vlm_lora_lab", *train(data, out, steps=200)])
+        signal.signal(signal.SIGHUP, hangup)
+        os.execv(sys.executable, [sys.executable, "-m", "vlm_lora_lab", *command])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))  # wide enough for a bar with a loss on it
     _read_until(terminal, b", loss ")
     os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 130, status
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_closed_terminal_ends_no_run_that_ignores_it(data, tmp_path):
+    "As after trap '' HUP: nobody hears what is said before the adapter is saved, and it is saved."
+    assert _in_a_terminal_that_is_closed(train(data, tmp_path / "out", steps=20), signal.SIG_IGN) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["steps"] == 20 and weights(tmp_path / "out")
+
+
+def test_a_closed_terminal_stops_a_run_with_a_checkpoint(data, tmp_path):
+    out = tmp_path / "out"
+    assert _in_a_terminal_that_is_closed(train(data, out, steps=200), signal.SIG_DFL) == 130
     done = last_checkpoint(out / "checkpoints").name.split("-")[1]
     assert not (out / "report.json").exists() and 0 < int(done) < 200
     assert resume(out, "--max-steps", done) == 0 and json.loads((out / "report.json").read_text())["steps"] == int(done)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from errno import EIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -474,6 +475,20 @@ def _ask_after(job, given, model, say):
         return None
 
 
+def _outliving(say):
+    "The same for a run that outlives its terminal: once that is closed, what is said goes nowhere, and the run goes on."
+
+    def told(line):
+        try:
+            say(line)
+        except OSError as e:
+            if e.errno != EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would fail again at the end
+
+    return told
+
+
 def _quiet(line):
     "What other processes than the first one say."
 
@@ -541,7 +556,7 @@ def train(
 
     Raises `InputError` before anything is written when something that was given cannot be used."""
     here = meet()
-    say = say if here.first else _quiet
+    say = _outliving(say) if here.first else _quiet
     with agreeing():
         given = _prepare(job, resume, say, here)
     with ExitStack() as lock:

@@ -10,7 +10,6 @@ __all__ = ['Schedule', 'Best', 'Interrupted', 'PartTrainer', 'Progress', 'StopOn
 # %% ../../nbs/52_train.run.ipynb #3ae16e37
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -274,13 +273,9 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, save: bool = True):
         self.save, self.stopped = save, False
-        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def _handle(self, number, frame):
         self.stopped = True
-        for fd in self.terminals:
-            if not os.isatty(fd):  # it was closed: what is written to it from now on goes nowhere, and is no error
-                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         for s in self.old if devices().world == 1 else ():  # a launcher sends one signal after the other; none may cut the saving short
             signal.signal(s, self.old[s])
 
