@@ -1,4 +1,5 @@
 """Build the package from settings.ini, the one source of facts."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,7 +10,15 @@ cfg = ConfigParser(delimiters=["="])
 cfg.read(root / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
 lib = cfg["lib_name"]
-STATUS = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable", "6": "6 - Mature", "7": "7 - Inactive"}
+STATUS = {
+    "1": "1 - Planning",
+    "2": "2 - Pre-Alpha",
+    "3": "3 - Alpha",
+    "4": "4 - Beta",
+    "5": "5 - Production/Stable",
+    "6": "6 - Mature",
+    "7": "7 - Inactive",
+}
 
 setup(
     name=lib,
@@ -44,7 +53,10 @@ setup(
     # data_samples/ lies at the top of a checkout and travels inside the package in a wheel.
     packages=find_packages(include=[lib, f"{lib}.*"]) + [f"{lib}.data_samples"],
     package_dir={f"{lib}.data_samples": "data_samples"},
-    package_data={lib: ["py.typed", "lab/*", "models/*.json", "study/results/*.json", "train/configs/*.yaml"], f"{lib}.data_samples": ["*", "*/*", "*/*/*"]},
+    package_data={
+        lib: ["py.typed", "lab/*", "models/*.json", "study/results/*.json", "train/configs/*.yaml"],
+        f"{lib}.data_samples": ["*", "*/*", "*/*/*"],
+    },
     install_requires=cfg["requirements"].split(),
     extras_require={k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

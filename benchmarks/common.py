@@ -31,7 +31,14 @@ def interval(values, rounds=2000):
 
 def resident(field="VmRSS"):
     "Bytes of this process: held now, or since `clear_refs` at most (`VmHWM`)."
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
+    return (
+        int(
+            next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)).split()[
+                1
+            ]
+        )
+        * 1024
+    )
 
 
 class Peak:
@@ -59,7 +66,12 @@ def table(head, rows):
 def ratio(values, target=None):
     "Median, interval, target, and whether it is met: the last four columns of a table."
     middle, (low, high) = statistics.median(values), interval(values)
-    return [f"{middle:.2f}", f"{low:.2f} … {high:.2f}", "" if target is None else f"≤ {target}", "" if target is None else met(middle <= target)]
+    return [
+        f"{middle:.2f}",
+        f"{low:.2f} … {high:.2f}",
+        "" if target is None else f"≤ {target}",
+        "" if target is None else met(middle <= target),
+    ]
 
 
 RATIO = ["ratio", "95 % interval", "target", "met"]

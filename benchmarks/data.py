@@ -1,6 +1,6 @@
 """How fast are rows prepared, beside upstream's way of doing it?
 
-    python benchmarks/data.py [--rows 240] [--rounds 3] [--workers 2] [--step 0.25] [--many 100000]
+python benchmarks/data.py [--rows 240] [--rounds 3] [--workers 2] [--step 0.25] [--many 100000]
 
 Three ways, interleaved, each in a process of its own:
 
@@ -9,9 +9,8 @@ Three ways, interleaved, each in a process of its own:
   lazy             records read when they are asked for, one process, batches of similar length (lengths measured beforehand, and that time counted)
   lazy, N workers  the same, with rows prepared in N processes
 
-Between batches the program sleeps for --step seconds, as a program waits whose accelerator computes. Ratios are of the medians of the rounds.
-A second table reads the records of a long file without pictures, for memory.
-"""
+Between batches the program sleeps for --step seconds, as a program waits whose accelerator computes. Ratios are of the
+medians of the rounds. A second table reads the records of a long file without pictures, for memory."""
 
 import argparse
 import json
@@ -27,7 +26,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import table  # noqa: E402
+from common import table
 
 
 def make(folder, rows):
@@ -42,7 +41,10 @@ def make(folder, rows):
         Image.fromarray(noise).resize((width, height)).save(folder / f"{i}.jpg", quality=85)
     for i in range(rows):
         text, answer = "word " * int(2 ** rng.uniform(0, 7)), "word " * int(2 ** rng.uniform(0, 6))
-        record = {"id": str(i), "conversations": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+        record = {
+            "id": str(i),
+            "conversations": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}],
+        }
         records.append(record | ({"image": f"{rng.randrange(40)}.jpg"} if rng.random() < 0.8 else {}))
     (folder / "data.json").write_text(json.dumps(records))
 
@@ -51,7 +53,8 @@ def processor():
     from vlm_lora_lab.data.batch import Processor
     from vlm_lora_lab.models.load import load_tokenizer
 
-    return Processor(load_tokenizer("lab"), 64, 14, 448, True, 9, max_length=4096)  # MiniCPM-V 2.6 but for the tokenizer
+    # MiniCPM-V 2.6 but for the tokenizer
+    return Processor(load_tokenizer("lab"), 64, 14, 448, True, 9, max_length=4096)
 
 
 def child(way, folder, batch_size, workers, step):
@@ -69,12 +72,27 @@ def child(way, folder, batch_size, workers, step):
         samples = Samples(conversations, process, workers if way == "workers" else 0, lengths)
     planned, tokens, real, rows = time.perf_counter() - start, 0, 0, 0
     for batch in loader(samples, batch_size):
-        tokens, real, rows = tokens + batch["attention_mask"].numel(), real + int(batch["attention_mask"].sum()), rows + len(batch["labels"])
+        tokens, real, rows = (
+            tokens + batch["attention_mask"].numel(),
+            real + int(batch["attention_mask"].sum()),
+            rows + len(batch["labels"]),
+        )
         time.sleep(step)
     seconds = time.perf_counter() - start
     own, worker = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({"rows_per_s": rows / seconds, "planning_s": planned, "padding": 1 - real / tokens, "tokens": tokens,
-                      "own_mib": own, "grown_mib": own - before / 1024, "worker_mib": worker}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "rows_per_s": rows / seconds,
+                "planning_s": planned,
+                "padding": 1 - real / tokens,
+                "tokens": tokens,
+                "own_mib": own,
+                "grown_mib": own - before / 1024,
+                "worker_mib": worker,
+            }
+        )
+    )
 
 
 def resident():  # MiB held now, where the system tells; the most ever held elsewhere
@@ -89,7 +107,11 @@ def long_file(way, folder, rows):
     from vlm_lora_lab.data.records import Conversations
 
     before, start, most, count = resident(), time.perf_counter(), 0.0, 0
-    records = json.loads((folder / "long.json").read_text()) if way == "upstream" else Conversations.open(folder / "long.json")
+    records = (
+        json.loads((folder / "long.json").read_text())
+        if way == "upstream"
+        else Conversations.open(folder / "long.json")
+    )
     for count, _ in enumerate(records, 1):
         if count % 1000 == 0:
             most = max(most, resident() - before)
@@ -109,9 +131,19 @@ def main():
         return child(o.child[0], Path(o.child[1]), o.batch_size, o.workers, o.step)
     if o.long:
         return long_file(o.long[0], Path(o.long[1]), o.many)
-    print(f"{o.rows} rows, batches of {o.batch_size}, {o.workers} workers, {o.step} s between batches, {o.rounds} rounds, interleaved")
+    print(
+        f"{o.rows} rows, batches of {o.batch_size}, {o.workers} workers, {o.step} s between batches, {o.rounds} "
+        "rounds, interleaved"
+    )
     ways = {"upstream": "upstream's way", "lazy": "lazy", "workers": f"lazy, {o.workers} workers"}
-    run = lambda *args: json.loads(subprocess.run([sys.executable, __file__, *map(str, args)], capture_output=True, text=True, check=True).stdout)  # noqa: E731
+
+    def run(*args):
+        return json.loads(
+            subprocess.run(
+                [sys.executable, __file__, *map(str, args)], capture_output=True, text=True, check=True
+            ).stdout
+        )
+
     common = ["--batch-size", o.batch_size, "--workers", o.workers, "--step", o.step]
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), o.rows)
@@ -124,19 +156,52 @@ def main():
         for way, name in ways.items():
             speeds = [r["rows_per_s"] for r in results[way]]
             m = {k: statistics.median(r[k] for r in results[way]) for k in results[way][0]}
-            rows.append([name, f"{m['rows_per_s']:.1f}", f"{min(speeds):.1f} … {max(speeds):.1f}", f"{m['rows_per_s'] / base:.2f}", f"{m['padding']:.1%}", f"{m['tokens']:,.0f}",
-                         f"{m['own_mib']:.0f}", f"{m['worker_mib']:.0f}", f"{m['planning_s']:.1f}"])  # fmt: skip
-        table(["way", "rows/s", "least … most", "speed to upstream's", "padding", "tokens", "own MiB", "a worker, MiB", "planning, s"], rows)
-        record = {"conversations": [{"role": "user", "content": "What is it? " * 8}, {"role": "assistant", "content": "a red circle " * 4}]}
+            rows.append(
+                [
+                    name,
+                    f"{m['rows_per_s']:.1f}",
+                    f"{min(speeds):.1f} … {max(speeds):.1f}",
+                    f"{m['rows_per_s'] / base:.2f}",
+                    f"{m['padding']:.1%}",
+                    f"{m['tokens']:,.0f}",
+                    f"{m['own_mib']:.0f}",
+                    f"{m['worker_mib']:.0f}",
+                    f"{m['planning_s']:.1f}",
+                ]
+            )
+        table(
+            [
+                "way",
+                "rows/s",
+                "least … most",
+                "speed to upstream's",
+                "padding",
+                "tokens",
+                "own MiB",
+                "a worker, MiB",
+                "planning, s",
+            ],
+            rows,
+        )
+        record = {
+            "conversations": [
+                {"role": "user", "content": "What is it? " * 8},
+                {"role": "assistant", "content": "a red circle " * 4},
+            ]
+        }
         with open(Path(folder) / "long.json", "w") as file:
             file.write("[" + ",\n".join(json.dumps({"id": f"{i:06}"} | record) for i in range(o.many)) + "]")
-        print(f"\n{o.many:,} records without pictures, {(Path(folder) / 'long.json').stat().st_size / 2**20:.0f} MiB of JSON")
+        print(
+            f"\n{o.many:,} records without pictures, {(Path(folder) / 'long.json').stat().st_size / 2**20:.0f} MiB of "
+            "JSON"
+        )
         rows = []
         for way in ("upstream", "lazy"):
             found = [run("--long", way, folder, "--many", o.many) for _ in range(o.rounds)]
             speed, grown = (statistics.median(r[k] for r in found) for k in ("rows_per_s", "grown_mib"))
             rows.append(["json.load" if way == "upstream" else "lazy, checked", f"{speed:,.0f}", f"{grown:.0f}"])
         table(["reading", "records/s", "memory grown, MiB"], rows)
+    return None
 
 
 if __name__ == "__main__":

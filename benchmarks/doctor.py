@@ -1,6 +1,7 @@
-"""What does `NanDoctor` cost while all is well? Steps with and without it in turns (with, without, without, with), in one run of the Trainer.
+"""What does `NanDoctor` cost while all is well? Steps with and without it in turns (with, without, without, with), in
+one run of the Trainer.
 
-    python benchmarks/doctor.py --steps 400
+python benchmarks/doctor.py --steps 400
 
 Each pair of neighbouring steps gives a ratio; printed are the median and its bootstrap interval (95 %)."""
 
@@ -60,12 +61,31 @@ def ratios(plan, policy, batch_size, steps):
     model = apply_plan(model, plan)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=1e-5, report_to="none", disable_tqdm=True,
-                                 use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, save_strategy="no", logging_strategy="no",
-                                 logging_nan_inf_filter=False, dataloader_pin_memory=False)  # fmt: skip
+        args = TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=1e-5,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            dataloader_pin_memory=False,
+        )
         data = Samples(Drawn(0, batch_size * 8, "number"), processor)
-        trainer = Trainer(model, args, train_dataset=data, data_collator=Collator(tokenizer.pad_token_id), callbacks=[InTurns(policy), clock])
-        trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=data,
+            data_collator=Collator(tokenizer.pad_token_id),
+            callbacks=[InTurns(policy), clock],
+        )
+        trainer.callback_handler.callbacks = [
+            c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
+        ]
         trainer.train()
     t = clock.seconds[8:]  # warm
     pairs = [(t[i], t[i + 1]) if TURNS[(i + 8) % 4] else (t[i + 1], t[i]) for i in range(0, len(t) - 1, 2)]
@@ -73,14 +93,21 @@ def ratios(plan, policy, batch_size, steps):
 
 
 def look(name, plan):
-    "One decoder layer and one layer of the tower of MiniCPM-V 2.6 at their real widths: a step and a look at its weights, in turns."
+    """One decoder layer and one layer of the tower of MiniCPM-V 2.6 at their real widths: a step and a look at its
+    weights, in turns."""
     values = deepcopy(PUBLISHED["openbmb/MiniCPM-V-2_6"].config) | {"num_hidden_layers": 1, "vocab_size": 4096}
     values["vision_config"] |= {"num_hidden_layers": 1}
     torch.manual_seed(0)
     model = apply_plan(MiniCPMV(model_config(values)).float(), plan).train()
     ids = torch.randint(3, 4000, (1, 512))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "pixel_values": torch.randn(2, 3, 14, 1024 * 14),
-             "tgt_sizes": torch.tensor([[32, 32]] * 2), "image_bound": torch.tensor([[0, 2, 66], [0, 100, 164]])}  # fmt: skip
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids,
+        "pixel_values": torch.randn(2, 3, 14, 1024 * 14),
+        "tgt_sizes": torch.tensor([[32, 32]] * 2),
+        "image_bound": torch.tensor([[0, 2, 66], [0, 100, 164]]),
+    }
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer, steps, looks = torch.optim.AdamW(trained.values(), lr=1e-5), [], []
     for _ in range(6):
@@ -93,7 +120,14 @@ def look(name, plan):
         steps.append(middle - start)
         looks.append(now() - middle)
     step, seen = statistics.median(steps[1:]), statistics.median(looks[1:])
-    return [name, f"{sum(p.numel() for p in trained.values()):,}", f"{1000 * step:.0f}", f"{1000 * seen:.1f}", f"{seen / step:.2%}", f"{seen / step / 10:.2%}"]
+    return [
+        name,
+        f"{sum(p.numel() for p in trained.values()):,}",
+        f"{1000 * step:.0f}",
+        f"{1000 * seen:.1f}",
+        f"{seen / step:.2%}",
+        f"{seen / step / 10:.2%}",
+    ]
 
 
 if __name__ == "__main__":
@@ -103,11 +137,18 @@ if __name__ == "__main__":
     print(f"{device()}, {steps} steps in turns, lab model")
     rows = []
     full = TuningPlan(*["full"] * 5)
-    for name, plan, policy, batch in (("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "stop", 8), ("everything in full, batch 8", full, "stop", 8),
-                                      ("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "rollback", 8), ("LoRA and resampler, batch 1", TuningPlan(vision="lora"), "stop", 1)):  # fmt: skip
+    for name, plan, policy, batch in (
+        ("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "stop", 8),
+        ("everything in full, batch 8", full, "stop", 8),
+        ("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "rollback", 8),
+        ("LoRA and resampler, batch 1", TuningPlan(vision="lora"), "stop", 1),
+    ):
         values, step = ratios(plan, policy, batch, steps)
         low, high = interval(values)
         rows.append([name, policy, f"{1000 * step:.1f}", f"{statistics.median(values):.3f}", f"{low:.3f} … {high:.3f}"])
     table(["plan", "policy", "step without it, ms", "ratio", "95 % interval"], rows)
     print("\nLooking at all trained weights, as after each step that is logged: share of a step of the same shape")
-    table(["trained", "weights", "step, ms", "look, ms", "share of a step", "every tenth step"], [look(*arm) for arm in (("LoRA rank 16 and connector", TuningPlan()), ("everything in full", full))])
+    table(
+        ["trained", "weights", "step, ms", "look, ms", "share of a step", "every tenth step"],
+        [look(*arm) for arm in (("LoRA rank 16 and connector", TuningPlan()), ("everything in full", full))],
+    )

@@ -1,10 +1,12 @@
-"""The loss of one long conversation: plain (all logits at once) against chapter 50's (only where there are labels, a piece at a time).
+"""The loss of one long conversation: plain (all logits at once) against chapter 50's (only where there are labels, a
+piece at a time).
 
-    python benchmarks/loss.py --tokens 2048 --words 151666 --width 64
+python benchmarks/loss.py --tokens 2048 --words 151666 --width 64
 
-Memory: each way in a process of its own. The peak of its resident memory is set back just before the step (`/proc/self/clear_refs`), so that what was
-imported or allocated before does not count; the first step of the process is the one that is measured. On a GPU, torch's own peak.
-Time: both ways in turns in one process (a, b, b, a); each pair of neighbours gives a ratio; printed are the median and its bootstrap interval (95 %)."""
+Memory: each way in a process of its own. The peak of its resident memory is set back just before the step
+(`/proc/self/clear_refs`), so that what was imported or allocated before does not count; the first step of the process
+is the one that is measured. On a GPU, torch's own peak. Time: both ways in turns in one process (a, b, b, a); each pair
+of neighbours gives a ratio; printed are the median and its bootstrap interval (95 %)."""
 
 import argparse
 import statistics
@@ -77,13 +79,35 @@ if __name__ == "__main__":
     if args.memory:
         print(memory(args, args.memory))
         sys.exit()
-    print(f"{device()}, {args.tokens:,} tokens, {args.words:,} words, width {args.width}, {args.dtype}, head {args.head}, {args.rounds} rounds")
+    print(
+        f"{device()}, {args.tokens:,} tokens, {args.words:,} words, width {args.width}, {args.dtype}, head "
+        f"{args.head}, {args.rounds} rounds"
+    )
     rows = []
     for share in [args.share] if args.share else (0.1, 0.25, 1.0):
         args.share = share
         same = [f"--{k}={getattr(args, k)}" for k in ("tokens", "words", "width", "share", "dtype", "head")]
-        p, h = (int(subprocess.run([sys.executable, __file__, f"--memory={way}", *same], capture_output=True, text=True, check=True).stdout) for way in WAYS)
+        p, h = (
+            int(
+                subprocess.run(
+                    [sys.executable, __file__, f"--memory={way}", *same], capture_output=True, text=True, check=True
+                ).stdout
+            )
+            for way in WAYS
+        )
         ratios, usual = times(args)
         low, high = interval(ratios)
-        rows.append([f"{share:.0%}", f"{p / 1e6:.0f}", f"{h / 1e6:.0f}", f"{h / p:.1%}", "≤ 10 %", met(h <= p / 10), f"{usual:.2f}", f"{statistics.median(ratios):.2f}", f"{low:.2f} … {high:.2f}"])
+        rows.append(
+            [
+                f"{share:.0%}",
+                f"{p / 1e6:.0f}",
+                f"{h / 1e6:.0f}",
+                f"{h / p:.1%}",
+                "≤ 10 %",
+                met(h <= p / 10),
+                f"{usual:.2f}",
+                f"{statistics.median(ratios):.2f}",
+                f"{low:.2f} … {high:.2f}",
+            ]
+        )
     table(["labels", "plain, MB", "here, MB", "memory", "target", "met", "plain, s", "time", "95 % interval"], rows)

@@ -5,7 +5,8 @@
     python benchmarks/run.py gpu --results gpu.json      on a machine with a CUDA card
     python benchmarks/run.py --fold gpu.json      and here: take over what was measured there
 
-`results.json` beside this file keeps every benchmark's output with its machine, versions and date; RESULTS.md is made from it and never edited."""
+`results.json` beside this file keeps every benchmark's output with its machine, versions and date; RESULTS.md is made
+from it and never edited."""
 
 import argparse
 import json
@@ -23,12 +24,24 @@ import psutil
 HERE = Path(__file__).parent
 BENCHMARKS = {  # name: (title, command)
     "startup": ("Start-up", ["startup.py", "--runs", "20"]),
-    "step-picture": ("A training step: a picture a row", ["step.py", "--only", "picture", "--batches", "5", "--epochs", "3"]),
+    "step-picture": (
+        "A training step: a picture a row",
+        ["step.py", "--only", "picture", "--batches", "5", "--epochs", "3"],
+    ),
     "step-page": ("A training step: a page a row", ["step.py", "--only", "page", "--batches", "4", "--epochs", "3"]),
-    "step-checkpointing": ("A training step with gradient checkpointing", ["step.py", "--only", "picture", "--checkpointing", "--batches", "4", "--epochs", "3"]),
+    "step-checkpointing": (
+        "A training step with gradient checkpointing",
+        ["step.py", "--only", "picture", "--checkpointing", "--batches", "4", "--epochs", "3"],
+    ),
     "step-lab": ("A training step of the lab model", ["step.py", "--only", "lab", "--batches", "12", "--epochs", "3"]),
-    "step-qwen": ("A training step beside TRL: Qwen2.5-VL", ["step.py", "--only", "qwen", "--batches", "3", "--epochs", "2"]),
-    "step-smolvlm": ("A training step beside TRL: SmolVLM", ["step.py", "--only", "smolvlm", "--batches", "3", "--epochs", "3"]),
+    "step-qwen": (
+        "A training step beside TRL: Qwen2.5-VL",
+        ["step.py", "--only", "qwen", "--batches", "3", "--epochs", "2"],
+    ),
+    "step-smolvlm": (
+        "A training step beside TRL: SmolVLM",
+        ["step.py", "--only", "smolvlm", "--batches", "3", "--epochs", "3"],
+    ),
     "loss": ("The loss of a long conversation", ["loss.py", "--rounds", "4"]),
     "data": ("Preparing rows", ["data.py", "--rounds", "2"]),
     "doctor": ("What the doctor costs", ["doctor.py", "--steps", "200"]),
@@ -40,7 +53,11 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl"
 def machine():
     "What it was run on, without names of hosts or folders."
     try:
-        cpu = next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        cpu = next(
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
     except (FileNotFoundError, StopIteration):
         cpu = platform.processor() or platform.machine()
     return f"{cpu}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}"
@@ -71,15 +88,30 @@ def run(name):
     done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{name} failed: python benchmarks/{' '.join(command)}")
-    return {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "seconds": round(time.perf_counter() - start), "machine": machine(), "versions": versions(),
-            "command": f"python benchmarks/{' '.join(command)}", "text": done.stdout.strip()}  # fmt: skip
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "seconds": round(time.perf_counter() - start),
+        "machine": machine(),
+        "versions": versions(),
+        "command": f"python benchmarks/{' '.join(command)}",
+        "text": done.stdout.strip(),
+    }
 
 
 def render(results):
     "RESULTS.md."
-    lines = ["# Results", "", "Made by `python benchmarks/run.py`, never by hand. What is compared, how and why is at the top of each script. Ratios come from one interleaved run;"
-             " under 1 is faster (or smaller) than the other."]  # fmt: skip
-    common = max({(r["machine"], r["versions"]) for r in results.values()}, key=[(r["machine"], r["versions"]) for r in results.values()].count, default=None)
+    lines = [
+        "# Results",
+        "",
+        "Made by `python benchmarks/run.py`, never by hand. What is compared, how and why is at the top of each "
+        "script. Ratios come from one interleaved run;"
+        " under 1 is faster (or smaller) than the other.",
+    ]
+    common = max(
+        {(r["machine"], r["versions"]) for r in results.values()},
+        key=[(r["machine"], r["versions"]) for r in results.values()].count,
+        default=None,
+    )
     if common:
         lines += ["", f"Machine: {common[0]}.", "", f"Versions: {common[1]}."]
     for name, (title, _) in BENCHMARKS.items():
@@ -112,7 +144,9 @@ def main():
             results[name] = found
         o.results.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     o.results.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    o.results.with_name("RESULTS.md" if o.results.name == "results.json" else f"{o.results.stem}.md").write_text(render(results), encoding="utf-8")
+    o.results.with_name("RESULTS.md" if o.results.name == "results.json" else f"{o.results.stem}.md").write_text(
+        render(results), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
-"""Our training step beside the step of the `Trainer` with PEFT, and beside TRL's `SFTTrainer`: whole training loops that take their steps in turns.
+"""Our training step beside the step of the `Trainer` with PEFT, and beside TRL's `SFTTrainer`: whole training loops
+that take their steps in turns.
 
-    python benchmarks/step.py --batches 6 --epochs 3 [--only page] [--checkpointing]
+python benchmarks/step.py --batches 6 --epochs 3 [--only page] [--checkpointing]
 
-Every arm is a training run of its own, in a thread of its own, and all are in one process: an arm takes one step and waits while each of the others
-takes the same one, in an order that rotates. A turn holds all that the loop does: batch, forward, backward, clipping, optimizer, log. Each step gives one
-ratio for every pair of arms; printed are medians over the first epoch and over all later ones, and bootstrap intervals (95 %). All arms start from
-the same weights, see the same batches, and log the same losses, which is asserted. Peak memory: each arm alone in a process of its own, over two steps.
+Every arm is a training run of its own, in a thread of its own, and all are in one process: an arm takes one step and
+waits while each of the others takes the same one, in an order that rotates. A turn holds all that the loop does: batch,
+forward, backward, clipping, optimizer, log. Each step gives one ratio for every pair of arms; printed are medians over
+the first epoch and over all later ones, and bootstrap intervals (95 %). All arms start from the same weights, see the
+same batches, and log the same losses, which is asserted. Peak memory: each arm alone in a process of its own, over two
+steps.
 
-The models are random. MiniCPM-V 2.6 scaled down: its vocabulary of 151,666, 64 queries, pictures of 448 x 448 in patches of 14, about 100 M weights. So
-small a model is mostly vocabulary (78 of 100 M), at 8 B it is a seventh; what the loss saves here is therefore an upper bound. A row holds 160 tokens of text,
-40 of them an answer, and one picture or a page (an overview and four slices). The samples in `data_samples` have fewer labels (`shares` counts
-them), and fewer labels would favour us. The plan is the default one: LoRA in the language model, the resampler in full. Plain PEFT gets the same layers.
+The models are random. MiniCPM-V 2.6 scaled down: its vocabulary of 151,666, 64 queries, pictures of 448 x 448 in
+patches of 14, about 100 M weights. So small a model is mostly vocabulary (78 of 100 M), at 8 B it is a seventh; what
+the loss saves here is therefore an upper bound. A row holds 160 tokens of text, 40 of them an answer, and one picture
+or a page (an overview and four slices). The samples in `data_samples` have fewer labels (`shares` counts them), and
+fewer labels would favour us. The plan is the default one: LoRA in the language model, the resampler in full. Plain PEFT
+gets the same layers.
 
-TRL is compared on models of transformers that it supports: Qwen2.5-VL and SmolVLM, scaled down likewise, LoRA alone, each with its own vocabulary. It is needed
-beside the package's own requirements (`pip install trl==1.16.0`); its loss does without all logits as well, on a GPU at labels alone, on a
-CPU at every position, so that only a GPU can compare the two fairly; it also logs entropy and accuracy of its tokens."""
+TRL is compared on models of transformers that it supports: Qwen2.5-VL and SmolVLM, scaled down likewise, LoRA alone,
+each with its own vocabulary. It is needed beside the package's own requirements (`pip install trl==1.16.0`); its loss
+does without all logits as well, on a GPU at labels alone, on a CPU at every position, so that only a GPU can compare
+the two fairly; it also logs entropy and accuracy of its tokens."""
 
 import argparse
 import copy
@@ -47,9 +53,22 @@ from vlm_lora_lab.train.run import PartTrainer, Schedule, fit
 TEXT = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2)
 EYES = dict(hidden_size=160, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4, image_size=448)
 SCALED = dict(version=2.6, vocab_size=151_666, query_num=64, resampler_num_heads=4, vision_config=EYES, **TEXT)
-QWEN = dict(text_config=dict(TEXT, vocab_size=151_936, rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}),
-            vision_config=dict(depth=6, hidden_size=160, out_hidden_size=256, intermediate_size=640, num_heads=4, fullatt_block_indexes=[2, 5]))  # fmt: skip
-SMOL = dict(text_config=dict(TEXT, model_type="llama", vocab_size=49_280), vision_config=dict(EYES, patch_size=14), scale_factor=4, image_token_id=49_190)
+QWEN = dict(
+    text_config=dict(
+        TEXT,
+        vocab_size=151_936,
+        rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
+    ),
+    vision_config=dict(
+        depth=6, hidden_size=160, out_hidden_size=256, intermediate_size=640, num_heads=4, fullatt_block_indexes=[2, 5]
+    ),
+)
+SMOL = dict(
+    text_config=dict(TEXT, model_type="llama", vocab_size=49_280),
+    vision_config=dict(EYES, patch_size=14),
+    scale_factor=4,
+    image_token_id=49_190,
+)
 WORDS, ANSWER = 160, 40  # tokens of text in a row, and those of them with a label
 
 
@@ -74,9 +93,16 @@ def text(places, words, token=None, length=None, answer=None):
 
 def minicpmv(pictures, rows):
     model = MiniCPMV(MiniCPMVConfig.from_dict(SCALED))
-    patches = lambda: [(torch.randn(3, 14, 1024 * 14), (32, 32)) for _ in range(pictures)]  # noqa: E731
+
+    def patches():
+        return [(torch.randn(3, 14, 1024 * 14), (32, 32)) for _ in range(pictures)]
+
     bound = [(64 * i, 64 * i + 64) for i in range(pictures)]
-    return model, [text(64 * pictures, 151_000) | {"patches": patches(), "image_bound": bound} for _ in range(rows)], Collator(0)
+    return (
+        model,
+        [text(64 * pictures, 151_000) | {"patches": patches(), "image_bound": bound} for _ in range(rows)],
+        Collator(0),
+    )
 
 
 def lab(rows):
@@ -92,25 +118,55 @@ def native(family, pictures, rows):
     places, words = (256, 151_000) if family == "qwen2_5_vl" else (64, 49_000)
     data = [text(places * pictures, words, config.image_token_id) for _ in range(rows)]
     for row in data:
-        row["pixels"] = torch.randn(1024 * pictures, 3 * 2 * 14 * 14) if family == "qwen2_5_vl" else torch.randn(1, pictures, 3, 448, 448)
+        row["pixels"] = (
+            torch.randn(1024 * pictures, 3 * 2 * 14 * 14)
+            if family == "qwen2_5_vl"
+            else torch.randn(1, pictures, 3, 448, 448)
+        )
 
     def collate(chosen):
         chosen = [data[r["row"]] if "row" in r else r for r in chosen]
         batch = {k: torch.tensor([r[k] for r in chosen]) for k in ("input_ids", "labels")}
-        batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), "pixel_values": torch.cat([r["pixels"] for r in chosen])}
+        batch |= {
+            "attention_mask": torch.ones_like(batch["input_ids"]),
+            "pixel_values": torch.cat([r["pixels"] for r in chosen]),
+        }
         if family == "qwen2_5_vl":
-            batch |= {"image_grid_thw": torch.tensor([[1, 32, 32]] * pictures * len(chosen)), "mm_token_type_ids": (batch["input_ids"] == config.image_token_id).long()}
+            batch |= {
+                "image_grid_thw": torch.tensor([[1, 32, 32]] * pictures * len(chosen)),
+                "mm_token_type_ids": (batch["input_ids"] == config.image_token_id).long(),
+            }
         return batch
 
     return model, data, collate
 
 
 SETTINGS = {  # name: (title, what makes it, its plan, arms)
-    "picture": ("MiniCPM-V 2.6 scaled down, a picture a row", lambda n: minicpmv(1, n), TuningPlan(), ("cache", "here", "plain")),
+    "picture": (
+        "MiniCPM-V 2.6 scaled down, a picture a row",
+        lambda n: minicpmv(1, n),
+        TuningPlan(),
+        ("cache", "here", "plain"),
+    ),
     "lab": ("The lab model, drawn numbers", lab, TuningPlan(), ("cache", "here", "plain")),
-    "page": ("MiniCPM-V 2.6 scaled down, a page a row", lambda n: minicpmv(5, n), TuningPlan(), ("cache", "here", "plain")),
-    "qwen": ("Qwen2.5-VL scaled down", lambda n: native("qwen2_5_vl", 1, n), TuningPlan(connector="freeze"), ("here", "trl", "plain")),
-    "smolvlm": ("SmolVLM scaled down", lambda n: native("smolvlm", 5, n), TuningPlan(connector="freeze"), ("cache", "here", "trl", "plain")),
+    "page": (
+        "MiniCPM-V 2.6 scaled down, a page a row",
+        lambda n: minicpmv(5, n),
+        TuningPlan(),
+        ("cache", "here", "plain"),
+    ),
+    "qwen": (
+        "Qwen2.5-VL scaled down",
+        lambda n: native("qwen2_5_vl", 1, n),
+        TuningPlan(connector="freeze"),
+        ("here", "trl", "plain"),
+    ),
+    "smolvlm": (
+        "SmolVLM scaled down",
+        lambda n: native("smolvlm", 5, n),
+        TuningPlan(connector="freeze"),
+        ("cache", "here", "trl", "plain"),
+    ),
 }
 SAID = {"cache": "here, with the cache", "here": "here, without", "plain": "Trainer + PEFT", "trl": "TRL"}
 
@@ -148,12 +204,23 @@ class Memory(TrainerCallback):
 def plain_peft(model, plan, like, weights=True):
     "The layers that `apply_plan` chose, named to PEFT as one would do without it; the same first matrices."
     config = next(iter(like.peft_config.values()))
-    names = lambda kind: [n.removeprefix("base_model.model.").partition(kind)[0] for n, _ in like.named_parameters() if kind in n]  # noqa: E731
-    lora = LoraConfig(r=plan.rank, lora_alpha=plan.alpha, lora_dropout=0.0, target_modules=sorted(set(names(".lora_A"))), modules_to_save=config.modules_to_save)
+
+    def names(kind):
+        return [n.removeprefix("base_model.model.").partition(kind)[0] for n, _ in like.named_parameters() if kind in n]
+
+    lora = LoraConfig(
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        lora_dropout=0.0,
+        target_modules=sorted(set(names(".lora_A"))),
+        modules_to_save=config.modules_to_save,
+    )
     wrapped = get_peft_model(model, lora)
     if weights:
         wrapped.load_state_dict(like.state_dict())
-    assert [n for n, p in wrapped.named_parameters() if p.requires_grad] == [n for n, p in like.named_parameters() if p.requires_grad]
+    assert [n for n, p in wrapped.named_parameters() if p.requires_grad] == [
+        n for n, p in like.named_parameters() if p.requires_grad
+    ]
     return wrapped
 
 
@@ -162,23 +229,66 @@ def run(arm, model, data, collate, steps, batch, checkpointing, callback, cache=
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(collate, Collator) and arm in ("cache", "here"):
             schedule = Schedule(max_steps=steps, batch_size=batch, learning_rate=1e-4, full_learning_rate=1e-4)
-            return fit(model, Rows(data), schedule, folder, log_every=1, checkpoint_activations=checkpointing, save=False, callbacks=[callback], cache=cache).losses
+            return fit(
+                model,
+                Rows(data),
+                schedule,
+                folder,
+                log_every=1,
+                checkpoint_activations=checkpointing,
+                save=False,
+                callbacks=[callback],
+                cache=cache,
+            ).losses
         shared = dict(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-4, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.01,
-            max_grad_norm=1.0, use_cpu=DEVICE == "cpu", seed=0, data_seed=0, gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
-            bf16=bf16, save_strategy="no", logging_steps=1, logging_first_step=True, report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-        )  # fmt: skip
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=1e-4,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            use_cpu=DEVICE == "cpu",
+            seed=0,
+            data_seed=0,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=bf16,
+            save_strategy="no",
+            logging_steps=1,
+            logging_first_step=True,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
         if arm == "trl":
             from datasets import Dataset
             from trl import SFTConfig, SFTTrainer
 
             config = SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
             rows = Dataset.from_dict({"row": list(range(len(data)))})
-            trainer = SFTTrainer(model, config, data_collator=collate, train_dataset=rows, processing_class=load_tokenizer("lab"), callbacks=[callback])
+            trainer = SFTTrainer(
+                model,
+                config,
+                data_collator=collate,
+                train_dataset=rows,
+                processing_class=load_tokenizer("lab"),
+                callbacks=[callback],
+            )
         else:
             own = (lambda *a, **k: PartTrainer(*a, full_rate=1e-4, **k)) if arm != "plain" else Trainer
-            trainer = own(model=model, args=TrainingArguments(**shared, prediction_loss_only=True), train_dataset=Rows(data), data_collator=collate, callbacks=[callback])
-        trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
+            trainer = own(
+                model=model,
+                args=TrainingArguments(**shared, prediction_loss_only=True),
+                train_dataset=Rows(data),
+                data_collator=collate,
+                callbacks=[callback],
+            )
+        trainer.callback_handler.callbacks = [
+            c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
+        ]
         if checkpointing:
             model.enable_input_require_grads()
         with cache.at(model) if cache else nullcontext():
@@ -193,7 +303,9 @@ def arms_of(setting, rows, chosen=None):
     model, data, collate = make(rows)
     empty, ours = copy.deepcopy(model), apply_plan(model, plan)
     arms = [a for a in arms if chosen in (None, a) and (a != "trl" or find_spec("trl"))]
-    models = {a: plain_peft(copy.deepcopy(empty), plan, ours) if a in ("plain", "trl") else copy.deepcopy(ours) for a in arms}
+    models = {
+        a: plain_peft(copy.deepcopy(empty), plan, ours) if a in ("plain", "trl") else copy.deepcopy(ours) for a in arms
+    }
     return title, {a: m.to(DEVICE) for a, m in models.items()}, data, collate
 
 
@@ -201,7 +313,10 @@ def eyes(model, batch, rounds=3):
     "The vision tower's share of a forward pass, with chapter 50's loss."
     took, base = [], model.get_base_model()
     tower = base.get_submodule(layout_of(model).vision[0])
-    hooks = [tower.register_forward_pre_hook(lambda *a: took.append(now())), tower.register_forward_hook(lambda *a: took.append(now()))]
+    hooks = [
+        tower.register_forward_pre_hook(lambda *a: took.append(now())),
+        tower.register_forward_hook(lambda *a: took.append(now())),
+    ]
     model.train()
     with label_only(model), torch.no_grad():
         whole = [seconds(lambda: model(**{k: v.to(DEVICE) for k, v in batch.items()})) for _ in range(rounds + 1)][1:]
@@ -213,14 +328,28 @@ def eyes(model, batch, rounds=3):
 def in_turns(setting, batches, epochs, batch, checkpointing):
     title, models, data, collate = arms_of(setting, batches * batch)
     seen, names, steps = eyes(next(iter(models.values())), collate(data[:batch])), list(models), batches * epochs
-    order = [a for k in range(steps) for a in (names[k % len(names) :] + names[: k % len(names)] if len(names) > 2 or k % 2 else names[::-1])]
+    order = [
+        a
+        for k in range(steps)
+        for a in (names[k % len(names) :] + names[: k % len(names)] if len(names) > 2 or k % 2 else names[::-1])
+    ]
     order[: len(names)] = names
     turns, cache = {a: Turns(a, order) for a in names}, VisionCache()
 
     def one(arm):
         try:
             turns[arm].wait()
-            return run(arm, models[arm], data, collate, steps, batch, checkpointing, turns[arm], cache if arm == "cache" else None)
+            return run(
+                arm,
+                models[arm],
+                data,
+                collate,
+                steps,
+                batch,
+                checkpointing,
+                turns[arm],
+                cache if arm == "cache" else None,
+            )
         except BaseException:  # also Ctrl-C: the other arms must not wait for their turn; it is raised again
             with Turns.gate:
                 order[:] = [None]
@@ -235,43 +364,90 @@ def in_turns(setting, batches, epochs, batch, checkpointing):
         losses = {a: f.result() for a, f in futures.items()}
     for k, row in enumerate(zip(*losses.values())):
         assert max(row) - min(row) <= 2e-3 * max(row), (k, losses)
-    sizes = [statistics.mean(len(r["input_ids"]) for r in data), statistics.mean(sum(x != -100 for x in r["labels"]) for r in data)]
+    sizes = [
+        statistics.mean(len(r["input_ids"]) for r in data),
+        statistics.mean(sum(x != -100 for x in r["labels"]) for r in data),
+    ]
     return title, seen, {a: t.seconds for a, t in turns.items()}, cache, sizes
 
 
 def peak(setting, arm, batch, checkpointing):
-    same = ["--only", setting, "--memory", arm, "--batch-size", str(batch), *(["--checkpointing"] if checkpointing else []), *(["--tiny"] if TINY else [])]
-    return int(subprocess.run([sys.executable, __file__, *same], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    same = [
+        "--only",
+        setting,
+        "--memory",
+        arm,
+        "--batch-size",
+        str(batch),
+        *(["--checkpointing"] if checkpointing else []),
+        *(["--tiny"] if TINY else []),
+    ]
+    return int(
+        subprocess.run(
+            [sys.executable, __file__, *same], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
+    )
 
 
 def shares():
-    "Labels among the tokens of our own samples, as MiniCPM-V 2.6 would be given them (64 queries, the lab's tokenizer)."
+    """Labels among the tokens of our own samples, as MiniCPM-V 2.6 would be given them (64 queries, the lab's
+    tokenizer)."""
     process, found = Processor(load_tokenizer("lab"), 64, 14, 448, True), []
     for file in (samples_folder() / "mixed.json", samples_folder() / "handwriting" / "test.json"):
         rows = [process.measure(c) for c in read_conversations(file)[:50]]
-        found.append(f"{file.parent.name}/{file.name} {sum(sum(x != -100 for x in r.labels) for r in rows) / sum(len(r.input_ids) for r in rows):.1%}")
+        found.append(
+            f"{file.parent.name}/{file.name} "
+            f"{sum(sum(x != -100 for x in r.labels) for r in rows) / sum(len(r.input_ids) for r in rows):.1%}"
+        )
     return ", ".join(found)
 
 
 def report(setting, batches, epochs, batch, checkpointing):
     title, seen, took, cache, sizes = in_turns(setting, batches, epochs, batch, checkpointing)
-    print(f"\n**{title}**, batch {batch}, {sizes[0]:.0f} tokens a row, {sizes[1] / sizes[0]:.0%} of them with labels, {'with' if checkpointing else 'without'} checkpointing; the vision tower is {seen:.0%} of a forward pass"
-          + (f"; {cache}" if "cache" in took else ""))  # fmt: skip
+    print(
+        f"\n**{title}**, batch {batch}, {sizes[0]:.0f} tokens a row, {sizes[1] / sizes[0]:.0%} of them with labels, "
+        f"{'with' if checkpointing else 'without'} checkpointing; the vision tower is {seen:.0%} of a forward pass"
+        + (f"; {cache}" if "cache" in took else "")
+    )
     rows = []
-    for a, b in [(a, b) for a in ("cache", "here") for b in ("plain", "trl", "here") if a in took and b in took and a != b]:
+    for a, b in [
+        (a, b) for a in ("cache", "here") for b in ("plain", "trl", "here") if a in took and b in took and a != b
+    ]:
         for epoch, part in (("first", slice(1, batches)), ("later", slice(batches, None))):
-            target = None if b != "plain" or epoch == "first" else None if setting == "lab" else 0.8 if a == "here" else 0.5 if seen >= 0.5 else None
-            rows.append([f"{SAID[a]} / {SAID[b]}", epoch, f"{1000 * statistics.median(took[b][part]):.0f}", *ratio([x / y for x, y in zip(took[a][part], took[b][part])], target)])
+            target = (
+                None
+                if b != "plain" or epoch == "first"
+                else None
+                if setting == "lab"
+                else 0.8
+                if a == "here"
+                else 0.5
+                if seen >= 0.5
+                else None
+            )
+            rows.append(
+                [
+                    f"{SAID[a]} / {SAID[b]}",
+                    epoch,
+                    f"{1000 * statistics.median(took[b][part]):.0f}",
+                    *ratio([x / y for x, y in zip(took[a][part], took[b][part])], target),
+                ]
+            )
     table(["step", "epoch", "the other's step, ms", *RATIO], rows)
     peaks = {a: peak(setting, a, batch, checkpointing) for a in took}
-    table(["peak memory of two steps", "MB", "ratio to Trainer + PEFT"], [[SAID[a], f"{p / 1e6:.0f}", f"{p / peaks['plain']:.2f}"] for a, p in peaks.items()])
+    table(
+        ["peak memory of two steps", "MB", "ratio to Trainer + PEFT"],
+        [[SAID[a], f"{p / 1e6:.0f}", f"{p / peaks['plain']:.2f}"] for a, p in peaks.items()],
+    )
 
 
 TINY = "--tiny" in sys.argv
 if TINY:
     WORDS, ANSWER = 24, 6
     for values in (TEXT, SCALED, QWEN["text_config"], SMOL["text_config"]):
-        values |= dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+        values |= dict(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+        )
     QWEN["text_config"]["rope_parameters"] = QWEN["text_config"]["rope_parameters"] | {"mrope_section": [4, 6, 6]}
     QWEN["vision_config"] |= dict(depth=1, out_hidden_size=64, fullatt_block_indexes=[0])
     for values in (EYES, SMOL["vision_config"]):
@@ -287,11 +463,24 @@ if __name__ == "__main__":
     parser.add_argument("--tiny", action="store_true", help="models that prove nothing, to see that all runs")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     o = parser.parse_args()
-    size = lambda setting: o.batch_size or (8 if setting == "lab" else 2)  # noqa: E731
+
+    def size(setting):
+        return o.batch_size or (8 if setting == "lab" else 2)
+
     if o.memory:
         _, models, data, collate = arms_of(o.only, 2 * size(o.only), o.memory)
         memory = Memory()
-        run(o.memory, models[o.memory], data, collate, 2, size(o.only), o.checkpointing, memory, VisionCache() if o.memory == "cache" else None)
+        run(
+            o.memory,
+            models[o.memory],
+            data,
+            collate,
+            2,
+            size(o.only),
+            o.checkpointing,
+            memory,
+            VisionCache() if o.memory == "cache" else None,
+        )
         print(memory.peak.nbytes)
         sys.exit()
     print(f"{device()}, {o.batches} batches, {o.epochs} epochs. Labels in our samples: {shares()}.")

@@ -1,4 +1,5 @@
-"""Read a chapter for the site: without directives, hidden cells and Colab's install cell; with a reference of what it exports."""
+"""Read a chapter for the site: without directives, hidden cells and Colab's install cell; with a reference of what it
+exports."""
 
 import ast
 import io
@@ -40,9 +41,17 @@ def read(text, front):
         shown.append(cell)
     if module and (reference := "\n\n".join(_reference("\n\n".join(exported)))):
         title = f"## Reference\n\n```{{py:module}} vlm_lora_lab.{module}\n:synopsis: {_promise(shown)}\n```\n\n"
-        shown.append(nbformat.v4.new_markdown_cell(f"{title}What this chapter exports, as `vlm_lora_lab.{module}`:\n\n{reference}"))
+        shown.append(
+            nbformat.v4.new_markdown_cell(
+                f"{title}What this chapter exports, as `vlm_lora_lab.{module}`:\n\n{reference}"
+            )
+        )
     elif shown[0].source.startswith(f"# {front}\n"):
-        shown.append(nbformat.v4.new_markdown_cell("## Reference\n\n{ref}`Every function and class <genindex>` · {ref}`every module <modindex>`"))
+        shown.append(
+            nbformat.v4.new_markdown_cell(
+                "## Reference\n\n{ref}`Every function and class <genindex>` · {ref}`every module <modindex>`"
+            )
+        )
     notebook.cells = shown
     return notebook
 
@@ -53,14 +62,32 @@ def _promise(cells):
 
 def _reference(source):
     "A directive for each public function and class of a module's source."
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
-    comments = {line: text for line, text in comments.items() if not PRAGMA.match(text)}
+    comments = _comments(source)
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield _directive("function", node, comments)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            inner = [_directive("method", n, comments) for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+            inner = [
+                _directive("method", n, comments)
+                for n in node.body
+                if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")
+            ]
             yield _directive("class", node, comments, inner)
+
+
+def _comments(source):
+    "line -> what is said of it: behind it, or in the lines of comment above it."
+    behind, above, lines = {}, [], source.splitlines()
+    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+        if t.type == tokenize.COMMENT and not PRAGMA.match(text := t.string.lstrip("# ")):
+            if lines[t.start[0] - 1].lstrip().startswith("#"):
+                above.append(text)
+            else:
+                behind[t.start[0]] = text
+        elif above and t.type not in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            behind.setdefault(t.start[0], " ".join(above))
+            above = []
+    return behind
 
 
 def _directive(kind, node, comments, inner=()):
@@ -68,8 +95,14 @@ def _directive(kind, node, comments, inner=()):
     if kind == "class":
         made = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")]
-        signature = f"({_arguments(made)})" if made else "(" + ", ".join(f.target.id for f in fields) + ")" if fields else ""
-        rows = _rows(made, comments) if made else [(f.target.id, comments.get(f.end_lineno, "")) for f in fields]
+        signature = (
+            f"({_arguments(made)})" if made else "(" + ", ".join(f.target.id for f in fields) + ")" if fields else ""
+        )
+        rows = (
+            _rows(made, comments)
+            if made
+            else [(f.target.id, comments.get(f.end_lineno) or comments.get(f.lineno, "")) for f in fields]
+        )
         options = []
     else:
         marks = {ast.unparse(d) for d in node.decorator_list}
@@ -83,7 +116,9 @@ def _directive(kind, node, comments, inner=()):
     if kind != "class" and (given := _given(node, comments)):
         body.insert(2, f"Gives {given}" if kind != "property" else given)
     fence = "`" * (4 if inner else 3)
-    return "\n".join([f"{fence}{{py:{kind}}} {node.name}{signature}", *options, "", "\n\n".join(filter(None, body)), fence])
+    return "\n".join(
+        [f"{fence}{{py:{kind}}} {node.name}{signature}", *options, "", "\n\n".join(filter(None, body)), fence]
+    )
 
 
 def _arguments(node):
@@ -102,15 +137,29 @@ def _rows(node, comments):
     args = node.args
     every = [*args.posonlyargs, *args.args, *filter(None, [args.vararg]), *args.kwonlyargs, *filter(None, [args.kwarg])]
     ends = {a.arg: a.end_lineno for a in every}
-    for a, default in [*zip(reversed(args.posonlyargs + args.args), reversed(args.defaults)), *zip(args.kwonlyargs, args.kw_defaults)]:
+    for a, default in [
+        *zip(reversed(args.posonlyargs + args.args), reversed(args.defaults)),
+        *zip(args.kwonlyargs, args.kw_defaults),
+    ]:
         ends[a.arg] = default.end_lineno if default else ends[a.arg]
     lines = list(ends.values())
-    return [(name, comments.get(line, "")) for name, line in ends.items() if line > node.lineno and lines.count(line) == 1]
+    return [
+        (name, comments.get(line, "")) for name, line in ends.items() if line > node.lineno and lines.count(line) == 1
+    ]
 
 
 def _given(node, comments):
     "What is said after the closing bracket: the result."
-    last = max([node.lineno - 1, *(line for _, line in [(a.arg, a.end_lineno) for a in ast.walk(node.args) if isinstance(a, ast.arg)] if line > node.lineno)])
+    last = max(
+        [
+            node.lineno - 1,
+            *(
+                line
+                for _, line in [(a.arg, a.end_lineno) for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+                if line > node.lineno
+            ),
+        ]
+    )
     return next((comments[line] for line in range(last + 1, node.body[0].lineno) if line in comments), "")
 
 

@@ -1,4 +1,6 @@
-"""The site: the notebooks of nbs/ with the outputs they keep, nothing run. `python -m sphinx -W -c docs nbs _docs/html` builds it."""
+"""The site: the notebooks of nbs/ with the outputs they keep, nothing run.
+
+`python -m sphinx -W -c docs nbs _docs/html` builds it."""
 
 import sys
 from configparser import ConfigParser
@@ -33,4 +35,8 @@ html_css_files = ["site.css"]
 html_favicon = str(here / "_static" / "favicon.svg")
 html_copy_source = False
 html_math_renderer = "mathml"  # from chapters.py: browsers draw it themselves, nothing is fetched
-html_theme_options = {"source_repository": facts["git_url"], "source_branch": facts["branch"], "source_directory": "nbs/"}
+html_theme_options = {
+    "source_repository": facts["git_url"],
+    "source_branch": facts["branch"],
+    "source_directory": "nbs/",
+}

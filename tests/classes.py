@@ -1,9 +1,11 @@
-"""Which of transformers' image-text classes are taken apart by their structure: built without weights, from their own defaults.
+"""Which of transformers' image-text classes are taken apart by their structure: built without weights, from their own
+defaults.
 
-    python tests/classes.py               print the table, and write it to tests/CLASSES.md
+python tests/classes.py print the table, and write it to tests/CLASSES.md
 
-The defaults of some classes contradict themselves (a vision tower that writes wider vectors than its language model reads), or leave the vision tower out;
-`repaired` and `GIVEN` say what is changed then. `tests/test_classes.py` holds some of them, and under `-m slow` the whole table."""
+The defaults of some classes contradict themselves (a vision tower that writes wider vectors than its language model
+reads), or leave the vision tower out; `repaired` and `GIVEN` say what is changed then. `tests/test_classes.py` holds
+some of them, and under `-m slow` the whole table."""
 
 import sys
 from collections import Counter
@@ -22,7 +24,7 @@ GIVEN = {  # model_type -> what its defaults leave out
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}, "audio_config": None},
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False}},
     "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
-}  # fmt: skip
+}
 WORKS, LOAD, REFUSED, BROKEN = "taken apart", "registered", "refused", "not built"
 
 
@@ -45,7 +47,9 @@ def told(kind):
     try:
         model = on_meta(repaired(kind))
     except (InputError, *UNUSABLE) as e:
-        return BROKEN, " ".join(str(e).split()).removeprefix("configuration: no model can be built from this configuration: ").partition(". Compare")[0]
+        return BROKEN, " ".join(str(e).split()).removeprefix(
+            "configuration: no model can be built from this configuration: "
+        ).partition(". Compare")[0]
     try:
         layout = FAMILIES.get(kind) or infer_layout(model)
         total = count(model)
@@ -60,11 +64,25 @@ def table():
     "Every class, as Markdown, with the counts above it."
     rows = {kind: told(kind) for kind in kinds()}
     number = Counter(what for what, _ in rows.values())
-    lines = ["# transformers' image-text classes, taken apart", "", "Made by `python tests/classes.py`: each class is built without weights from its defaults, and the default plan is previewed on it.",
-             "`registered`: a line of the package says where its parts are. `not built`: its defaults contradict themselves or need another library; a real configuration may do.", "",
-             f"{len(rows)} classes: " + ", ".join(f"{number[k]} {k}" for k in (LOAD, WORKS, REFUSED, BROKEN)) + ".", "",
-             "| model_type | what becomes of it | parts, or why not |", "|---|---|---|"]  # fmt: skip
-    return "\n".join([*lines, *(f"| {kind} | {what} | {why.replace('|', ' ')} |" for kind, (what, why) in sorted(rows.items()))]) + "\n"
+    lines = [
+        "# transformers' image-text classes, taken apart",
+        "",
+        "Made by `python tests/classes.py`: each class is built without weights from its defaults, and the default "
+        "plan is previewed on it.",
+        "`registered`: a line of the package says where its parts are. `not built`: its defaults contradict themselves "
+        "or need another library; a real configuration may do.",
+        "",
+        f"{len(rows)} classes: " + ", ".join(f"{number[k]} {k}" for k in (LOAD, WORKS, REFUSED, BROKEN)) + ".",
+        "",
+        "| model_type | what becomes of it | parts, or why not |",
+        "|---|---|---|",
+    ]
+    return (
+        "\n".join(
+            [*lines, *(f"| {kind} | {what} | {why.replace('|', ' ')} |" for kind, (what, why) in sorted(rows.items()))]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests compare bits on a CPU
-os.environ.setdefault("VLM_LORA_LAB_HASHES", f"{tempfile.gettempdir()}/vlm_lora_lab_hashes")  # and not in the user's cache
+# and not in the user's cache
+os.environ.setdefault("VLM_LORA_LAB_HASHES", f"{tempfile.gettempdir()}/vlm_lora_lab_hashes")
 
 
 @pytest.fixture(scope="session")

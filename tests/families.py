@@ -1,7 +1,8 @@
 """A tiny random model and a batch with a picture for every family the package knows; used by several tests.
 
-Each is the stand-in of a published checkpoint (`standins.py`): every field of its config.json but sizes and the ids of a smaller vocabulary is the published one.
-What is altered on top, so that pictures are small, stands in `ALTERED` and `SMALL_PICTURES`."""
+Each is the stand-in of a published checkpoint (`standins.py`): every field of its config.json but sizes and the ids of
+a smaller vocabulary is the published one. What is altered on top, so that pictures are small, stands in `ALTERED` and
+`SMALL_PICTURES`."""
 
 import json
 import shutil
@@ -19,18 +20,33 @@ from vlm_lora_lab.models.published import model_config
 from vlm_lora_lab.models.qwenvl import QwenVL
 
 OURS = {
-    "minicpmv-2.0": "openbmb/MiniCPM-V-2", "minicpmv-2.5": "openbmb/MiniCPM-Llama3-V-2_5", "minicpmv-2.6": "openbmb/MiniCPM-V-2_6", "minicpmv-4.0": "openbmb/MiniCPM-V-4",
-    "minicpmv-4.5": "openbmb/MiniCPM-V-4_5", "minicpmo-2.6": "openbmb/MiniCPM-o-2_6", "qwen": "Qwen/Qwen-VL-Chat",
-}  # fmt: skip
+    "minicpmv-2.0": "openbmb/MiniCPM-V-2",
+    "minicpmv-2.5": "openbmb/MiniCPM-Llama3-V-2_5",
+    "minicpmv-2.6": "openbmb/MiniCPM-V-2_6",
+    "minicpmv-4.0": "openbmb/MiniCPM-V-4",
+    "minicpmv-4.5": "openbmb/MiniCPM-V-4_5",
+    "minicpmo-2.6": "openbmb/MiniCPM-o-2_6",
+    "qwen": "Qwen/Qwen-VL-Chat",
+}
 NATIVE = {
-    "minicpmv4_6": "openbmb/MiniCPM-V-4.6", "minicpmv4_7": "openbmb/MiniCPM-V-4.7-1B", "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct", "qwen2_5_vl": "Qwen/Qwen2.5-VL-3B-Instruct",
-    "qwen3_vl": "Qwen/Qwen3-VL-2B-Instruct", "idefics2": "HuggingFaceM4/idefics2-8b", "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3", "smolvlm": "HuggingFaceTB/SmolVLM-256M-Instruct",
-    "llava": "llava-hf/llava-1.5-7b-hf", "llava_onevision": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "internvl": "OpenGVLab/InternVL3-1B-hf",
-    "gemma3": "google/gemma-3-4b-it", "paligemma": "google/paligemma-3b-pt-224",
-}  # fmt: skip
+    "minicpmv4_6": "openbmb/MiniCPM-V-4.6",
+    "minicpmv4_7": "openbmb/MiniCPM-V-4.7-1B",
+    "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2_5_vl": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen3_vl": "Qwen/Qwen3-VL-2B-Instruct",
+    "idefics2": "HuggingFaceM4/idefics2-8b",
+    "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+    "smolvlm": "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "llava_onevision": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    "internvl": "OpenGVLab/InternVL3-1B-hf",
+    "gemma3": "google/gemma-3-4b-it",
+    "paligemma": "google/paligemma-3b-pt-224",
+}
 STAND_INS = OURS | NATIVE  # family -> the published checkpoint that its stand-in is like
 FAMILIES = [*STAND_INS]
-# What differs from the published files besides sizes: pictures of 4 x 4 patches where a tower knows one size only, and 16 vectors or fewer of each.
+# What differs from the published files besides sizes: pictures of 4 x 4 patches where a tower knows one size only, and
+# 16 vectors or fewer of each.
 ALTERED = {
     **{f: {"query_num": 16} for f in OURS},
     "qwen": {"visual": {"image_size": 56, "n_queries": 16}},
@@ -40,7 +56,7 @@ ALTERED = {
     "internvl": {"vision_config": {"image_size": [56, 56]}, "image_seq_length": 4},
     "gemma3": {"vision_config": {"image_size": 56}, "mm_tokens_per_image": 4},
     "paligemma": {"vision_config": {"image_size": 56, "num_image_tokens": 16}, "text_config": {"num_image_tokens": 16}},
-}  # fmt: skip
+}
 
 
 @cache
@@ -56,7 +72,9 @@ def made(name, seed=0, dtype=None):
 
 @cache
 def _made(name, seed, dtype):
-    return stand_in(name, Path(_place().name) / f"{name.rpartition('/')[2]}-{seed}-{dtype}", small=True, seed=seed, dtype=dtype)
+    return stand_in(
+        name, Path(_place().name) / f"{name.rpartition('/')[2]}-{seed}-{dtype}", small=True, seed=seed, dtype=dtype
+    )
 
 
 def altered(values, changes):
@@ -76,10 +94,12 @@ def written(folder, file, changes):
 
 # Fewer pixels than published, so that a picture is a handful of patches.
 SMALL_PICTURES = {
-    "qwen2_vl": {"min_pixels": 56 * 56, "max_pixels": 112 * 112}, "qwen2_5_vl": {"min_pixels": 56 * 56, "max_pixels": 112 * 112},
+    "qwen2_vl": {"min_pixels": 56 * 56, "max_pixels": 112 * 112},
+    "qwen2_5_vl": {"min_pixels": 56 * 56, "max_pixels": 112 * 112},
     "qwen3_vl": {"size": {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}},
-    "minicpmv4_6": {"scale_resolution": 112, "max_slice_nums": 4}, "minicpmv4_7": {"scale_resolution": 112, "max_slice_nums": 4},
-}  # fmt: skip
+    "minicpmv4_6": {"scale_resolution": 112, "max_slice_nums": 4},
+    "minicpmv4_7": {"scale_resolution": 112, "max_slice_nums": 4},
+}
 
 
 def native_folder(family, folder, seed=0, dtype=None):
@@ -106,14 +126,21 @@ def tiny_model(family, seed=0, **changes):
     "A small random model in which nothing is left at zero, so that every part matters."
     config = tiny_config(family, **changes)
     torch.manual_seed(seed)
-    model = (MiniCPMV if isinstance(config, MiniCPMVConfig) else QwenVL)(config) if family in OURS else AutoModelForImageTextToText.from_config(config)
+    model = (
+        (MiniCPMV if isinstance(config, MiniCPMVConfig) else QwenVL)(config)
+        if family in OURS
+        else AutoModelForImageTextToText.from_config(config)
+    )
     return random_weights(model.float())
 
 
 def _pictures(family, model):
     "What the family's model wants to see of one picture, and how many tokens it becomes."
     g = torch.Generator().manual_seed(1)
-    rand = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g)
+
     if family in ("minicpmv4_6", "minicpmv4_7"):
         return dict(pixel_values=rand(1, 3, 14, 16 * 14), target_sizes=torch.tensor([[4, 4]])), 1
     if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
@@ -136,15 +163,25 @@ def batch_of(family, model):
     if family in OURS:
         ids = torch.randint(3, 290, (1, 28), generator=g)
         pixels = (1, 3, 56, 56) if family == "qwen" else (1, 3, 14, 12 * 14)
-        batch = dict(input_ids=ids, pixel_values=torch.randn(pixels, generator=g), image_bound=torch.tensor([[0, 2, 18]]))
+        batch = dict(
+            input_ids=ids, pixel_values=torch.randn(pixels, generator=g), image_bound=torch.tensor([[0, 2, 18]])
+        )
         if family != "qwen":
             batch["tgt_sizes"] = torch.tensor([[4, 3]])
-        return batch | {"labels": torch.where(torch.arange(28) >= 20, ids, -100), "attention_mask": torch.ones_like(ids)}
+        return batch | {
+            "labels": torch.where(torch.arange(28) >= 20, ids, -100),
+            "attention_mask": torch.ones_like(ids),
+        }
     pictures, tokens = _pictures(family, model)
     ids = torch.randint(3, 290, (1, tokens + 12), generator=g)
     place = tiny_config(family).image_token_id
     ids[:, 2 : 2 + tokens] = place
-    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.where(torch.arange(ids.shape[1]) >= tokens + 4, ids, -100), **pictures)
+    batch = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=torch.where(torch.arange(ids.shape[1]) >= tokens + 4, ids, -100),
+        **pictures,
+    )
     if family in ("gemma3", "paligemma", "minicpmv4_7", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         batch["token_type_ids" if family in ("gemma3", "paligemma") else "mm_token_type_ids"] = (ids == place).long()
     return batch

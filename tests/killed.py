@@ -1,8 +1,10 @@
-"""Train, be killed, go on: a run that is killed again and again at random moments, in children of one process that has imported everything.
+"""Train, be killed, go on: a run that is killed again and again at random moments, in children of one process that has
+imported everything.
 
-    python tests/killed.py FOLDER KILLS SEED
+python tests/killed.py FOLDER KILLS SEED
 
-Prints one line of JSON for each child, and at the end whether model and optimizer are those of a run that nobody killed."""
+Prints one line of JSON for each child, and at the end whether model and optimizer are those of a run that nobody
+killed."""
 
 import json
 import os
@@ -70,9 +72,22 @@ def kill_and_look(folder, steps, told, patience):
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     lines = [line.split() for line in told.read_text().splitlines()]
-    left, torn = last_checkpoint(folder), [p.name for p in folder.glob("checkpoint-*") if not (p / "trainer_state.json").exists()]
-    number = lambda p: int(p.name.split("-")[1]) if p else 0  # noqa: E731
-    return {"from": number(stood), "began": int(lines[0][1]), "done": int(lines[-1][1]), "kept": number(left), "torn": torn, "killed": os.WIFSIGNALED(status)}
+    left, torn = (
+        last_checkpoint(folder),
+        [p.name for p in folder.glob("checkpoint-*") if not (p / "trainer_state.json").exists()],
+    )
+
+    def number(p):
+        return int(p.name.split("-")[1]) if p else 0
+
+    return {
+        "from": number(stood),
+        "began": int(lines[0][1]),
+        "done": int(lines[-1][1]),
+        "kept": number(left),
+        "torn": torn,
+        "killed": os.WIFSIGNALED(status),
+    }
 
 
 def same(a, b):
@@ -93,7 +108,12 @@ def main(place, kills, seed):
     ends = [last_checkpoint(p) for p in (whole, broken)]
     models = [load_file(e / "adapter_model.safetensors") for e in ends]
     optimizers = [torch.load(e / "optimizer.pt", weights_only=True) for e in ends]
-    print(json.dumps({"steps": [int(e.name.split("-")[1]) for e in ends], "model": same(*models), "optimizer": same(*optimizers)}), flush=True)
+    print(
+        json.dumps(
+            {"steps": [int(e.name.split("-")[1]) for e in ends], "model": same(*models), "optimizer": same(*optimizers)}
+        ),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Install the wheel in fresh environments and use it there: each Python of settings.ini that is found, with the lowest and the newest releases it admits.
+"""Install the wheel in fresh environments and use it there: each Python of settings.ini that is found, with the lowest
+and the newest releases it admits.
 
     python tests/matrix.py                          all of it; writes tests/MATRIX.md
     python tests/matrix.py --only 3.11              one Python, or one row: --only 3.11-lowest; the other rows of the table stay
@@ -7,8 +8,9 @@ lowest       the bounds themselves of torch, transformers and peft in settings.i
 newest       what `pip install` takes today
 constraints  constraints.txt, on the Python that it was made on
 
-In each environment: pip check, --version, twenty steps of the demo, and tests that run against the installed package, in a folder where there is no checkout.
-pip's own configuration decides where packages come from; on Linux without a card, an index with CPU builds of torch saves gigabytes for each row."""
+In each environment: pip check, --version, twenty steps of the demo, and tests that run against the installed package,
+in a folder where there is no checkout. pip's own configuration decides where packages come from; on Linux without a
+card, an index with CPU builds of torch saves gigabytes for each row."""
 
 import argparse
 import json
@@ -28,7 +30,18 @@ TABLE = ROOT / "tests" / "MATRIX.md"
 BOUND = ("torch", "transformers", "peft")
 SHOWN = (*BOUND, "accelerate", "bitsandbytes", "huggingface_hub")
 # Models, data, plans, training, saving and merging, for every family: what changes first when a library changes.
-TESTS = ("families", "golden_minicpmv", "golden_qwenvl", "train_families", "checkpoint", "lora_linear", "plan", "tokenizer", "data_batch", "data_native")
+TESTS = (
+    "families",
+    "golden_minicpmv",
+    "golden_qwenvl",
+    "train_families",
+    "checkpoint",
+    "lora_linear",
+    "plan",
+    "tokenizer",
+    "data_batch",
+    "data_native",
+)
 HEAD = ["Python", "versions", *SHOWN, "install", "pip check", "--version", "demo", "tests", "minutes", "date"]
 
 
@@ -42,9 +55,19 @@ def interpreters(wanted):
     "Python version -> its interpreter: on PATH, or one of pyenv's."
     found = {}
     for v in wanted:
-        places = [shutil.which(f"python{v}"), *sorted(map(str, (Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions").glob(f"{v}.*/bin/python")))]
+        places = [
+            shutil.which(f"python{v}"),
+            *sorted(
+                map(
+                    str,
+                    (Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions").glob(f"{v}.*/bin/python"),
+                )
+            ),
+        ]
         for place in filter(None, places):
-            said = subprocess.run([place, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True)
+            said = subprocess.run(
+                [place, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True
+            )
             if said.stdout.strip() == v:  # a shim of pyenv lies on PATH and starts nothing
                 found[v] = place
                 break
@@ -67,8 +90,13 @@ def step(title, command, place, **more):
     "What a command printed; its last lines and `Failed` if it failed."
     start = time.perf_counter()
     print(f"  {title} …", end=" ", flush=True)
-    done = subprocess.run([str(c) for c in command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
-    print(f"{'ok' if done.returncode == 0 else f'status {done.returncode}'}, {time.perf_counter() - start:.0f} s", flush=True)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
+    )
+    print(
+        f"{'ok' if done.returncode == 0 else f'status {done.returncode}'}, {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
     if done.returncode:
         print("".join(f"    {line}\n" for line in done.stdout.splitlines()[-40:]), flush=True)
         raise Failed(title)
@@ -77,7 +105,10 @@ def step(title, command, place, **more):
 
 def one(wheel, python, limit, place):
     "One environment: column -> what its row says."
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")} | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")} | {
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+    }
     (place / "limits.txt").write_text(limit, encoding="utf-8")
     shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", place)  # pytest's settings
@@ -93,16 +124,25 @@ def one(wheel, python, limit, place):
         said = step("--version", [inside, "-m", "vlm_lora_lab", "--version"], place, env=environment)
         print("".join(f"    {line}\n" for line in said.splitlines()), end="")
         row |= {p: re.search(rf"^{p} +(\S+)", said, re.M)[1] for p in SHOWN} | {"--version": "ok", "demo": "FAILED"}
-        step("demo, 20 steps", [inside.with_name("vlm-lora-lab"), "demo", "--steps", "20", "--output", place / "demo"], place, env=environment)
+        step(
+            "demo, 20 steps",
+            [inside.with_name("vlm-lora-lab"), "demo", "--steps", "20", "--output", place / "demo"],
+            place,
+            env=environment,
+        )
         same = json.loads((place / "demo" / "report.json").read_text(encoding="utf-8"))["same_model"]
         if not (same["ok"] and all(same["same_answers"].values())):
             raise Failed(f"the demo's report says {same}")
         row |= {"demo": "ok", "tests": "FAILED"}
         step("pytest", [*pip, "pytest", "scikit-learn", "tiktoken", "sentencepiece"], place, env=environment)
-        where = step("which package", [inside, "-c", "import vlm_lora_lab; print(vlm_lora_lab.__file__)"], place, env=environment)
+        where = step(
+            "which package", [inside, "-c", "import vlm_lora_lab; print(vlm_lora_lab.__file__)"], place, env=environment
+        )
         if not Path(where.strip()).is_relative_to(place / "env"):
             raise Failed(f"the tests would run against {where}")
-        said = step("tests", [inside, "-m", "pytest", "-q", *(f"tests/test_{t}.py" for t in TESTS)], place, env=environment)
+        said = step(
+            "tests", [inside, "-m", "pytest", "-q", *(f"tests/test_{t}.py" for t in TESTS)], place, env=environment
+        )
         row["tests"] = re.search(r"(\d+ passed.*?) in ", said)[1]
     except Failed as e:
         print(f"  FAILED: {e}", flush=True)
@@ -111,7 +151,13 @@ def one(wheel, python, limit, place):
 
 def build(work):
     "A wheel of what git knows and of new files, made in a copy: nothing is left in the checkout."
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (work / "source" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -130,9 +176,18 @@ def write(rows, missing):
                 old[tuple(cells[:2])] = cells
     for key, row in rows.items():
         old[key] = [*key, *(row.get(c, "") for c in HEAD[2:])]
-    order = sorted(old, key=lambda k: ([int(n) for n in k[0].split(".")], ("lowest", "newest", "constraints").index(k[1])))
-    lines = ["# Installed from the wheel", "", "Made by `python tests/matrix.py`, never by hand; what a row does stands at the top of that script.", "",
-             f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD), *(f"| {' | '.join(old[k])} |" for k in order)]  # fmt: skip
+    order = sorted(
+        old, key=lambda k: ([int(n) for n in k[0].split(".")], ("lowest", "newest", "constraints").index(k[1]))
+    )
+    lines = [
+        "# Installed from the wheel",
+        "",
+        "Made by `python tests/matrix.py`, never by hand; what a row does stands at the top of that script.",
+        "",
+        f"| {' | '.join(HEAD)} |",
+        "|" + " --- |" * len(HEAD),
+        *(f"| {' | '.join(old[k])} |" for k in order),
+    ]
     absent = [v for v in missing if not any(k[0] == v for k in old)]
     lines += ["", f"Not found on this machine: Python {', '.join(absent)}."] if absent else []
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -140,19 +195,28 @@ def write(rows, missing):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], metavar="ROW", help="3.11, lowest or 3.11-lowest; repeat for several")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="ROW", help="3.11, lowest or 3.11-lowest; repeat for several"
+    )
     only = parser.parse_args().only
     cfg = settings()
     wanted = cfg["pythons"].split()
     found = interpreters(wanted)
     made_on = re.search(r"on Python (\d+\.\d+)", limits("constraints", cfg))[1]
-    keys = [(v, kind) for v in found for kind in ("lowest", "newest", "constraints") if kind != "constraints" or v == made_on]
+    keys = [
+        (v, kind)
+        for v in found
+        for kind in ("lowest", "newest", "constraints")
+        if kind != "constraints" or v == made_on
+    ]
     keys = [k for k in keys if not only or {k[0], k[1], "-".join(k)} & set(only)]
     missing = [v for v in wanted if v not in found]
     if missing:
         print(f"not found: Python {', '.join(missing)}")
     if not keys:
-        parser.error(f"--only {' '.join(only)} leaves nothing; there are {', '.join(found)}, lowest, newest, constraints")
+        parser.error(
+            f"--only {' '.join(only)} leaves nothing; there are {', '.join(found)}, lowest, newest, constraints"
+        )
     rows = {}
     with tempfile.TemporaryDirectory() as work:
         work = Path(work).resolve()

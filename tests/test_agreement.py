@@ -1,4 +1,5 @@
-"""Doctor and train hold the same opinion of every job: what the one refuses, the other refuses, in the same words, and the doctor writes nothing."""
+"""Doctor and train hold the same opinion of every job: what the one refuses, the other refuses, in the same words, and
+the doctor writes nothing."""
 
 import json
 import random
@@ -34,10 +35,32 @@ def world(tmp_path_factory):
     for r in records:
         Image.open(HANDWRITING / r["image"]).save(folder / Path(r["image"]).name)
         r["image"] = Path(r["image"]).name
-    text = [{"id": f"t{i}", "conversations": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": str(i)}]} for i in range(5)]
-    long = {"id": "long", "conversations": [{"role": "user", "content": "very " * 3000}, {"role": "assistant", "content": "yes"}]}
-    turns = {"id": "turns", "conversations": [m for i in range(150) for m in ({"role": "user", "content": f"And {i}?"}, {"role": "assistant", "content": f"also {i}"})]}
-    box = {"id": "box", "conversations": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "<box>(1,2),(30,40)</box>"}]}
+    text = [
+        {
+            "id": f"t{i}",
+            "conversations": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": str(i)}],
+        }
+        for i in range(5)
+    ]
+    long = {
+        "id": "long",
+        "conversations": [{"role": "user", "content": "very " * 3000}, {"role": "assistant", "content": "yes"}],
+    }
+    turns = {
+        "id": "turns",
+        "conversations": [
+            m
+            for i in range(150)
+            for m in ({"role": "user", "content": f"And {i}?"}, {"role": "assistant", "content": f"also {i}"})
+        ],
+    }
+    box = {
+        "id": "box",
+        "conversations": [
+            {"role": "user", "content": "Where?"},
+            {"role": "assistant", "content": "<box>(1,2),(30,40)</box>"},
+        ],
+    }
     files = {
         "good": records,
         "text": text,
@@ -68,9 +91,25 @@ def world(tmp_path_factory):
 
 def some_job(world, g, number):
     "A job as a file might hold it, most of it sound; about half of all have something wrong somewhere."
-    chance = lambda p: g.random() < p  # noqa: E731
-    data = lambda: str(world / f"{g.choice(['good', 'good', 'text', 'mixed', 'one', 'many_turns'] if chance(0.85) else SORTS)}.json")  # noqa: E731
-    job = {"data": data(), "output": str(world / f"out-{number}"), "schedule": {"batch_size": g.choice([1, 2, 4]), "max_steps": g.choice([1, 2, -1]), "epochs": g.choice([0.5, 1, 3])}}
+
+    def chance(p):
+        return g.random() < p
+
+    def data():
+        return str(
+            world
+            / f"{g.choice(['good', 'good', 'text', 'mixed', 'one', 'many_turns'] if chance(0.85) else SORTS)}.json"
+        )
+
+    job = {
+        "data": data(),
+        "output": str(world / f"out-{number}"),
+        "schedule": {
+            "batch_size": g.choice([1, 2, 4]),
+            "max_steps": g.choice([1, 2, -1]),
+            "epochs": g.choice([0.5, 1, 3]),
+        },
+    }
     plan = {"rank": g.choice([1, 2, 8]), "connector": g.choice(["full", "lora", "freeze"]), "language": "lora"}
     if chance(0.35):
         plan |= g.choice(PLANS)
@@ -81,8 +120,18 @@ def some_job(world, g, number):
     if chance(0.2):
         job |= {"mix_data": g.choice(["drawn", data()]), "mix_share": g.choice([0.2, 0.5, 0.9])}
     if chance(0.3):
-        job["reading"] = g.choice([{"skip_bad_rows": True}, {"skip_bad_rows": True}, {"drop_turns": True}, {"group_by_length": True}, {"max_pixels": 100}, {"max_pixels": 4000}, {"allow_outside": True},
-                                   {"workers": 1}])  # fmt: skip
+        job["reading"] = g.choice(
+            [
+                {"skip_bad_rows": True},
+                {"skip_bad_rows": True},
+                {"drop_turns": True},
+                {"group_by_length": True},
+                {"max_pixels": 100},
+                {"max_pixels": 4000},
+                {"allow_outside": True},
+                {"workers": 1},
+            ]
+        )
     if chance(0.2):
         job["vision_cache"] = g.choice(["off", "auto", "memory", "disk"])
     if chance(0.3):
@@ -92,25 +141,80 @@ def some_job(world, g, number):
     if chance(0.15):
         job["nan"] = g.choice(["skip", "rollback", "stop"])
     if chance(0.1):
-        job["model"] = g.choice([str(world / "hollow"), str(world / "config_only"), str(world / "nonsense"), str(world / "not there"), "lab"])
+        job["model"] = g.choice(
+            [
+                str(world / "hollow"),
+                str(world / "config_only"),
+                str(world / "nonsense"),
+                str(world / "not there"),
+                "lab",
+            ]
+        )
     if chance(0.1):
-        job["output"] = g.choice([str(world), str(world / "good.json"), str(world / "good.json" / "below"), str(world / "deep" / "er" / f"out-{number}")])
+        job["output"] = g.choice(
+            [
+                str(world),
+                str(world / "good.json"),
+                str(world / "good.json" / "below"),
+                str(world / "deep" / "er" / f"out-{number}"),
+            ]
+        )
     if chance(0.07):
         job["image_root"] = g.choice([str(world), str(world / "hollow"), str(world / "not there")])
     if chance(0.1):
         job["watch"] = g.choice([{"tensorboard": True}, {"questions": 2}, {"every": 1}])
     if chance(0.08):
         place = g.choice([job, job["schedule"], plan])
-        place[g.choice([*place, "unknown"])] = g.choice([float("nan"), float("inf"), True, "2e-4", 10**15, -1, 0, [1], {}, "x" * 300, 1e39])
+        place[g.choice([*place, "unknown"])] = g.choice(
+            [float("nan"), float("inf"), True, "2e-4", 10**15, -1, 0, [1], {}, "x" * 300, 1e39]
+        )
     return job
 
 
-SORTS = ["good", "bad_picture", "no_picture", "all_bad", "too_long", "many_turns", "boxes", "no_answer", "outside", "empty", "half", "gbk", "missing"]
-PLANS = [{"language": "full"}, {"language": "lora on 7-9"}, {"language": "lora on 0-1, full on 4"}, {"vision": "lora"}, {"vision": "full"}, {"targets": ["q_proj"]}, {"targets": ["nowhere"]}, {"variant": "dora"},
-         {"variant": "pissa"}, {"variant": "rslora"}, {"language": "freeze"}, {"language": "freeze", "connector": "full"}, {"embeddings": "lora"}, {"embeddings": "full"}, {"head": "full"}, {"head": "lora"},
-         {"lora_plus": 16}, {"language": "lora(rank=2, lr=1e-4) on mlp"}, {"dropout": 0.1}]  # fmt: skip
-STAGES = [[{"plan": {"connector": "freeze"}}], [{"steps": 1}, {"plan": {"language": "lora"}, "steps": 1}], [{"plan": {"rank": 4}, "steps": 1}, {"plan": {"rank": 8}, "steps": 1}], [{"plan": {"language": "full"}, "steps": 1}],
-          [{"plan": {"language": "lora"}, "steps": 1, "lora": "merge"}], [{"plan": {"language": "lora"}, "steps": 1, "lora": "merge"}, {"plan": {"connector": "full"}, "steps": 1}]]  # fmt: skip
+SORTS = [
+    "good",
+    "bad_picture",
+    "no_picture",
+    "all_bad",
+    "too_long",
+    "many_turns",
+    "boxes",
+    "no_answer",
+    "outside",
+    "empty",
+    "half",
+    "gbk",
+    "missing",
+]
+PLANS = [
+    {"language": "full"},
+    {"language": "lora on 7-9"},
+    {"language": "lora on 0-1, full on 4"},
+    {"vision": "lora"},
+    {"vision": "full"},
+    {"targets": ["q_proj"]},
+    {"targets": ["nowhere"]},
+    {"variant": "dora"},
+    {"variant": "pissa"},
+    {"variant": "rslora"},
+    {"language": "freeze"},
+    {"language": "freeze", "connector": "full"},
+    {"embeddings": "lora"},
+    {"embeddings": "full"},
+    {"head": "full"},
+    {"head": "lora"},
+    {"lora_plus": 16},
+    {"language": "lora(rank=2, lr=1e-4) on mlp"},
+    {"dropout": 0.1},
+]
+STAGES = [
+    [{"plan": {"connector": "freeze"}}],
+    [{"steps": 1}, {"plan": {"language": "lora"}, "steps": 1}],
+    [{"plan": {"rank": 4}, "steps": 1}, {"plan": {"rank": 8}, "steps": 1}],
+    [{"plan": {"language": "full"}, "steps": 1}],
+    [{"plan": {"language": "lora"}, "steps": 1, "lora": "merge"}],
+    [{"plan": {"language": "lora"}, "steps": 1, "lora": "merge"}, {"plan": {"connector": "full"}, "steps": 1}],
+]
 
 
 def tree(folder):
@@ -162,7 +266,15 @@ def test_what_the_doctor_refuses_train_refuses_and_nothing_else(which, world, tm
 
 def test_they_agree_on_a_folder_that_was_used(world, tmp_path, capsys, monkeypatch):
     job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump({"data": str(world / "good.json"), "output": str(tmp_path / "out"), "schedule": {"max_steps": 2, "save_every": 1, "batch_size": 2}}))
+    job.write_text(
+        yaml.safe_dump(
+            {
+                "data": str(world / "good.json"),
+                "output": str(tmp_path / "out"),
+                "schedule": {"max_steps": 2, "save_every": 1, "batch_size": 2},
+            }
+        )
+    )
     assert main(["doctor", str(job)]) in (0, 1)
     with monkeypatch.context() as patch:  # one that ended before its first checkpoint may start anew
         patch.setattr(job_module, "fit", reached)
@@ -178,7 +290,17 @@ def test_they_agree_on_a_folder_that_was_used(world, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("where", ["load_vlm", "audit_gradients", "loss_of"])
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")], ids=["python", "torch"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 "
+            "bytes."
+        ),
+    ],
+    ids=["python", "torch"],
+)
 def test_memory_that_is_used_up_is_a_line_of_the_report(where, error, world, tmp_path, capsys, monkeypatch):
     "On a CPU; what PyTorch raises there is a RuntimeError."
     import vlm_lora_lab.debug.preflight as preflight_module
@@ -191,17 +313,51 @@ def test_memory_that_is_used_up_is_a_line_of_the_report(where, error, world, tmp
     out = capsys.readouterr().out
     assert "ERROR" in out and ("out of memory" in out or "do not fit" in out)
     if where == "load_vlm":
-        assert main(["train", "--data", str(world / "good.json"), "--output", str(tmp_path / "out")]) == 2 and "out of memory" in capsys.readouterr().err
+        assert (
+            main(["train", "--data", str(world / "good.json"), "--output", str(tmp_path / "out")]) == 2
+            and "out of memory" in capsys.readouterr().err
+        )
 
 
 def test_a_hundred_fuzzed_job_files_end_in_sentences(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(job_module, "fit", reached)
     monkeypatch.setattr(job_module, "fit_stages", reached)
-    monkeypatch.setattr(job_module, "_prepare", reached)  # what a job says is the matter here; what it names is that of the test above
+    # what a job says is the matter here; what it names is that of the test above
+    monkeypatch.setattr(job_module, "_prepare", reached)
     statuses, g = [], random.Random(0)
-    pieces = [":", "-", "{", "}", "[", "]", "'", '"', "\t", "\n", "&a", "*a", "!!python/object:os.system", "!!binary", "~", "null", ".nan", "0x", "1e5", "2026-13-45", "\0", "é", "9" * 5000, "<<: *a", "? ", "%", "@"]
+    pieces = [
+        ":",
+        "-",
+        "{",
+        "}",
+        "[",
+        "]",
+        "'",
+        '"',
+        "\t",
+        "\n",
+        "&a",
+        "*a",
+        "!!python/object:os.system",
+        "!!binary",
+        "~",
+        "null",
+        ".nan",
+        "0x",
+        "1e5",
+        "2026-13-45",
+        "\0",
+        "é",
+        "9" * 5000,
+        "<<: *a",
+        "? ",
+        "%",
+        "@",
+    ]
     for number in range(100):
-        text = yaml.safe_dump(some_job(world, g, number)) if g.random() < 0.5 else json.dumps(some_job(world, g, number))
+        text = (
+            yaml.safe_dump(some_job(world, g, number)) if g.random() < 0.5 else json.dumps(some_job(world, g, number))
+        )
         for _ in range(g.choice([1, 1, 3, 10])):
             at = g.randrange(len(text))
             text = text[:at] + g.choice(pieces) + text[at + g.choice([0, 0, 1, 5]) :]
@@ -214,7 +370,12 @@ def test_a_hundred_fuzzed_job_files_end_in_sentences(world, tmp_path, capsys, mo
                 status = 0
             err = capsys.readouterr().err
             statuses.append(status)
-            assert status == 0 or (status == 2 and re.match(rf"vlm-lora-lab {command}: .+[.?]\n$", err, re.S) and len(err) < 2000 and "Traceback" not in err), (status, err, text)
+            assert status == 0 or (
+                status == 2
+                and re.match(rf"vlm-lora-lab {command}: .+[.?]\n$", err, re.S)
+                and len(err) < 2000
+                and "Traceback" not in err
+            ), (status, err, text)
     assert 40 < statuses.count(2) < 199
     assert statuses[::2] == statuses[1::2]
 

@@ -1,4 +1,5 @@
-"""Model folders and lists of stages with something wrong in them: every command ends in a sentence and a status, and leaves nothing half written."""
+"""Model folders and lists of stages with something wrong in them: every command ends in a sentence and a status, and
+leaves nothing half written."""
 
 import json
 import random
@@ -11,14 +12,46 @@ import yaml
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.models.published import lab_folder
 
-VALUES = [None, True, -1, 0, 10**15, float("nan"), 1e39, "x", "", [], {}, [1], [None], {"a": 1}, "9" * 400, "\0", "\ud800", "../x"]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    10**15,
+    float("nan"),
+    1e39,
+    "x",
+    "",
+    [],
+    {},
+    [1],
+    [None],
+    {"a": 1},
+    "9" * 400,
+    "\0",
+    "\ud800",
+    "../x",
+]
 
 
 @pytest.fixture
 def few(tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_LORA_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "few.json").write_text(json.dumps([{"id": str(i), "conversations": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": str(i)}]} for i in range(3)]))
+    (tmp_path / "few.json").write_text(
+        json.dumps(
+            [
+                {
+                    "id": str(i),
+                    "conversations": [
+                        {"role": "user", "content": f"Say {i}"},
+                        {"role": "assistant", "content": str(i)},
+                    ],
+                }
+                for i in range(3)
+            ]
+        )
+    )
     return tmp_path / "few.json"
 
 
@@ -39,7 +72,19 @@ def put(value, path, new):
 
 def spoiled(folder, g):
     "Something wrong with a model's folder; returns what."
-    what = g.choice(["config.json", "config.json", "config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "bytes", "missing", "folder"])
+    what = g.choice(
+        [
+            "config.json",
+            "config.json",
+            "config.json",
+            "tokenizer_config.json",
+            "tokenizer.json",
+            "generation_config.json",
+            "bytes",
+            "missing",
+            "folder",
+        ]
+    )
     file = folder / what
     if what.endswith(".json"):
         values = json.loads(file.read_text())
@@ -68,15 +113,25 @@ def run(argv, capsys):
     return status
 
 
-@pytest.mark.parametrize("which", [pytest.param(range(4), id="quick"), pytest.param(range(4, 120), id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", [pytest.param(range(4), id="quick"), pytest.param(range(4, 120), id="all", marks=pytest.mark.slow)]
+)
 def test_fuzzed_models_end_in_sentences(which, few, tmp_path, capsys):
     bad = 0
     for number in which:
         g, model, out = random.Random(number), tmp_path / f"model-{number}", tmp_path / f"out-{number}"
         shutil.copytree(lab_folder(), model)
         what = spoiled(model, g)
-        for argv in (["parts", model], ["plan", model], ["estimate", model, "--max-length", "64"], ["inspect", model], ["check-data", few, "--model", model], ["doctor", "--data", few, "--model", model],
-                     ["ask", "Hi", "--model", model, "--max-new-tokens", "1"], ["rescue", model, "--base", "lab", "--output", out]):  # fmt: skip
+        for argv in (
+            ["parts", model],
+            ["plan", model],
+            ["estimate", model, "--max-length", "64"],
+            ["inspect", model],
+            ["check-data", few, "--model", model],
+            ["doctor", "--data", few, "--model", model],
+            ["ask", "Hi", "--model", model, "--max-new-tokens", "1"],
+            ["rescue", model, "--base", "lab", "--output", out],
+        ):
             try:
                 bad += run(argv, capsys) == 2
             except Exception as e:
@@ -87,16 +142,30 @@ def test_fuzzed_models_end_in_sentences(which, few, tmp_path, capsys):
     assert bad > len(which) // 2
 
 
-GOOD = [{"plan": {"connector": "full", "rank": 4}, "steps": 3}, {"plan": {"language": "lora", "rank": 8, "targets": ["q_proj"]}, "epochs": 1.0, "learning_rate": 1e-4, "lora": "merge"}]
+GOOD = [
+    {"plan": {"connector": "full", "rank": 4}, "steps": 3},
+    {
+        "plan": {"language": "lora", "rank": 8, "targets": ["q_proj"]},
+        "epochs": 1.0,
+        "learning_rate": 1e-4,
+        "lora": "merge",
+    },
+]
 
 
-@pytest.mark.parametrize("which", [pytest.param(range(60), id="quick"), pytest.param(range(60, 400), id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", [pytest.param(range(60), id="quick"), pytest.param(range(60, 400), id="all", marks=pytest.mark.slow)]
+)
 def test_fuzzed_stages_end_in_sentences(which, tmp_path, capsys):
     bad = 0
     for number in which:
         g, stages = random.Random(number), GOOD
         for _ in range(g.choice([1, 1, 2])):
-            stages = put(stages, g.choice(list(places(stages))), g.choice([*VALUES, "full", "freeze", "lora on 0-99", "lora(rank=2)"]))
+            stages = put(
+                stages,
+                g.choice(list(places(stages))),
+                g.choice([*VALUES, "full", "freeze", "lora on 0-99", "lora(rank=2)"]),
+            )
         text = (yaml.safe_dump if g.random() < 0.5 else json.dumps)(stages)
         if g.random() < 0.3:
             at = g.randrange(len(text))
@@ -108,16 +177,24 @@ def test_fuzzed_stages_end_in_sentences(which, tmp_path, capsys):
             raise AssertionError(f"{number}: {type(e).__name__}: {e}\n{text}") from e
         err = capsys.readouterr().err
         bad += status == 2
-        assert status == 0 or (status == 2 and re.match(r"vlm-lora-lab plan: .+[.?]\n$", err, re.S) and len(err) < 2000), (text, err)
+        assert status == 0 or (
+            status == 2 and re.match(r"vlm-lora-lab plan: .+[.?]\n$", err, re.S) and len(err) < 2000
+        ), (text, err)
     assert len(which) // 3 < bad <= len(which)
 
 
-@pytest.mark.parametrize("name, value", [("bos_token_id", [None]), ("eos_token_id", "<|im_end|>"), ("eos_token_id", [2, "x"]), ("pad_token_id", True)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("bos_token_id", [None]), ("eos_token_id", "<|im_end|>"), ("eos_token_id", [2, "x"]), ("pad_token_id", True)],
+)
 def test_generation_config_names_ids(name, value, few, tmp_path, capsys):
     model = shutil.copytree(lab_folder(), tmp_path / "model")
     values = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(values | {name: value}))
-    for argv in (["ask", "Hi", "--model", model, "--max-new-tokens", "1"], ["train", "--data", few, "--model", model, "--output", tmp_path / "out"]):
+    for argv in (
+        ["ask", "Hi", "--model", model, "--max-new-tokens", "1"],
+        ["train", "--data", few, "--model", model, "--output", tmp_path / "out"],
+    ):
         assert main([str(a) for a in argv]) == 2
         err = capsys.readouterr().err
         assert f"{name} is " in err and "generation_config.json" in err, err

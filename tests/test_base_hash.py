@@ -1,4 +1,5 @@
-"""A base is known by every byte: one changed number is refused, other shards and places are not, and the hash is computed once."""
+"""A base is known by every byte: one changed number is refused, other shards and places are not, and the hash is
+computed once."""
 
 import json
 import os
@@ -50,9 +51,12 @@ def changed_number(base):
 @pytest.mark.parametrize("command", ["ask", "merge", "vllm", "transformers", "compare", "evaluate"])
 def test_a_changed_number_is_refused_and_sampled_only_when_asked(command, made, tmp_path, capsys):
     adapter, out = str(made / "adapter"), str(tmp_path / "out")
-    argv = {"ask": ["ask", "What?", "--image", str(PICTURE), "--adapter", adapter], "merge": ["merge", adapter, "--output", out],
-            "compare": ["compare", adapter, "--data", str(made / "questions.json"), "--allow-outside"],
-            "evaluate": ["evaluate", adapter, "--data", str(made / "questions.json"), "--allow-outside"]}.get(command) or ["export", adapter, out, "--for", command]  # fmt: skip
+    argv = {
+        "ask": ["ask", "What?", "--image", str(PICTURE), "--adapter", adapter],
+        "merge": ["merge", adapter, "--output", out],
+        "compare": ["compare", adapter, "--data", str(made / "questions.json"), "--allow-outside"],
+        "evaluate": ["evaluate", adapter, "--data", str(made / "questions.json"), "--allow-outside"],
+    }.get(command) or ["export", adapter, out, "--for", command]
     argv += ["--model", str(made / "changed")]
     assert main(argv) == 2
     said = capsys.readouterr().err

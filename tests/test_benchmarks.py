@@ -29,10 +29,20 @@ def runner():
 
 
 def run(file, *options, **kwargs):
-    return subprocess.run([sys.executable, str(FOLDER / file), *options], capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, **kwargs)
+    return subprocess.run(
+        [sys.executable, str(FOLDER / file), *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        **kwargs,
+    )
 
 
-@pytest.mark.parametrize("file", [f for f in TINY if f not in ("data.py", "doctor.py")] + [pytest.param(f, marks=pytest.mark.slow) for f in ("data.py", "doctor.py")])
+@pytest.mark.parametrize(
+    "file",
+    [f for f in TINY if f not in ("data.py", "doctor.py")]
+    + [pytest.param(f, marks=pytest.mark.slow) for f in ("data.py", "doctor.py")],
+)
 def test_it_runs_and_prints_a_table(file):
     done = run(file, *TINY[file])
     assert done.returncode == 0, done.stderr
@@ -54,13 +64,25 @@ def test_the_results_are_rendered_and_not_typed():
 
 def test_results_of_one_machine_are_folded_into_anothers(tmp_path):
     mine, theirs = tmp_path / "results.json", tmp_path / "gpu.json"
-    entry = {"date": "2026-01-01", "seconds": 1, "machine": "A, 2 cores", "versions": "torch 1", "command": "python benchmarks/loss.py", "text": "| a |\n| --- |\n| 1 |"}
+    entry = {
+        "date": "2026-01-01",
+        "seconds": 1,
+        "machine": "A, 2 cores",
+        "versions": "torch 1",
+        "command": "python benchmarks/loss.py",
+        "text": "| a |\n| --- |\n| 1 |",
+    }
     mine.write_text(json.dumps({"loss": entry, "data": entry}))
     theirs.write_text(json.dumps({"gpu": entry | {"machine": "B, 16 cores", "text": "fast"}}))
     done = run("run.py", "--results", str(mine), "--fold", str(theirs))
     text = (tmp_path / "RESULTS.md").read_text()
     assert done.returncode == 0 and set(json.loads(mine.read_text())) == {"loss", "data", "gpu"}
-    assert "Machine: A, 2 cores." in text and "On another machine: B, 16 cores." in text and "fast" in text and "Not run yet." in text
+    assert (
+        "Machine: A, 2 cores." in text
+        and "On another machine: B, 16 cores." in text
+        and "fast" in text
+        and "Not run yet." in text
+    )
 
 
 def test_an_unknown_benchmark_is_named_and_nothing_is_written(tmp_path):

@@ -18,12 +18,35 @@ FACTS = ConfigParser(delimiters=["="])
 FACTS.read(ROOT / "settings.ini", encoding="utf-8")
 FACTS = FACTS["DEFAULT"]
 # A module may import modules of a lower floor, and of its own room.
-FLOORS = {"errors": 0, "style": 0, "settings": 1, "models": 1, "data": 2, "lora": 3, "plan": 4, "flags": 5, "preview": 5, "quant": 5, "unfreeze": 5, "explorer": 6, "train": 6, "debug": 7, "checkpoint": 7,
-          "evaluate": 7, "compare": 8, "job": 8, "study": 8, "tour": 8, "cli": 9}  # fmt: skip
+FLOORS = {
+    "errors": 0,
+    "style": 0,
+    "settings": 1,
+    "models": 1,
+    "data": 2,
+    "lora": 3,
+    "plan": 4,
+    "flags": 5,
+    "preview": 5,
+    "quant": 5,
+    "unfreeze": 5,
+    "explorer": 6,
+    "train": 6,
+    "debug": 7,
+    "checkpoint": 7,
+    "evaluate": 7,
+    "compare": 8,
+    "job": 8,
+    "study": 8,
+    "tour": 8,
+    "cli": 9,
+}
 
 
 def cells(path, kind):
-    return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+    return [
+        "".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind
+    ]
 
 
 def badge(name):
@@ -36,7 +59,9 @@ def test_a_chapter_opens_with_title_promise_and_its_own_module(path):
     assert re.match(r"# .+\n\n> .+", first), "title and one-line promise"
     for link in re.findall(r"https://colab\.research[^)]*?\.ipynb", first):
         assert link == badge(path.name)
-        assert f"pip install -q git+{FACTS['git_url']}'" in cells(path, "code")[0], "a reader on Colab must get the package"
+        assert f"pip install -q git+{FACTS['git_url']}'" in cells(path, "code")[0], (
+            "a reader on Colab must get the package"
+        )
     exports = [m[1] for c in cells(path, "code") if (m := re.search(r"^#\| default_exp (\S+)", c, re.M))]
     if path.stem != "index":
         assert exports == [path.stem.split("_", 1)[1]]
@@ -64,7 +89,11 @@ def test_the_readme_lists_every_chapter_with_its_badge():
 
 
 def test_an_issue_s_first_chapter_speaks_of_it():
-    rows = re.findall(r"^\| \[[^\]]*#\d+\]\((https://github\.com/[^)]+)\) \|.*?\| \[\d\d\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| \[[^\]]*#\d+\]\((https://github\.com/[^)]+)\) \|.*?\| \[\d\d\]\(([^)]+)\)",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.M,
+    )
     silent = [(issue, path) for issue, path in rows if issue not in "\n".join(cells(ROOT / path, "markdown"))]
     assert len(rows) > 20 and not silent, silent
 
@@ -77,8 +106,16 @@ def test_the_readme_s_links_to_the_site_are_made_from_the_settings():
 
 def test_the_readme_s_picture_is_the_chapter_s():
     notebook = json.loads((ROOT / "nbs" / "41_quant.policy.ipynb").read_text(encoding="utf-8"))
-    [drawn] = [o["data"]["image/png"] for c in notebook["cells"] if "plan_picture(real" in "".join(c["source"]) for o in c["outputs"] if "data" in o]
-    assert base64.b64decode(drawn) == (ROOT / "nbs" / "images" / "plan.png").read_bytes(), "copy the chapter's figure to nbs/images/plan.png"
+    [drawn] = [
+        o["data"]["image/png"]
+        for c in notebook["cells"]
+        if "plan_picture(real" in "".join(c["source"])
+        for o in c["outputs"]
+        if "data" in o
+    ]
+    assert base64.b64decode(drawn) == (ROOT / "nbs" / "images" / "plan.png").read_bytes(), (
+        "copy the chapter's figure to nbs/images/plan.png"
+    )
 
 
 def test_the_readme_shows_the_plan_as_it_is():
@@ -99,11 +136,20 @@ def test_the_index_lists_every_chapter():
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
 def test_a_tutorial_opens_with_title_promise_and_badge_and_exports_nothing(path):
     first, code = cells(path, "markdown")[0], cells(path, "code")
-    assert re.match(r"# .+\n\n> .+", first) and re.findall(r"https://colab\.research[^)]*?\.ipynb", first) == [badge(f"tutorials/{path.name}")]
+    assert re.match(r"# .+\n\n> .+", first) and re.findall(r"https://colab\.research[^)]*?\.ipynb", first) == [
+        badge(f"tutorials/{path.name}")
+    ]
     assert code[0].startswith("#| eval: false") and f"pip install -q git+{FACTS['git_url']}'" in code[0]
-    assert not [c for c in code if re.search(r"^#\| (default_exp|export)", c, re.M)] and sum("assert" in c for c in code) >= 4
-    outputs = json.dumps([c["outputs"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"])
-    assert "VLM_LORA_LAB_STAND_IN" not in outputs and not re.search(r"site-packages|(?<![\w.])/(root|home|tmp)/", outputs)
+    assert (
+        not [c for c in code if re.search(r"^#\| (default_exp|export)", c, re.M)]
+        and sum("assert" in c for c in code) >= 4
+    )
+    outputs = json.dumps(
+        [c["outputs"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    )
+    assert "VLM_LORA_LAB_STAND_IN" not in outputs and not re.search(
+        r"site-packages|(?<![\w.])/(root|home|tmp)/", outputs
+    )
     for link in re.findall(r"\]\(((?!http)[^)]+\.ipynb)\)", "\n".join(cells(path, "markdown"))):
         assert (path.parent / link).is_file(), link
 
@@ -111,11 +157,18 @@ def test_a_tutorial_opens_with_title_promise_and_badge_and_exports_nothing(path)
 def test_readme_index_and_runner_list_every_tutorial():
     import run_tutorials
 
-    readme, index = (ROOT / "README.md").read_text(encoding="utf-8"), "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown"))
+    readme, index = (
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown")),
+    )
     names = {p.stem for p in TUTORIALS}
     assert len(names) == 7 and names == set(run_tutorials.TUTORIALS)
     for name in names:
-        assert f"(nbs/tutorials/{name}.ipynb)" in readme and badge(f"tutorials/{name}.ipynb") in readme and f"(tutorials/{name}.ipynb)" in index, name
+        assert (
+            f"(nbs/tutorials/{name}.ipynb)" in readme
+            and badge(f"tutorials/{name}.ipynb") in readme
+            and f"(tutorials/{name}.ipynb)" in index
+        ), name
 
 
 def test_the_readme_s_python_runs(tmp_path):
@@ -147,7 +200,9 @@ def test_arrows_run_one_way():
 
 
 def test_importing_the_package_stays_light():
-    loaded = subprocess.run([sys.executable, "-c", "import vlm_lora_lab, sys; print(*sys.modules)"], capture_output=True, text=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import vlm_lora_lab, sys; print(*sys.modules)"], capture_output=True, text=True
+    ).stdout.split()
     assert "vlm_lora_lab" in loaded and "torch" not in loaded and "transformers" not in loaded
 
 

@@ -1,4 +1,5 @@
-"""Folders of adapters with something wrong in them: every command ends in a sentence and a status, and leaves nothing half written."""
+"""Folders of adapters with something wrong in them: every command ends in a sentence and a status, and leaves nothing
+half written."""
 
 import json
 import random
@@ -53,7 +54,9 @@ def test_an_adapter_that_changes_nothing_is_a_sentence_everywhere(tmp_path, caps
     zero = saved(tmp_path / "zero", 0.0)
     for server in ("llama.cpp", "transformers"):
         status, said = run(["export", zero, tmp_path / server, "--for", server], capsys)
-        assert status == 2 and "equals its base: this adapter changes nothing" in said and not (tmp_path / server).exists()
+        assert (
+            status == 2 and "equals its base: this adapter changes nothing" in said and not (tmp_path / server).exists()
+        )
     results = {c[0]: run(c, capsys) for c in commands(zero, tmp_path)}
     assert results["merge"][0] == 2 and results["merge"][1].count("\n") == 1 and not (tmp_path / "merged").exists()
     assert results["inspect"][0] == 2 and "never trained" in results["inspect"][1]
@@ -79,7 +82,18 @@ def test_and_on_the_command_line(text, good, tmp_path, capsys):
 
 def spoiled(adapter, g):
     "Something wrong with a folder; returns what."
-    what = g.choice(["adapter_config.json", "adapter_config.json", "plan.json", "provenance.json", "provenance.json", "tensors", "bytes", "missing"])
+    what = g.choice(
+        [
+            "adapter_config.json",
+            "adapter_config.json",
+            "plan.json",
+            "provenance.json",
+            "provenance.json",
+            "tensors",
+            "bytes",
+            "missing",
+        ]
+    )
     if what.endswith(".json"):
         values = json.loads((adapter / what).read_text())
         key, value = g.choice(sorted(values)), g.choice(VALUES)
@@ -97,7 +111,12 @@ def spoiled(adapter, g):
         return what
     tensors = load_file(weights)
     name = g.choice(sorted(tensors))
-    changed = {"nan": tensors[name] * float("nan"), "row": tensors[name][:1].clone(), "whole numbers": tensors[name].to(torch.int64), "empty": tensors[name][:0].clone()}
+    changed = {
+        "nan": tensors[name] * float("nan"),
+        "row": tensors[name][:1].clone(),
+        "whole numbers": tensors[name].to(torch.int64),
+        "empty": tensors[name][:0].clone(),
+    }
     how = g.choice([*changed, "renamed", "gone"])
     tensor = tensors.pop(name)
     if how != "gone":
@@ -106,7 +125,9 @@ def spoiled(adapter, g):
     return f"{name} {how}"
 
 
-@pytest.mark.parametrize("which", [pytest.param(range(24), id="quick"), pytest.param(range(24, 200), id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", [pytest.param(range(24), id="quick"), pytest.param(range(24, 200), id="all", marks=pytest.mark.slow)]
+)
 def test_fuzzed_folders_end_in_sentences(which, good, tmp_path, capsys):
     bad = 0
     for number in which:
@@ -131,12 +152,21 @@ def test_fuzzed_folders_end_in_sentences(which, good, tmp_path, capsys):
     assert bad > len(which)
 
 
-@pytest.mark.parametrize("file, values, message", [
-    ("adapter_config.json", {"r": "16"}, "r is '16'"), ("adapter_config.json", {"rank_pattern": True}, "rank_pattern is True"), ("adapter_config.json", {"rank_pattern": {"q": 0}}, "is 0"),
-    ("adapter_config.json", {"lora_alpha": float("nan")}, "lora_alpha is nan"), ("adapter_config.json", {"target_parameters": 5}, "target_parameters is 5"),
-    ("adapter_config.json", {"eva_config": 5}, "PEFT cannot use it"), ("provenance.json", {"four_bit": "yes"}, "four_bit is 'yes'"),
-    ("provenance.json", {"max_pixels": -1}, "max_pixels is -1"), ("provenance.json", {"base": 3}, "base is 3"), ("provenance.json", {"not_trained": 0}, "not_trained is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, values, message",
+    [
+        ("adapter_config.json", {"r": "16"}, "r is '16'"),
+        ("adapter_config.json", {"rank_pattern": True}, "rank_pattern is True"),
+        ("adapter_config.json", {"rank_pattern": {"q": 0}}, "is 0"),
+        ("adapter_config.json", {"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ("adapter_config.json", {"target_parameters": 5}, "target_parameters is 5"),
+        ("adapter_config.json", {"eva_config": 5}, "PEFT cannot use it"),
+        ("provenance.json", {"four_bit": "yes"}, "four_bit is 'yes'"),
+        ("provenance.json", {"max_pixels": -1}, "max_pixels is -1"),
+        ("provenance.json", {"base": 3}, "base is 3"),
+        ("provenance.json", {"not_trained": 0}, "not_trained is 0"),
+    ],
+)
 def test_a_value_that_cannot_be_is_named(file, values, message, good, tmp_path, capsys):
     adapter = shutil.copytree(good, tmp_path / "adapter")
     (adapter / file).write_text(json.dumps(json.loads((adapter / file).read_text()) | values))

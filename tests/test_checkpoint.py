@@ -14,8 +14,13 @@ from vlm_lora_lab.models.load import lab_folder, load_vlm, load_tokenizer
 from vlm_lora_lab.plan import TuningPlan, apply_plan
 
 IDS = torch.arange(20, 50)[None]
-BATCH = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), pixel_values=torch.linspace(-1, 1, 3 * 8 * 96).view(1, 3, 8, 96),
-             tgt_sizes=torch.tensor([[3, 4]]), image_bound=torch.tensor([[0, 2, 18]]))  # fmt: skip
+BATCH = dict(
+    input_ids=IDS,
+    attention_mask=torch.ones_like(IDS),
+    pixel_values=torch.linspace(-1, 1, 3 * 8 * 96).view(1, 3, 8, 96),
+    tgt_sizes=torch.tensor([[3, 4]]),
+    image_bound=torch.tensor([[0, 2, 18]]),
+)
 
 
 def trained(plan, four_bit):
@@ -32,7 +37,12 @@ def trained(plan, four_bit):
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize(
     "plan",
-    [TuningPlan(), TuningPlan(connector="lora", head="full"), TuningPlan(vision="full", embeddings="full"), TuningPlan(embeddings="lora", head="lora")],
+    [
+        TuningPlan(),
+        TuningPlan(connector="lora", head="full"),
+        TuningPlan(vision="full", embeddings="full"),
+        TuningPlan(embeddings="lora", head="lora"),
+    ],
     ids=lambda p: "-".join(p.words.values()),
 )
 def test_trained_reloaded_and_merged_are_one_model(plan, four_bit, tmp_path):
@@ -45,7 +55,8 @@ def test_trained_reloaded_and_merged_are_one_model(plan, four_bit, tmp_path):
     with torch.no_grad():
         assert torch.equal(plain(**BATCH).logits, model(**BATCH).logits)  # PEFT alone can read the folder
     stored = sum(t.numel() for t in load_peft_weights(str(folder), device="cpu").values())
-    assert stored == sum(p.numel() for p in model.parameters() if p.requires_grad)  # all that was trained, nothing of the base
+    # all that was trained, nothing of the base
+    assert stored == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_same_model_can_fail(tmp_path):
@@ -55,7 +66,9 @@ def test_same_model_can_fail(tmp_path):
 
 
 def test_a_wrong_base_is_refused(tmp_path):
-    folder = save_adapter(trained(TuningPlan(), True), tmp_path / "adapter", TuningPlan(), "lab", load_tokenizer("lab"), True)
+    folder = save_adapter(
+        trained(TuningPlan(), True), tmp_path / "adapter", TuningPlan(), "lab", load_tokenizer("lab"), True
+    )
     other = load_vlm("lab")
     other.vpm.post_layernorm.weight.data += 0.1
     save_merged(other, tmp_path / "other", "lab")
@@ -67,7 +80,9 @@ def test_a_wrong_base_is_refused(tmp_path):
 def test_missing_keys_are_named(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = save_adapter(trained(TuningPlan(), True), tmp_path / "adapter", TuningPlan(), "lab", load_tokenizer("lab"), True)
+    folder = save_adapter(
+        trained(TuningPlan(), True), tmp_path / "adapter", TuningPlan(), "lab", load_tokenizer("lab"), True
+    )
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
     lost = next(k for k in weights if "resampler" in k)
@@ -117,9 +132,15 @@ def test_a_damaged_model_folder_is_named(tmp_path):
 
     for name, spoil in {
         "cut": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1000]),
-        "shapes": lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"intermediate_size": 384', '"intermediate_size": 320')),
-        "types": lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"query_num": 16', '"query_num": "many"')),
-        "version": lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"version": 2.6', '"version": 4.5')),
+        "shapes": lambda f: (f / "config.json").write_text(
+            (f / "config.json").read_text().replace('"intermediate_size": 384', '"intermediate_size": 320')
+        ),
+        "types": lambda f: (f / "config.json").write_text(
+            (f / "config.json").read_text().replace('"query_num": 16', '"query_num": "many"')
+        ),
+        "version": lambda f: (f / "config.json").write_text(
+            (f / "config.json").read_text().replace('"version": 2.6', '"version": 4.5')
+        ),
         "config": lambda f: (f / "config.json").write_text("{"),
         "tokenizer": lambda f: (f / "tokenizer.json").unlink(),
     }.items():

@@ -31,8 +31,18 @@ def moved(model):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    plan = TuningPlan(vision="lora(rank=2)", embeddings="full", language="lora(rank=8) on 0-2, lora(rank=4, alpha=4) on 3-4")
-    return save_adapter(moved(apply_plan(load_vlm("lab"), plan)), tmp_path_factory.mktemp("good") / "adapter", plan, "lab", TOKENIZER, False, data={"train.json": "x"})
+    plan = TuningPlan(
+        vision="lora(rank=2)", embeddings="full", language="lora(rank=8) on 0-2, lora(rank=4, alpha=4) on 3-4"
+    )
+    return save_adapter(
+        moved(apply_plan(load_vlm("lab"), plan)),
+        tmp_path_factory.mktemp("good") / "adapter",
+        plan,
+        "lab",
+        TOKENIZER,
+        False,
+        data={"train.json": "x"},
+    )
 
 
 @pytest.fixture
@@ -62,9 +72,15 @@ def test_a_healthy_adapter_is_described_as_it_is(good):
     assert report.status == 0 and not report.findings and "Nothing suspicious" in repr(report)
     rows = {(r.part, r.kind): r for r in report.rows}
     assert set(rows) == {("vision", "LoRA"), ("connector", "in full"), ("language", "LoRA"), ("embeddings", "in full")}
-    assert rows["vision", "LoRA"].rank == "2" and rows["language", "LoRA"].rank == "4+8" and rows["language", "LoRA"].alpha == "4+16"
+    assert (
+        rows["vision", "LoRA"].rank == "2"
+        and rows["language", "LoRA"].rank == "4+8"
+        and rows["language", "LoRA"].alpha == "4+16"
+    )
     tensors = load_file(good / "adapter_model.safetensors")
-    assert sum(r.tensors for r in report.rows) == len(tensors) and sum(r.nbytes for r in report.rows) == sum(t.nbytes for t in tensors.values())
+    assert sum(r.tensors for r in report.rows) == len(tensors) and sum(r.nbytes for r in report.rows) == sum(
+        t.nbytes for t in tensors.values()
+    )
     assert dict(report.about)["data"] == "train.json" and json.loads(json.dumps(report.to_dict()))["status"] == 0
 
 
@@ -77,14 +93,21 @@ def test_every_family_part_by_part(family, tmp_path):
     folder = save_adapter(model, tmp_path / "adapter", plan, tmp_path / "base", TOKENIZER, False)
     report = inspect_adapter(folder)
     rows = [r for r in report.rows if r.kind != "table"]
-    assert report.findings == () and {(r.part, r.kind) for r in rows} == {("connector", "in full"), ("language", "LoRA")}, report
-    assert (len(rows) < len(report.rows)) == (family in ("minicpmv-2.0", "qwen"))  # a stored table of positions goes with its module
+    assert report.findings == () and {(r.part, r.kind) for r in rows} == {
+        ("connector", "in full"),
+        ("language", "LoRA"),
+    }, report
+    # a stored table of positions goes with its module
+    assert (len(rows) < len(report.rows)) == (family in ("minicpmv-2.0", "qwen"))
     part_of = layout_of(model).part_of
     for row in rows:
-        assert row.weights == sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and part_of(n) == row.part)
+        assert row.weights == sum(
+            p.numel() for n, p in model.named_parameters() if p.requires_grad and part_of(n) == row.part
+        )
     moved_away = (tmp_path / "base").rename(tmp_path / "elsewhere")
     alone = inspect_adapter(folder)
-    assert alone.rows == report.rows and any("not at hand" in f.text for f in alone.findings)  # the family is in provenance.json
+    # the family is in provenance.json
+    assert alone.rows == report.rows and any("not at hand" in f.text for f in alone.findings)
     assert inspect_adapter(folder, base=moved_away).findings == ()
 
 
@@ -105,15 +128,36 @@ def test_identical_to_base_is_counted_and_named(copy):
 @pytest.mark.parametrize(
     "change, text",
     [
-        (lambda t: t["base_model.model.resampler.query"].fill_(float("inf")), "NaN or infinity: 1 (base_model.model.resampler.query)"),
-        (lambda t: t.pop("base_model.model.resampler.query"), "layers that plan.json promises and the file does not hold: 1 (resampler.query)"),
-        (lambda t: [t.pop(k) for k in list(t) if "resampler" in k], "modules that modules_to_save names and the file does not hold: 1 (resampler)"),
-        (lambda t: [t.pop(k) for k in list(t) if "layers.2.mlp.up_proj.lora" in k], "promises and the file does not hold: 1 (llm.model.layers.2.mlp.up_proj)"),
+        (
+            lambda t: t["base_model.model.resampler.query"].fill_(float("inf")),
+            "NaN or infinity: 1 (base_model.model.resampler.query)",
+        ),
+        (
+            lambda t: t.pop("base_model.model.resampler.query"),
+            "layers that plan.json promises and the file does not hold: 1 (resampler.query)",
+        ),
+        (
+            lambda t: [t.pop(k) for k in list(t) if "resampler" in k],
+            "modules that modules_to_save names and the file does not hold: 1 (resampler)",
+        ),
+        (
+            lambda t: [t.pop(k) for k in list(t) if "layers.2.mlp.up_proj.lora" in k],
+            "promises and the file does not hold: 1 (llm.model.layers.2.mlp.up_proj)",
+        ),
         (lambda t: [t.pop(k) for k in list(t) if "layers.2.mlp.up_proj.lora_A" in k], "without a partner: 1"),
-        (lambda t: t.update({k: t[k][:1].clone() for k in t if "layers.2.mlp.up_proj.lora_A" in k}), "rank is not what adapter_config.json says: 1"),
-        (lambda t: t.update({k.replace("lora_A", "lora_A.default"): t.pop(k) for k in list(t) if "lora_A" in k}), "still carry the adapter's name"),
+        (
+            lambda t: t.update({k: t[k][:1].clone() for k in t if "layers.2.mlp.up_proj.lora_A" in k}),
+            "rank is not what adapter_config.json says: 1",
+        ),
+        (
+            lambda t: t.update({k.replace("lora_A", "lora_A.default"): t.pop(k) for k in list(t) if "lora_A" in k}),
+            "still carry the adapter's name",
+        ),
         (lambda t: t.update({"base_model.model.nowhere": torch.ones(3)}), "without a place in the base"),
-        (lambda t: t.update({"base_model.model.resampler.query": torch.ones(3, 3)}), "of another shape than in 'lab': 1"),
+        (
+            lambda t: t.update({"base_model.model.resampler.query": torch.ones(3, 3)}),
+            "of another shape than in 'lab': 1",
+        ),
         (lambda t: t.update({"base_model.model.resampler.query": torch.ones(0)}), "empty tensors"),
     ],
 )
@@ -151,21 +195,39 @@ def test_a_wrong_base_and_an_unknown_one(copy, tmp_path):
 
 
 def test_adapters_of_peft_itself(tmp_path):
-    model = moved(get_peft_model(load_vlm("lab"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["resampler"], use_rslora=True)))
+    model = moved(
+        get_peft_model(
+            load_vlm("lab"),
+            LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["resampler"], use_rslora=True),
+        )
+    )
     model.save_pretrained(tmp_path / "foreign", save_embedding_layers=False)
     report = found(tmp_path / "foreign", "no provenance.json", "note", base="lab")
-    assert report.status == 0 and dict(report.about)["variant"] == "rsLoRA" and {r.part for r in report.rows} == {"vision", "connector", "language"}
+    assert (
+        report.status == 0
+        and dict(report.about)["variant"] == "rsLoRA"
+        and {r.part for r in report.rows} == {"vision", "connector", "language"}
+    )
     tensors = load_file(tmp_path / "foreign" / "adapter_model.safetensors")
     by_hand = tensors | {"base_model.model.llm.lm_head.weight": torch.randn(419, 128)}
     save_file(by_hand, tmp_path / "foreign" / "adapter_model.safetensors")
     report = found(tmp_path / "foreign", "tensors in full outside of modules_to_save", "note", base="lab")
     assert ("head", "by hand") in {(r.part, r.kind) for r in report.rows}
     config = json.loads((tmp_path / "foreign" / "adapter_config.json").read_text())
-    (tmp_path / "foreign" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_attn"], "a_key_of_the_future": 1}))
+    (tmp_path / "foreign" / "adapter_config.json").write_text(
+        json.dumps(config | {"target_modules": ["c_attn"], "a_key_of_the_future": 1})
+    )
     found(tmp_path / "foreign", "PEFT cannot put this adapter on the base", base="lab")
-    whole = tensors | {f"base_model.model.{k}": v.clone() for k, v in load_file(lab_folder() / "model.safetensors").items() if k.startswith("llm.model.layers")}
+    whole = tensors | {
+        f"base_model.model.{k}": v.clone()
+        for k, v in load_file(lab_folder() / "model.safetensors").items()
+        if k.startswith("llm.model.layers")
+    }
     save_file(whole, tmp_path / "foreign" / "adapter_model.safetensors")
-    assert any("this is a model rather than an adapter" in f.text and f.level == "warning" for f in inspect_adapter(tmp_path / "foreign", base="lab").findings)
+    assert any(
+        "this is a model rather than an adapter" in f.text and f.level == "warning"
+        for f in inspect_adapter(tmp_path / "foreign", base="lab").findings
+    )
 
 
 def test_whole_models(tmp_path):

@@ -1,4 +1,5 @@
-"""Everything that was trained comes back in a fresh process; nothing that is damaged, half-written or sharded passes for whole."""
+"""Everything that was trained comes back in a fresh process; nothing that is damaged, half-written or sharded passes
+for whole."""
 
 import hashlib
 import json
@@ -21,7 +22,14 @@ from test_rules import random_plan
 
 from vlm_lora_lab.checkpoint.inspect import inspect_adapter
 from vlm_lora_lab.checkpoint.merge import merge_into
-from vlm_lora_lab.checkpoint.save import base_sha256, broken_seals, fingerprint, load_adapter, read_provenance, save_adapter
+from vlm_lora_lab.checkpoint.save import (
+    base_sha256,
+    broken_seals,
+    fingerprint,
+    load_adapter,
+    read_provenance,
+    save_adapter,
+)
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job, train
@@ -37,9 +45,18 @@ TOKENIZER = load_tokenizer("lab")
 def python(script, *args, **env):
     "A fresh process, one thread, the tests' helpers importable."
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *map(str, args)], capture_output=True, text=True, timeout=600,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | env,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        | env,
+    )
 
 
 def base_folder(family, place):
@@ -108,13 +125,19 @@ def train_and_save(family, i, generator, place):
         except InputError:
             continue  # a rule that means nothing here
     if hand:  # bare parameters, norms and biases, that PEFT knows nothing of
-        some = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and p.is_floating_point() and ".original_module." not in n]
+        some = [
+            (n, p)
+            for n, p in model.named_parameters()
+            if not p.requires_grad and p.is_floating_point() and ".original_module." not in n
+        ]
         for _, p in generator.sample(some, 5):
             p.requires_grad_(True)
     batch = batch_of(family, model)
     two_steps(model, batch)
     folder = save_adapter(model, place / f"{family}+{i}", None if hand else plan, base, TOKENIZER, four_bit)
-    want = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} | {"logits": logits(model, batch)}
+    want = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} | {
+        "logits": logits(model, batch)
+    }
     save_file(want, place / f"{family}+{i}.safetensors")
     assert bool(read_provenance(folder)["by_hand"]) == hand
     return folder
@@ -155,7 +178,11 @@ def test_three_hundred_random_plans_come_back_in_a_fresh_process(seed, tmp_path)
 @pytest.mark.parametrize("how", ["plan", "whole language model", "by hand"])
 def test_a_tied_head_stays_tied(family, how, tmp_path):
     base = base_folder(family, tmp_path)
-    plan = {"plan": TuningPlan(embeddings="full"), "whole language model": TuningPlan(vision="lora", language="full", embeddings="full"), "by hand": TuningPlan()}[how]
+    plan = {
+        "plan": TuningPlan(embeddings="full"),
+        "whole language model": TuningPlan(vision="lora", language="full", embeddings="full"),
+        "by hand": TuningPlan(),
+    }[how]
     model = apply_plan(load_vlm(base), plan)
     if how == "by hand":
         model.get_input_embeddings().weight.requires_grad_(True)
@@ -218,7 +245,11 @@ def test_a_base_that_lost_a_shard_or_changed_is_refused(tmp_path):
     base = load_vlm("lab", dtype="stored")
     base.save_pretrained(tmp_path / "cut", max_shard_size="1MB")
     shards = sorted((tmp_path / "cut").glob("*.safetensors"))
-    assert len(shards) > 2 and fingerprint(tmp_path / "cut") != fingerprint("lab") and base_sha256(tmp_path / "cut") == base_sha256("lab")
+    assert (
+        len(shards) > 2
+        and fingerprint(tmp_path / "cut") != fingerprint("lab")
+        and base_sha256(tmp_path / "cut") == base_sha256("lab")
+    )
     load_adapter(folder, tmp_path / "cut", verify=True)  # the same weights in other files
     merge_into(folder, tmp_path / "merged", tmp_path / "cut")
     assert not [f for f in inspect_adapter(folder, tmp_path / "cut").findings if "is not the base" in f.text]
@@ -252,10 +283,13 @@ def test_what_nobody_asked_to_train_is_an_error_under_a_plan_and_saved_without(t
     model.base_model.model.resampler.requires_grad_(True)
     with pytest.raises(RuntimeError, match="resampler.query is trained under the word 'freeze'"):
         save_adapter(model, tmp_path / "a", TuningPlan(connector="freeze", rank=2), "lab", TOKENIZER, False)
-    folder = save_adapter(model, tmp_path / "b", TuningPlan(rank=2), "lab", TOKENIZER, False)  # a plan that says so, without modules_to_save
+    # a plan that says so, without modules_to_save
+    folder = save_adapter(model, tmp_path / "b", TuningPlan(rank=2), "lab", TOKENIZER, False)
     assert len(read_provenance(folder)["by_hand"]) == 13
     again = load_adapter(folder, trainable=True)
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
     assert not list(tmp_path.glob("a*"))
 
 
@@ -285,14 +319,22 @@ def test_one_of_several_adapters(tmp_path):
         p.data += 0.01 * torch.randn_like(p)
     base = load_vlm("lab")
     for name, rank in (("default", 2), ("second", 4)):
-        folder = save_adapter(model, tmp_path / name, None, "lab", TOKENIZER, False, adapter=name) if name == "default" else None
+        folder = (
+            save_adapter(model, tmp_path / name, None, "lab", TOKENIZER, False, adapter=name)
+            if name == "default"
+            else None
+        )
         if folder is None:
             model.set_adapter("second")
             folder = save_adapter(model, tmp_path / name, None, "lab", TOKENIZER, False)  # the active one
         again = dict(load_adapter(folder).named_parameters())
         live = {n: p for n, p in model.named_parameters() if f".{name}." in n}
-        assert len(live) == 33 and all(torch.equal(p, again[n.replace(f".{name}.", ".default.")]) for n, p in live.items())
-        assert read_provenance(folder)["adapter"] == name and read_provenance(folder)["other_adapters"] == [{"default": "second", "second": "default"}[name]]
+        assert len(live) == 33 and all(
+            torch.equal(p, again[n.replace(f".{name}.", ".default.")]) for n, p in live.items()
+        )
+        assert read_provenance(folder)["adapter"] == name and read_provenance(folder)["other_adapters"] == [
+            {"default": "second", "second": "default"}[name]
+        ]
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == rank
     both = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
     both.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
@@ -344,7 +386,9 @@ def test_a_job_writes_what_it_learned_from_and_how_it_went(tmp_path):
     report = train(job, say=lambda line: None)
     provenance = read_provenance(report["adapter"])
     assert provenance["data"] == {str(data): hashlib.sha256(data.read_bytes()).hexdigest()}
-    assert provenance["metrics"] == {"steps": 2, "loss": report["loss"]} and provenance["base_sha256"] == base_sha256("lab")
+    assert provenance["metrics"] == {"steps": 2, "loss": report["loss"]} and provenance["base_sha256"] == base_sha256(
+        "lab"
+    )
     assert inspect_adapter(report["adapter"]).status == 0
 
 
@@ -376,7 +420,9 @@ FORKED = """
 
 
 def test_fifty_processes_killed_while_saving_leave_a_complete_folder_or_none(tmp_path):
-    result = python(FORKED + """
+    result = python(
+        FORKED
+        + """
     started = time.time(); os.waitpid(child("first"), 0); took = time.time() - started
     assert complete("first")
     generator, outcomes, partial = random.Random(0), [], 0
@@ -388,7 +434,9 @@ def test_fifty_processes_killed_while_saving_leave_a_complete_folder_or_none(tmp
         os.waitpid(child(f"{i}"), 0)
         assert complete(f"{i}") and not (place / f"{i}.partial").exists()  # what a killed process left is no obstacle
     print(json.dumps([sum(outcomes), partial, len(again)]))
-    """, tmp_path)  # fmt: skip
+    """,
+        tmp_path,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     whole, partial, again = json.loads(result.stdout.splitlines()[-1])
     assert 0 < whole < 50 and partial > 0 and again > 0, (whole, partial)  # some came through, some died in the midst
@@ -399,18 +447,28 @@ def test_fifty_processes_killed_while_saving_leave_a_complete_folder_or_none(tmp
 
 def test_a_full_disk_says_so_and_leaves_nothing(tmp_path):
     "A real limit on the size of a file, at several sizes: in the weights, in the tokenizer, in the small files."
-    result = python(FORKED + """
+    result = python(
+        FORKED
+        + """
     for limit in (100, 1_000, 10_000, 100_000, 300_000):
         _, status = os.waitpid(child(f"{limit}", limit), 0)
         print(json.dumps([limit, os.waitstatus_to_exitcode(status), (place / f"{limit}").exists(), (place / f"{limit}.partial").exists()]))
-    """, tmp_path)  # fmt: skip
+    """,
+        tmp_path,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert [json.loads(line)[1:] for line in result.stdout.splitlines() if line.startswith("[")] == [[7, False, False]] * 5
+    assert [json.loads(line)[1:] for line in result.stdout.splitlines() if line.startswith("[")] == [
+        [7, False, False]
+    ] * 5
 
 
 def test_two_processes_under_ddp_and_fsdp2(tmp_path):
-    "Two processes over gloo train a step; one writes, both return; a failure of the first reaches the second. FSDP2's shards are collected."
-    script = FORKED + """
+    """Two processes over gloo train a step; one writes, both return; a failure of the first reaches the second.
+
+    FSDP2's shards are collected."""
+    script = (
+        FORKED
+        + """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -441,7 +499,9 @@ def test_two_processes_under_ddp_and_fsdp2(tmp_path):
     work(int(sys.argv[2]))
     os._exit(0)  # all was done; gloo's threads now and then abort an interpreter that ends in the usual way
     """
-    with ThreadPoolExecutor(2) as pool:  # processes of their own: a forked one would inherit the threads that load models
+    )
+    # processes of their own: a forked one would inherit the threads that load models
+    with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda rank: python(script, tmp_path, rank), (0, 1)))
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-3000:] + results[1].stderr[-3000:]
     a, b = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("ddp", "fsdp2"))

@@ -56,7 +56,17 @@ def spoil(data, how):
     data.write_text(json.dumps(records))
 
 
-@pytest.mark.parametrize("how", ["missing picture", "truncated picture", "broken JSON", "no answer", "placeholder without a picture", "special token"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "missing picture",
+        "truncated picture",
+        "broken JSON",
+        "no answer",
+        "placeholder without a picture",
+        "special token",
+    ],
+)
 def test_bad_data_gets_one_sentence_and_leaves_nothing(how, data, tmp_path, capsys):
     spoil(data, how)
     assert main(["train", "--data", str(data), "--output", str(tmp_path / "out"), "--max-steps", "1"]) == 2
@@ -90,11 +100,27 @@ def test_bad_flags_get_one_sentence(args, message, data, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("learing_rate: 1", "learing_rate"), ("[1, 2]", "key: value"), ("data: [", "line"), ("plan: lora", "plan"), ("schedule: {epochs: many}", "epochs"), ("data: 5", "text"), ("plan: {targets: q_proj}", "list"), ("1: x", "'1'"), ("schedule: {learning_rate: .nan}", "number")],
+    [
+        ("learing_rate: 1", "learing_rate"),
+        ("[1, 2]", "key: value"),
+        ("data: [", "line"),
+        ("plan: lora", "plan"),
+        ("schedule: {epochs: many}", "epochs"),
+        ("data: 5", "text"),
+        ("plan: {targets: q_proj}", "list"),
+        ("1: x", "'1'"),
+        ("schedule: {learning_rate: .nan}", "number"),
+    ],
 )
 def test_a_bad_configuration_file_is_named(text, message, tmp_path, capsys):
     (tmp_path / "job.yaml").write_text(text)
-    assert main(["train", str(tmp_path / "job.yaml"), "--output", str(tmp_path / "out")] + ([] if "data" in text else ["--data", "x.json"])) == 2
+    assert (
+        main(
+            ["train", str(tmp_path / "job.yaml"), "--output", str(tmp_path / "out")]
+            + ([] if "data" in text else ["--data", "x.json"])
+        )
+        == 2
+    )
     assert message in capsys.readouterr().err
 
 
@@ -103,7 +129,9 @@ def test_a_folder_in_use_is_left_alone(data, tmp_path, capsys):
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     for argv in (["train", "--data", str(data)], ["demo"], ["pretrain"]):
         assert main([*argv, "--output", str(tmp_path / "out")]) == 2
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"] and capsys.readouterr().err.count("not empty") == 3
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"] and capsys.readouterr().err.count(
+        "not empty"
+    ) == 3
 
 
 def test_flags_win_over_the_file_and_yaml_and_json_are_equal(data, tmp_path):
@@ -111,8 +139,13 @@ def test_flags_win_over_the_file_and_yaml_and_json_are_equal(data, tmp_path):
 
     values = {"data": str(data), "output": "o", "plan": {"rank": 4}, "schedule": {"batch_size": 3, "seed": 7}}
     (tmp_path / "job.json").write_text(json.dumps(values))
-    (tmp_path / "job.yaml").write_text(f"data: {data}\noutput: o\nplan: {{rank: 4}}\nschedule: {{batch_size: 3, seed: 7}}\n")
-    parse = lambda *argv: _job(_parser(["train"]).parse_args(["train", *map(str, argv)]))  # noqa: E731
+    (tmp_path / "job.yaml").write_text(
+        f"data: {data}\noutput: o\nplan: {{rank: 4}}\nschedule: {{batch_size: 3, seed: 7}}\n"
+    )
+
+    def parse(*argv):
+        return _job(_parser(["train"]).parse_args(["train", *map(str, argv)]))
+
     a, b = parse(tmp_path / "job.json"), parse(tmp_path / "job.yaml")
     assert a == b and a.plan.rank == 4 and a.schedule.seed == 7 and a.four_bit
     c = parse(tmp_path / "job.yaml", "--rank", "8", "--no-four-bit", "--targets", "q_proj,v_proj")
@@ -120,7 +153,14 @@ def test_flags_win_over_the_file_and_yaml_and_json_are_equal(data, tmp_path):
 
 
 def test_every_option_is_explained(capsys):
-    for argv in (["--help"], ["train", "--help"], ["demo", "--help"], ["ask", "--help"], ["merge", "--help"], ["pretrain", "--help"]):
+    for argv in (
+        ["--help"],
+        ["train", "--help"],
+        ["demo", "--help"],
+        ["ask", "--help"],
+        ["merge", "--help"],
+        ["pretrain", "--help"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 0
@@ -131,11 +171,31 @@ def test_every_option_is_explained(capsys):
 
 def test_train_ask_merge_in_one_go(data, tmp_path, capsys):
     out = tmp_path / "out"
-    common = ["--data", str(data), "--eval-data", str(data), "--max-steps", "30", "--batch-size", "8", "--learning-rate", "0.003", "--full-learning-rate", "0.002"]
+    common = [
+        "--data",
+        str(data),
+        "--eval-data",
+        str(data),
+        "--max-steps",
+        "30",
+        "--batch-size",
+        "8",
+        "--learning-rate",
+        "0.003",
+        "--full-learning-rate",
+        "0.002",
+    ]
     assert main(["train", *common, "--output", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["exact_match"]["after"]["rate"] > report["exact_match"]["before"]["rate"]
-    assert {p.name for p in out.iterdir()} == {"adapter", "before.json", "checkpoints", "job.json", "loss.png", "report.json"}
+    assert {p.name for p in out.iterdir()} == {
+        "adapter",
+        "before.json",
+        "checkpoints",
+        "job.json",
+        "loss.png",
+        "report.json",
+    }
     capsys.readouterr()
     picture, truth = data.parent / "0000.png", json.loads(data.read_text())[0]["conversations"][1]["content"]
     answers = []
@@ -152,7 +212,12 @@ def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(data, tmp_path)
     flags = ["train", "--data", data, "--max-steps", "40", "--batch-size", "2", "--save-every", "1000"]
     whole = run(*flags, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen([*COMMAND, *map(str, flags), "--output", str(tmp_path / "cut")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, flags), "--output", str(tmp_path / "cut")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     seen = ""
     while "loss" not in seen:  # the bar shows a loss after the first step
         char = process.stderr.read(1)
@@ -177,11 +242,20 @@ def _limit_files(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize("flags, size", [(["--max-steps", "2"], 300_000), (["--max-steps", "2", "--save-every", "1"], 300_000), (["--max-steps", "2", "--save-every", "1"], 1_500_000)])
+@pytest.mark.parametrize(
+    "flags, size",
+    [
+        (["--max-steps", "2"], 300_000),
+        (["--max-steps", "2", "--save-every", "1"], 300_000),
+        (["--max-steps", "2", "--save-every", "1"], 1_500_000),
+    ],
+)
 def test_a_full_disk_gets_one_sentence_and_leaves_nothing_half_written(flags, size, data, tmp_path):
     """A real limit: the kernel refuses to let any file grow past `size` bytes, as it would on a full disk."""
     result = run("train", "--data", data, "--output", tmp_path / "out", *flags, preexec_fn=_limit_files(size))
-    assert result.returncode == 2 and "disk is full" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert result.returncode == 2 and "disk is full" in result.stderr and "Traceback" not in result.stderr, (
+        result.stderr
+    )
     left = {p.name for p in (tmp_path / "out").rglob("*")}
     assert "adapter" not in left and not any("partial" in n or n == "adapter_model.safetensors" for n in left), left
 
@@ -200,7 +274,9 @@ try:
 except InputError as e:
     print("InputError", e)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, preexec_fn=_limit_files(10_000))
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, preexec_fn=_limit_files(10_000)
+    )
     assert "InputError" in result.stdout and "disk is full" in result.stdout, result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -219,7 +295,9 @@ def test_other_errors_are_not_dressed_up(tmp_path):
 
 def test_help_does_not_load_torch():
     script = "import sys, vlm_lora_lab.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()[-1].split()
+    loaded = (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()[-1].split()
+    )
     assert "argparse" in loaded and "torch" not in loaded and "transformers" not in loaded
 
 
@@ -238,8 +316,20 @@ def test_version_answers_what_a_bug_report_is_asked_for():
     lines = done.stdout.splitlines()
     assert len({re.match(r"(.{16}) \S", line).end() for line in lines}) == 1, "aligned"
     said = {line[:16].strip(): line[17:] for line in lines}
-    assert said["vlm_lora_lab"] == vlm_lora_lab.__version__ and said["Python"].startswith(sys.version.split()[0]) and said["torch"] == torch.__version__
-    for package in ("transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors", "huggingface_hub"):
+    assert (
+        said["vlm_lora_lab"] == vlm_lora_lab.__version__
+        and said["Python"].startswith(sys.version.split()[0])
+        and said["torch"] == torch.__version__
+    )
+    for package in (
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "tokenizers",
+        "safetensors",
+        "huggingface_hub",
+    ):
         assert said[package] == version(package)
     assert "GPU support" in said and "platform" in said
 
@@ -259,9 +349,14 @@ def test_version_where_torch_breaks_and_where_there_are_cards(tmp_path):
     }.items():
         (tmp_path / name / "torch").mkdir(parents=True)
         (tmp_path / name / "torch" / "__init__.py").write_text(code)
-    assert _versions(tmp_path / "broken")["GPU support"].endswith("OSError: libcudart.so.13: cannot open shared object file")
+    assert _versions(tmp_path / "broken")["GPU support"].endswith(
+        "OSError: libcudart.so.13: cannot open shared object file"
+    )
     said = _versions(tmp_path / "cards")
-    assert said["GPU support"] == "CUDA 13.0" and said["card 0"] == said["card 1"] == "NVIDIA H100, 79.1 GiB, compute capability 9.0"
+    assert (
+        said["GPU support"] == "CUDA 13.0"
+        and said["card 0"] == said["card 1"] == "NVIDIA H100, 79.1 GiB, compute capability 9.0"
+    )
 
 
 def test_pretrain_runs_from_start_to_end(tmp_path):

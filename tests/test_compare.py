@@ -53,7 +53,9 @@ def made(tmp_path_factory):
 def run(made, *names, **kwargs):
     lines = []
     names = [n if n == "lab" else made / n for n in names]
-    return compare(names, kwargs.pop("data", made / "data.json"), say=lines.append, **{"batch_size": 5} | kwargs), "\n".join(lines)
+    return compare(
+        names, kwargs.pop("data", made / "data.json"), say=lines.append, **{"batch_size": 5} | kwargs
+    ), "\n".join(lines)
 
 
 @pytest.fixture
@@ -69,7 +71,9 @@ def test_the_answers_are_those_of_each_model_alone(made, tmp_path, loads):
     assert loads == ["lab", "small", "large", "merged"]
     conversations = read_conversations(made / "data.json")
     for name, model in (("lab", load_vlm("lab")), (str(made / "large"), load_adapter(made / "large"))):
-        answers = generate_answers(model, Processor.of(model.config, load_tokenizer("lab")), conversations, batch_size=1)
+        answers = generate_answers(
+            model, Processor.of(model.config, load_tokenizer("lab")), conversations, batch_size=1
+        )
         for metric in ("exact", "cer"):
             assert results[metric].scores[name] == Score.of(metric, answers, conversations)
     large, merged, small = (results["cer"].scores[str(made / n)] for n in ("large", "merged", "small"))
@@ -77,10 +81,20 @@ def test_the_answers_are_those_of_each_model_alone(made, tmp_path, loads):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [c["name"] for c in report["checkpoints"]] == ["lab", *(str(made / n) for n in ("small", "large", "merged"))]
     first, second = report["checkpoints"][:2]
-    assert second["base"] == "lab" and second["four_bit"] and second["plan"]["rank"] == 4 and "torch" in second["trained_with"] and "torch" in first["versions"]
+    assert (
+        second["base"] == "lab"
+        and second["four_bit"]
+        and second["plan"]["rank"] == 4
+        and "torch" in second["trained_with"]
+        and "torch" in first["versions"]
+    )
     assert report["results"][1]["higher_is_better"] is False and report["resamples"] == 10_000
     lines = [json.loads(line) for line in (tmp_path / "out" / "questions.jsonl").read_text().splitlines()]
-    assert len(lines) == QUESTIONS and set(lines[0]["answers"]) == set(results["cer"].scores) and "cer" in lines[0]["answers"]["lab"]
+    assert (
+        len(lines) == QUESTIONS
+        and set(lines[0]["answers"]) == set(results["cer"].scores)
+        and "cer" in lines[0]["answers"]["lab"]
+    )
     assert (tmp_path / "out" / "compare-exact.png").stat().st_size > 5000 and "won : lost" in said
     assert {"all", "1 digits", "2 digits", "3 digits"} == set(report["results"][0]["scores"]["lab"])
 
@@ -129,9 +143,17 @@ def test_killed_while_asking(made, tmp_path):
     "The hard way, in a process of its own; what is on the disk is taken up, and the end is the same."
     script = "import sys; from vlm_lora_lab.cli import main; sys.exit(main(sys.argv[1:]))"
     argv = ["evaluate", str(made / "small"), "--data", str(made / "data.json"), "--batch-size", "1"]
-    process = subprocess.Popen([sys.executable, "-c", script, *argv, "--output", str(tmp_path / "killed")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *argv, "--output", str(tmp_path / "killed")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     answers, end = tmp_path / "killed" / "answers", time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < end and not any(f.read_bytes().count(b"\n") > 3 for f in answers.glob("*")):
+    while (
+        process.poll() is None
+        and time.monotonic() < end
+        and not any(f.read_bytes().count(b"\n") > 3 for f in answers.glob("*"))
+    ):
         time.sleep(0.005)
     process.kill()
     process.communicate()
@@ -151,9 +173,14 @@ def test_a_changed_answer_file_is_refused(made, tmp_path, loads):
     whole = file.read_bytes()
     lines = whole.split(b"\n")
     for broken in (
-        whole.replace(b'"n": 3', b'"n": 4'), whole.replace(b'"id": "test-0002"', b'"id": "test-0003"'), whole.replace(b'"questions": "', b'"questions": "0'),
-        b"\n".join([*lines[:3], lines[3][:5], *lines[4:]]), b"\n".join([*lines[:3], *lines[4:]]), whole + lines[-2] + b"\n", whole.replace(b'"answer": "', b'"answer": 1, "x": "'),
-    ):  # fmt: skip
+        whole.replace(b'"n": 3', b'"n": 4'),
+        whole.replace(b'"id": "test-0002"', b'"id": "test-0003"'),
+        whole.replace(b'"questions": "', b'"questions": "0'),
+        b"\n".join([*lines[:3], lines[3][:5], *lines[4:]]),
+        b"\n".join([*lines[:3], *lines[4:]]),
+        whole + lines[-2] + b"\n",
+        whole.replace(b'"answer": "', b'"answer": 1, "x": "'),
+    ):
         assert broken != whole
         file.write_bytes(broken)
         with pytest.raises(InputError, match="Remove this file"):
@@ -200,7 +227,9 @@ def test_other_settings_ask_again(made, tmp_path, loads):
     run(made, "lab", output=out, max_new_tokens=3)
     run(made, "lab", output=out, four_bit=True)
     run(made, "lab", output=out, batch_size=3)
-    assert loads == ["lab"] * 3 and len(list((out / "answers").iterdir())) == 3, "only the size of the batches changes nothing"
+    assert loads == ["lab"] * 3 and len(list((out / "answers").iterdir())) == 3, (
+        "only the size of the batches changes nothing"
+    )
 
 
 def test_answers_that_were_cut_off_are_said(made):
@@ -211,10 +240,19 @@ def test_answers_that_were_cut_off_are_said(made):
 
 @pytest.mark.parametrize(
     "names, kwargs, message",
-    [(["lab", "lab"], {}, "twice"), ([], {}, "no checkpoint"), (["lab"], {"metrics": ["bleu"]}, "bleu"), (["lab"], {"metrics": []}, "no metric"),
-     (["lab"], {"metrics": ["iou"]}, "cannot use this right answer"), (["nowhere"], {}, "no model"), (["lab"], {"data": "nowhere.json"}, "nowhere"),
-     (["small"], {"base": "nowhere/at/all"}, "no model"), (["lab"], {"data": []}, "no questions"), (["lab"], {"max_length": 10}, "limit of 10")],
-)  # fmt: skip
+    [
+        (["lab", "lab"], {}, "twice"),
+        ([], {}, "no checkpoint"),
+        (["lab"], {"metrics": ["bleu"]}, "bleu"),
+        (["lab"], {"metrics": []}, "no metric"),
+        (["lab"], {"metrics": ["iou"]}, "cannot use this right answer"),
+        (["nowhere"], {}, "no model"),
+        (["lab"], {"data": "nowhere.json"}, "nowhere"),
+        (["small"], {"base": "nowhere/at/all"}, "no model"),
+        (["lab"], {"data": []}, "no questions"),
+        (["lab"], {"max_length": 10}, "limit of 10"),
+    ],
+)
 def test_what_cannot_work_is_said_before_anything_is_loaded(made, tmp_path, loads, names, kwargs, message):
     with pytest.raises(InputError, match=message):
         run(made, *names, output=tmp_path / "out", **kwargs)
@@ -255,11 +293,18 @@ def score(values, metric="exact"):
 def test_changing_places_changes_the_sign(pairs):
     a, b = (score([p[i] for p in pairs], "cer") for i in (0, 1))
     forth, back = versus(a, b, resamples=300), versus(b, a, resamples=300)
-    assert back.difference == pytest.approx(-forth.difference) and (back.better, back.same, back.worse) == (forth.worse, forth.same, forth.better)
+    assert back.difference == pytest.approx(-forth.difference) and (back.better, back.same, back.worse) == (
+        forth.worse,
+        forth.same,
+        forth.better,
+    )
     assert forth.better == sum(y < x for x, y in pairs), "for an error rate lower is better"
     assert (forth.interval is None) == (len({y - x for x, y in pairs}) == 1)
     if forth.interval:
-        assert back.interval == pytest.approx((-forth.interval[1], -forth.interval[0])) and forth.interval[0] <= forth.interval[1]
+        assert (
+            back.interval == pytest.approx((-forth.interval[1], -forth.interval[0]))
+            and forth.interval[0] <= forth.interval[1]
+        )
         assert forth.sure == back.sure
 
 
@@ -277,7 +322,10 @@ def test_pairing_is_what_makes_it_narrow():
     rng = np.random.default_rng(0)
     first = rng.random(300) < 0.6
     second = np.where(rng.random(300) < 0.05, ~first, first)
-    narrow, wide = versus(score(first), score(second)).interval, versus(score(first), score(rng.permutation(second))).interval
+    narrow, wide = (
+        versus(score(first), score(second)).interval,
+        versus(score(first), score(rng.permutation(second))).interval,
+    )
     assert np.ptp(narrow) < 0.5 * np.ptp(wide)
     with pytest.raises(ValueError):
         versus(score(first), score(first[1:]))
@@ -288,7 +336,12 @@ def test_figure_and_table_of_one_and_of_many():
     scores = {f"runs/a-rather-long-name-of-an-experiment/{i}/adapter": score(rng.random(60) < 0.5) for i in range(3)}
     many = Comparison(scores, ("a", "b", "") * 20)
     left, right = comparison_figure(many).axes
-    assert len(left.get_yticklabels()) == 3 and [t.get_text() for t in right.get_yticklabels()] == ["all (60)", "(no category) (20)", "a (20)", "b (20)"]
+    assert len(left.get_yticklabels()) == 3 and [t.get_text() for t in right.get_yticklabels()] == [
+        "all (60)",
+        "(no category) (20)",
+        "a (20)",
+        "b (20)",
+    ]
     assert len(right.get_legend().get_texts()) == 2 and len({t.get_text() for t in left.get_yticklabels()}) == 3
     assert json.dumps(many.to_dict()) and len(many.differences) == 2 and "won : lost" in many._repr_html_()
     one = Comparison(dict(list(scores.items())[:1]), ("",) * 60)
@@ -300,15 +353,36 @@ def test_figure_and_table_of_one_and_of_many():
 
 
 def test_the_command(made, tmp_path, capsys):
-    argv = ["lab", str(made / "small"), "--data", str(made / "data.json"), "--metric", "cer", "--metric", "exact", "--output", str(tmp_path / "out")]
+    argv = [
+        "lab",
+        str(made / "small"),
+        "--data",
+        str(made / "data.json"),
+        "--metric",
+        "cer",
+        "--metric",
+        "exact",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(["compare", *argv]) == 0
     said = capsys.readouterr().out
-    assert "character error rate, lower is better" in said and "exact match, higher is better" in said and "12 questions in" in said
+    assert (
+        "character error rate, lower is better" in said
+        and "exact match, higher is better" in said
+        and "12 questions in" in said
+    )
     assert main(["compare", *argv]) == 0 and "all 12 answers were there" in capsys.readouterr().out
-    assert main(["evaluate", str(made / "small"), "--data", str(made / "data.json"), "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(["evaluate", str(made / "small"), "--data", str(made / "data.json"), "--output", str(tmp_path / "out")])
+        == 0
+    )
     assert "won" not in capsys.readouterr().out, "one alone is compared with nothing"
     assert main(["evaluate", "lab", "--data", "nowhere.json"]) == 2 and "nowhere.json" in capsys.readouterr().err
-    assert main(["compare", "lab", "--data", str(made / "data.json"), "--metric", "bleu"]) == 2 and "cer" in capsys.readouterr().err
+    assert (
+        main(["compare", "lab", "--data", str(made / "data.json"), "--metric", "bleu"]) == 2
+        and "cer" in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         main(["evaluate", "lab", str(made / "small"), "--data", "x.json"])
 

@@ -1,4 +1,5 @@
-"""Which tokens are commands: the special tokens of the published models, one by one, in every role, in labels and in generated answers."""
+"""Which tokens are commands: the special tokens of the published models, one by one, in every role, in labels and in
+generated answers."""
 
 import os
 
@@ -29,7 +30,15 @@ COMMANDS = {  # all of them, written by hand
     "Qwen/Qwen3-VL-2B-Instruct": {*TURNS, *SIGHT},
 }
 SAID = {  # some of what can be said
-    "openbmb/MiniCPM-Llama3-V-2_5": {"!", "<ref>", "<box>", "</box>", "<quad>", "<point>", "<|reserved_special_token_1|>"},
+    "openbmb/MiniCPM-Llama3-V-2_5": {
+        "!",
+        "<ref>",
+        "<box>",
+        "</box>",
+        "<quad>",
+        "<point>",
+        "<|reserved_special_token_1|>",
+    },
     "openbmb/MiniCPM-V-2_6": {"<ref>", "<box>", "</quad>", "<point>"},
     "openbmb/MiniCPM-V-4_5": {*GROUNDING, *TOOLS, *THINKS, "<ref>", "<box>"} - {"<think>", "</think>"},
     "Qwen/Qwen-VL-Chat": {"<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<|extra_0|>", "<|extra_204|>"},
@@ -76,14 +85,20 @@ def refusal(processor, conversation):
 
 def test_commands_are_these_and_no_others(name, processor):
     own = {str(t) for t in processor.tokenizer.added_tokens_decoder.values()}
-    found = control_tokens(processor.tokenizer, processor.family.template if isinstance(processor, Processor) else None, processor.named)
+    found = control_tokens(
+        processor.tokenizer, processor.family.template if isinstance(processor, Processor) else None, processor.named
+    )
     assert found == COMMANDS[name] and SAID[name] <= own - found
 
 
 def test_a_command_is_refused_in_every_role(name, processor):
     for token in COMMANDS[name] - {"<image>"}:  # that one is a mention of a picture
         spoken = f"so {token} it is"
-        for talk in (ask(spoken, "no"), ask("what?", spoken), Conversation("s", (Message("system", spoken), Message("user", "a"), Message("assistant", "b")))):
+        for talk in (
+            ask(spoken, "no"),
+            ask("what?", spoken),
+            Conversation("s", (Message("system", spoken), Message("user", "a"), Message("assistant", "b"))),
+        ):
             assert f"contains the special token {token}" in refusal(processor, talk), (token, talk)
 
 
@@ -102,12 +117,21 @@ def test_every_other_token_is_learned_as_one_and_kept_in_answers(name, processor
 @pytest.mark.parametrize("special", [True, False])
 def test_a_token_that_a_user_added_is_a_word(special, folders):
     tokenizer = load_tokenizer(folders("Qwen/Qwen2.5-VL-3B-Instruct"))
-    assert "<my_tool>" not in control_tokens(tokenizer)  # asked before it is there: the answer is not remembered wrongly
-    (tokenizer.add_special_tokens({"additional_special_tokens": ["<my_tool>", "helpful"]}) if special else tokenizer.add_tokens(["<my_tool>", "helpful"]))
+    # asked before it is there: the answer is not remembered wrongly
+    assert "<my_tool>" not in control_tokens(tokenizer)
+    (
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<my_tool>", "helpful"]})
+        if special
+        else tokenizer.add_tokens(["<my_tool>", "helpful"])
+    )
     processor = load_processor(folders("Qwen/Qwen2.5-VL-3B-Instruct"))
-    processor = type(processor)(tokenizer, processor.images, processor.image_token, processor.types, named=processor.named)
+    processor = type(processor)(
+        tokenizer, processor.images, processor.image_token, processor.types, named=processor.named
+    )
     row = processor(ask("be helpful", "yes <my_tool> helpful"))
-    assert {*tokenizer.convert_tokens_to_ids(["<my_tool>", "helpful"])} <= {*row["labels"]} and learned(processor, row) == "yes <my_tool> helpful<|im_end|>"
+    assert {*tokenizer.convert_tokens_to_ids(["<my_tool>", "helpful"])} <= {*row["labels"]} and learned(
+        processor, row
+    ) == "yes <my_tool> helpful<|im_end|>"
     assert _read([i for i in row["labels"] if i != IGNORE], tokenizer).text == "yes <my_tool> helpful"
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<my_tool>")  # now it opens turns
     assert "<my_tool>" in control_tokens(tokenizer) and "helpful" not in control_tokens(tokenizer)
@@ -119,12 +143,18 @@ def test_the_configuration_can_name_commands(folders):
     tokenizer.add_tokens(["<eyes>", "<bye>"])
     assert not {"<eyes>", "<bye>"} & control_tokens(tokenizer)
     config = load_vlm(folders("Qwen/Qwen2-VL-2B-Instruct")).config
-    config.image_token_id, config.get_text_config().eos_token_id = tokenizer.convert_tokens_to_ids("<eyes>"), [tokenizer.convert_tokens_to_ids("<bye>"), 5]
+    config.image_token_id, config.get_text_config().eos_token_id = (
+        tokenizer.convert_tokens_to_ids("<eyes>"),
+        [tokenizer.convert_tokens_to_ids("<bye>"), 5],
+    )
     from vlm_lora_lab.data.tokens import named_tokens
 
     named = named_tokens(config, tokenizer)
     assert {"<eyes>", "<bye>"} <= control_tokens(tokenizer, named=named) and len(named) == len(set(named))
-    assert set(end_ids(tokenizer, config.get_text_config())) - set(end_ids(tokenizer)) == {tokenizer.convert_tokens_to_ids("<bye>")}  # 5 is a word
+    # 5 is a word
+    assert set(end_ids(tokenizer, config.get_text_config())) - set(end_ids(tokenizer)) == {
+        tokenizer.convert_tokens_to_ids("<bye>")
+    }
 
 
 def test_turns_that_are_ordinary_text_are_commands_where_the_template_writes_them():
@@ -137,8 +167,12 @@ def test_turns_that_are_ordinary_text_are_commands_where_the_template_writes_the
     for bad in ("<用户>", "<AI>", "</s>", "<slice>"):
         with pytest.raises(InputError, match="special token"):
             encode(ask(f"say {bad}", "no"), tokenizer, 4, family=FAMILIES["2.0"])
-    two = Conversation("x", (Message("user", "1"), Message("assistant", "one"), Message("user", "2"), Message("assistant", "two")))
-    assert [i for i in encode(two, tokenizer, 4, family=FAMILIES["2.0"]).labels if i != IGNORE].count(tokenizer.eos_token_id) == 2
+    two = Conversation(
+        "x", (Message("user", "1"), Message("assistant", "one"), Message("user", "2"), Message("assistant", "two"))
+    )
+    assert [i for i in encode(two, tokenizer, 4, family=FAMILIES["2.0"]).labels if i != IGNORE].count(
+        tokenizer.eos_token_id
+    ) == 2
     assert "<用户>" not in control_tokens(tokenizer, FAMILIES["2.6"].template)
 
 
@@ -150,14 +184,18 @@ def test_text_is_looked_at_as_the_normaliser_makes_it(folders):
     assert "special token <|im_end|>" in refusal(processor, ask("\uff1c|im_end|\uff1e", "no"))
 
 
-# --- padding that is an ordinary word -----------------------------------------------------------------------------------
+# --- padding that is an ordinary word
+# -----------------------------------------------------------------------------------
 
 
 def test_an_exclamation_mark_has_a_label_and_padding_has_none(folders):
     processor = load_processor(folders("openbmb/MiniCPM-Llama3-V-2_5"))
     pad = processor.tokenizer.pad_token_id
     assert processor.tokenizer.pad_token == "!"
-    rows = [processor(ask("Stop! What?", "A circle!!")), processor(ask("What! is it?", "It is a red circle, and a blue one, far away!"))]
+    rows = [
+        processor(ask("Stop! What?", "A circle!!")),
+        processor(ask("What! is it?", "It is a red circle, and a blue one, far away!")),
+    ]
     for side in ("right", "left"):
         batch = processor.collate(rows, side)
         ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
@@ -184,17 +222,29 @@ def test_answers_that_end_in_the_padding_token_are_learned_asked_and_judged(fold
     assert answers == ["Yes!!", "No, never!"] and Score.of("exact", answers, talks).value == 1
 
 
-# --- boxes -----------------------------------------------------------------------------------------------------------------
+# --- boxes
+# -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, text, boxes", [
-    ("openbmb/MiniCPM-V-2_6", "<ref>circle</ref><box>250 244 500 500</box>", ((250, 244, 500, 500),)),
-    ("openbmb/MiniCPM-V-4_5", "<box>250 244 500 500</box><box>1 2 3 4</box>", ((250, 244, 500, 500), (1, 2, 3, 4))),
-    ("Qwen/Qwen-VL-Chat", "<ref>circle</ref><box>(250,244),(500,500)</box>", ((250, 244, 500, 500),)),
-    ("Qwen/Qwen2-VL-2B-Instruct", GROUNDED, ((250, 244, 500, 500),)),
-    ("Qwen/Qwen2.5-VL-3B-Instruct", '```json\n[{"bbox_2d": [250, 244, 500, 500], "label": "circle"}]\n```', ((250, 244, 500, 500),)),
-    ("Qwen/Qwen3-VL-2B-Instruct", '[{"bbox_2d": [250, 244, 500, 500], "label": "circle"}]', ((250, 244, 500, 500),)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, text, boxes",
+    [
+        ("openbmb/MiniCPM-V-2_6", "<ref>circle</ref><box>250 244 500 500</box>", ((250, 244, 500, 500),)),
+        ("openbmb/MiniCPM-V-4_5", "<box>250 244 500 500</box><box>1 2 3 4</box>", ((250, 244, 500, 500), (1, 2, 3, 4))),
+        ("Qwen/Qwen-VL-Chat", "<ref>circle</ref><box>(250,244),(500,500)</box>", ((250, 244, 500, 500),)),
+        ("Qwen/Qwen2-VL-2B-Instruct", GROUNDED, ((250, 244, 500, 500),)),
+        (
+            "Qwen/Qwen2.5-VL-3B-Instruct",
+            '```json\n[{"bbox_2d": [250, 244, 500, 500], "label": "circle"}]\n```',
+            ((250, 244, 500, 500),),
+        ),
+        (
+            "Qwen/Qwen3-VL-2B-Instruct",
+            '[{"bbox_2d": [250, 244, 500, 500], "label": "circle"}]',
+            ((250, 244, 500, 500),),
+        ),
+    ],
+)
 def test_a_box_is_the_same_in_file_labels_answer_and_metric(name, text, boxes, folders):
     processor = load_processor(folders(name))
     talk = ask("Where is the circle?", text)
@@ -205,16 +255,23 @@ def test_a_box_is_the_same_in_file_labels_answer_and_metric(name, text, boxes, f
     assert Score.of("iou", [answer.text], [talk]).value == 1
 
 
-@pytest.mark.parametrize("text, why", [
-    ("<|box_start|>(250,244),(500,500)", "broken"), ("<|box_start|>(500,244),(250,500)<|box_end|>", "swapped"), ("<|box_start|>(1,2),(3,1400)<|box_end|>", "outside"),
-    (GROUNDED + "<box>1 2 3 4</box>", "two notations"), ("(250,244),(500,500)", "no box"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("<|box_start|>(250,244),(500,500)", "broken"),
+        ("<|box_start|>(500,244),(250,500)<|box_end|>", "swapped"),
+        ("<|box_start|>(1,2),(3,1400)<|box_end|>", "outside"),
+        (GROUNDED + "<box>1 2 3 4</box>", "two notations"),
+        ("(250,244),(500,500)", "no box"),
+    ],
+)
 def test_boxes_that_cannot_be_used(text, why):
     with pytest.raises(ValueError, match=why):
         read_boxes(text)
 
 
-# --- the real words --------------------------------------------------------------------------------------------------------
+# --- the real words
+# --------------------------------------------------------------------------------------------------------
 
 
 def _tokenizer(file, name, tmp_path):
@@ -232,7 +289,8 @@ def _tokenizer(file, name, tmp_path):
 def test_in_the_real_qwen3_some_names_are_ordinary_text(tmp_path):
     tokenizer = _tokenizer("qwen3.json", None, tmp_path)
     vocab = tokenizer.get_vocab()
-    assert {t: vocab[t] for t in ("<unk>", "<s>", "</s>")} == {"<unk>": 128244, "<s>": 128245, "</s>": 128247}  # entries that no text reaches
+    # entries that no text reaches
+    assert {t: vocab[t] for t in ("<unk>", "<s>", "</s>")} == {"<unk>": 128244, "<s>": 128245, "</s>": 128247}
     assert tokenizer("<unk>")["input_ids"] == [128243, 29] and 128247 not in tokenizer("</s>")["input_ids"]
     assert control_tokens(tokenizer) == {*TURNS, *SIGHT} and set(end_ids(tokenizer)) == {151643, 151645}
     row = encode(ask("strike <s>this</s>", "a <unk> word </s>"), tokenizer, 4)

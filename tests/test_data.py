@@ -30,7 +30,13 @@ def test_overview_sizes_equal_the_original(golden_root):
     patch, scale = table["meta"].get("patch_size", 14), table["meta"].get("scale_resolution", 448)
     for r in rows:
         sliced = r.get("grid_cols_rows") is not None
-        size = overview_size(r["width"], r["height"], r.get("scale_resolution", scale), r.get("patch_size", patch), allow_upscale=not sliced)
+        size = overview_size(
+            r["width"],
+            r["height"],
+            r.get("scale_resolution", scale),
+            r.get("patch_size", patch),
+            allow_upscale=not sliced,
+        )
         assert list(size) == r["source_size_wh"], r
 
 
@@ -80,7 +86,13 @@ def turns(*contents):
 
 
 def test_several_pictures_come_in_order_of_mention(tmp_path):
-    path = write(tmp_path, {"image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": turns("<image_01> or <image_00>?", "first")})
+    path = write(
+        tmp_path,
+        {
+            "image": {"<image_00>": "a.png", "<image_01>": "b.png"},
+            "conversations": turns("<image_01> or <image_00>?", "first"),
+        },
+    )
     [c] = read_conversations(path)
     assert [p.name for p in c.images] == ["b.png", "a.png"] and c.messages[0].content == "<image> or <image>?"
 
@@ -119,8 +131,17 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 
 def test_labels_are_the_answers_and_their_ends(tokenizer):
-    talk = Conversation("x", (Message("system", "Be brief."), Message("user", "<image>\nHow many?"), Message("assistant", " two "),
-                              Message("user", "Sure?"), Message("assistant", "yes")), ("x",))  # fmt: skip
+    talk = Conversation(
+        "x",
+        (
+            Message("system", "Be brief."),
+            Message("user", "<image>\nHow many?"),
+            Message("assistant", " two "),
+            Message("user", "Sure?"),
+            Message("assistant", "yes"),
+        ),
+        ("x",),
+    )
     e = encode(talk, tokenizer, 4)
     assert len(e.input_ids) == len(e.labels)
     assert all(label in (IGNORE, token) for token, label in zip(e.input_ids, e.labels))
@@ -142,7 +163,9 @@ def test_special_tokens_in_text_are_refused(tokenizer, bad):
 def test_image_ids_are_written_when_the_model_wants_them(tokenizer):
     e = encode(ask("Compare.", "same", "a", "b"), tokenizer, 4, use_image_id=True)
     text = tokenizer.decode(e.input_ids)
-    assert "<image_id>0</image_id><image>" in text and "<image_id>1</image_id><image>" in text and len(e.image_bound) == 2
+    assert (
+        "<image_id>0</image_id><image>" in text and "<image_id>1</image_id><image>" in text and len(e.image_bound) == 2
+    )
 
 
 def test_too_long_is_an_error_not_a_cut(tokenizer):
@@ -152,15 +175,23 @@ def test_too_long_is_an_error_not_a_cut(tokenizer):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_is_its_rows(tokenizer, side):
-    config = MiniCPMV26Config(vocab_size=len(tokenizer), query_num=16, use_image_id=False, slice_config={"scale_resolution": 56},
-                            vision_config={"patch_size": 8, "image_size": 112})  # fmt: skip
+    config = MiniCPMV26Config(
+        vocab_size=len(tokenizer),
+        query_num=16,
+        use_image_id=False,
+        slice_config={"scale_resolution": 56},
+        vision_config={"patch_size": 8, "image_size": 112},
+    )
     process = Processor.of(config, tokenizer)
     rows = [process(draw(i, kind)) for i, kind in enumerate(KINDS)]
     batch = Collator(tokenizer.pad_token_id, side)(rows)
     first = 0
     for i, row in enumerate(rows):
         real = batch["attention_mask"][i].bool()
-        assert batch["input_ids"][i][real].tolist() == row["input_ids"] and batch["labels"][i][real].tolist() == row["labels"]
+        assert (
+            batch["input_ids"][i][real].tolist() == row["input_ids"]
+            and batch["labels"][i][real].tolist() == row["labels"]
+        )
         assert (batch["labels"][i][~real] == IGNORE).all()
         for strip, size in row["patches"]:
             assert batch["tgt_sizes"][first].tolist() == list(size) and batch["image_bound"][first][0] == i
@@ -182,13 +213,18 @@ def test_drawn_answers_are_true_and_unambiguous():
 
 def test_drawn_is_reproducible():
     a, b = Drawn(3, 5), Drawn(3, 5)
-    assert all(x.messages == y.messages and [i.tobytes() for i in x.images] == [i.tobytes() for i in y.images] for x, y in zip(a, b))
+    assert all(
+        x.messages == y.messages and [i.tobytes() for i in x.images] == [i.tobytes() for i in y.images]
+        for x, y in zip(a, b)
+    )
 
 
 def test_the_samples_are_what_the_code_makes(tmp_path):
     pytest.importorskip("sklearn")
     build(tmp_path)
-    made, kept = ({p.relative_to(root): p for p in root.rglob("*") if p.is_file()} for root in (tmp_path, samples_folder()))
+    made, kept = (
+        {p.relative_to(root): p for p in root.rglob("*") if p.is_file()} for root in (tmp_path, samples_folder())
+    )
     assert set(made) == set(kept) - {p for p in kept if p.name == "README.md"}
     for name, path in made.items():
         if path.suffix == ".png":

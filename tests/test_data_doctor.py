@@ -13,7 +13,16 @@ from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import Processor
 from vlm_lora_lab.data.dialects import to_record
 from vlm_lora_lab.data.doctor import SEVERITIES, check_data, look, mutate
-from vlm_lora_lab.data.records import DIALECTS, Access, Conversation, Message, RecordError, parse_record, read_conversations, samples_folder
+from vlm_lora_lab.data.records import (
+    DIALECTS,
+    Access,
+    Conversation,
+    Message,
+    RecordError,
+    parse_record,
+    read_conversations,
+    samples_folder,
+)
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer
 from vlm_lora_lab.models.minicpmv import MiniCPMV26Config
@@ -27,8 +36,17 @@ EXAMPLES, PER_EXAMPLE = 300, 36  # 10,800 mutated records in each run, beside th
 @pytest.fixture(scope="module")
 def processor():
     tokenizer = load_tokenizer("lab")
-    return Processor.of(MiniCPMV26Config(vocab_size=len(tokenizer), query_num=16, use_image_id=False, vision_config={"patch_size": 8, "image_size": 112},
-                                       slice_config={"scale_resolution": 56, "max_slice_nums": 4}), tokenizer, 400)  # fmt: skip
+    return Processor.of(
+        MiniCPMV26Config(
+            vocab_size=len(tokenizer),
+            query_num=16,
+            use_image_id=False,
+            vision_config={"patch_size": 8, "image_size": 112},
+            slice_config={"scale_resolution": 56, "max_slice_nums": 4},
+        ),
+        tokenizer,
+        400,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +62,28 @@ def pictures(tmp_path_factory):
 def good(pictures):
     talks = [
         Conversation("one", (Message("user", "<image>\nWhat?"), Message("assistant", "a cat")), (pictures / "a.png",)),
-        Conversation("two", (Message("system", "Be brief."), Message("user", "<image>\n<image>\nWhich?"), Message("assistant", "the first"),
-                             Message("user", "And <image> now?"), Message("assistant", "<ref>x</ref><box>1</box>")), tuple(pictures / f"{n}.png" for n in "abc")),
+        Conversation(
+            "two",
+            (
+                Message("system", "Be brief."),
+                Message("user", "<image>\n<image>\nWhich?"),
+                Message("assistant", "the first"),
+                Message("user", "And <image> now?"),
+                Message("assistant", "<ref>x</ref><box>1</box>"),
+            ),
+            tuple(pictures / f"{n}.png" for n in "abc"),
+        ),
         Conversation("none", (Message("user", "1 + 1?"), Message("assistant", "2"))),
-    ]  # fmt: skip
+    ]
     return [to_record(c, d, pictures) for c in talks for d in DIALECTS]
 
 
 def verdicts(report, rows):
     "Every row is judged once: bad with an error of its own, or good; and what the reader says agrees."
     assert report.rows == rows and sum(report.dialects.values()) == rows
-    assert all(f.row is None or 0 <= f.row < rows for f in report.findings) and all(f.severity in SEVERITIES and f.reason for f in report.findings)
+    assert all(f.row is None or 0 <= f.row < rows for f in report.findings) and all(
+        f.severity in SEVERITIES and f.reason for f in report.findings
+    )
     assert len(set(report.bad)) == len(report.bad) and report.to_dict()["good"] + len(report.bad) == rows
     return set(report.bad)
 
@@ -62,14 +91,17 @@ def verdicts(report, rows):
 def test_good_records_are_good(good, pictures, processor):
     report = check_data(good, processor, pictures)
     assert not verdicts(report, len(good)) and report.dialects == Counter({d: 3 for d in DIALECTS})
-    assert {f.kind for f in report.findings} == {"duplicate", "id"} and report.status == 1  # they say the same in five dialects
+    # they say the same in five dialects
+    assert {f.kind for f in report.findings} == {"duplicate", "id"} and report.status == 1
     assert len(report.tokens) == len(good) and report.learned > 0
 
 
 counted = Counter()
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+)
 @given(seed=st.integers(0, 2**32), count=st.just(PER_EXAMPLE))
 def test_mutated_records_raise_nothing_and_none_is_lost(good, pictures, processor, seed, count):
     rng, records = random.Random(seed), []
@@ -101,9 +133,20 @@ def test_enough_records_were_thrown():
     assert counted["records"] >= 10_000 and 0.3 < counted["bad"] / counted["records"] < 0.97
 
 
-leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["<image>", "user", "assistant", "a.png", "text"])
-keys = st.sampled_from(["conversations", "messages", "image", "images", "role", "content", "from", "value", "type", "text", "id", "url"]) | st.text(max_size=4)
-anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4), max_leaves=12)
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["<image>", "user", "assistant", "a.png", "text"])
+)
+keys = st.sampled_from(
+    ["conversations", "messages", "image", "images", "role", "content", "from", "value", "type", "text", "id", "url"]
+) | st.text(max_size=4)
+anything = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4), max_leaves=12
+)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
@@ -120,7 +163,9 @@ def test_lines_with_broken_bytes(good, pictures, seed, tmp_path_factory):
         line = bytearray(json.dumps(rng.choice(good)).encode())
         for _ in range(rng.randrange(4)):
             at = rng.randrange(len(line))
-            line[at : at + rng.randrange(3)] = bytes(rng.choice(b'\x00\xff\xc3{}[]",:\\<x') for _ in range(rng.randrange(3)))
+            line[at : at + rng.randrange(3)] = bytes(
+                rng.choice(b'\x00\xff\xc3{}[]",:\\<x') for _ in range(rng.randrange(3))
+            )
         lines.append(bytes(line).replace(b"\n", b" ").replace(b"\r", b" "))
     path = tmp_path_factory.mktemp("lines") / "d.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
@@ -197,7 +242,12 @@ def test_a_truncated_picture_needs_decoding(tmp_path):
 
 
 def test_turns_that_are_dropped_are_a_warning(processor, tmp_path):
-    long = {"conversations": [{"role": r, "content": c} for r, c in (("user", "x " * 400), ("assistant", "one"), ("user", "and?"), ("assistant", "two"))]}
+    long = {
+        "conversations": [
+            {"role": r, "content": c}
+            for r, c in (("user", "x " * 400), ("assistant", "one"), ("user", "and?"), ("assistant", "two"))
+        ]
+    }
     from dataclasses import replace
 
     path = write(tmp_path / "d.json", long)
@@ -211,11 +261,22 @@ def test_duplicates_contradictions_and_leaks(pictures, tmp_path):
         shutil.copy(pictures / f"{name}.png", tmp_path)
     shutil.copy(pictures / "a.png", tmp_path / "other-name.png")
     a = qa("<image>\nWhat?", "a cat", image="a.png", id="1")
-    train = write(tmp_path / "train.json", a, a | {"id": "2", "image": "other-name.png"}, qa("<image>\nWhat?", "a dog", image="a.png", id="3"),
-                  qa("<image>\nWhat?", "a cat", image="b.png", id="4"), qa("1?", "2", id="4"))  # fmt: skip
+    train = write(
+        tmp_path / "train.json",
+        a,
+        a | {"id": "2", "image": "other-name.png"},
+        qa("<image>\nWhat?", "a dog", image="a.png", id="3"),
+        qa("<image>\nWhat?", "a cat", image="b.png", id="4"),
+        qa("1?", "2", id="4"),
+    )
     found = {(f.row, f.kind, f.severity) for f in check_data(train).findings}
     assert found == {(1, "duplicate", "warning"), (2, "contradiction", "warning"), (4, "id", "note")}
-    test = write(tmp_path / "test.json", qa("<image>\nWhat?", "a bird", image="other-name.png"), qa("<image>\nHow many?", "1", image="b.png"), qa("1?", "2"))
+    test = write(
+        tmp_path / "test.json",
+        qa("<image>\nWhat?", "a bird", image="other-name.png"),
+        qa("<image>\nHow many?", "1", image="b.png"),
+        qa("1?", "2"),
+    )
     leaks = {(f.row, f.severity) for f in check_data(train, against=[test]).findings if f.kind == "leak"}
     assert leaks == {(0, "error"), (1, "error"), (2, "error"), (3, "warning"), (4, "error")}
     by_path = {f.row for f in check_data(train, against=[test], pictures="none").findings if f.kind == "leak"}
@@ -258,7 +319,9 @@ def test_no_record_can_write_into_the_report(tmp_path):
 def test_the_command(how, status, form, tmp_path, capsys):
     path, record = tmp_path / "d.json", qa("hello", "hi", id="r")
     if how != "missing":
-        write(path, record, *([record | {"id": "s"}] if how == "warning" else [{"id": "bad"}] if how == "error" else []))
+        write(
+            path, record, *([record | {"id": "s"}] if how == "warning" else [{"id": "bad"}] if how == "error" else [])
+        )
     assert main(["check-data", str(path), "--format", form, "--model", "lab", "--workers", "1"]) == status
     out, err = capsys.readouterr()
     if how == "missing":
@@ -285,4 +348,7 @@ def test_the_samples_of_the_course_are_healthy(processor):
 def test_look_takes_bytes_and_values():
     access = Access(samples_folder())
     record = qa("x", "y", id="r")
-    assert look(json.dumps(record).encode(), access) == look(record, access) and look(b"{", access).findings[0].kind == "json"
+    assert (
+        look(json.dumps(record).encode(), access) == look(record, access)
+        and look(b"{", access).findings[0].kind == "json"
+    )

@@ -28,11 +28,20 @@ def values(path, **kwargs):
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_are_what_json_reads(tmp_path, seed, indent):
     rng = random.Random(seed)
-    text = lambda: "".join(rng.choice('abc "\\\n\t[]{},:é猫🙂\u2028') for _ in range(rng.choice([0, 3, 40, 5000])))  # noqa: E731
-    made = [{"id": i, "a": text(), "b": [text(), {"c": rng.random(), "d": None}]} for i in range(rng.choice([1, 2, 300]))]
+
+    def text():
+        return "".join(rng.choice('abc "\\\n\t[]{},:é猫🙂\u2028') for _ in range(rng.choice([0, 3, 40, 5000])))
+
+    made = [
+        {"id": i, "a": text(), "b": [text(), {"c": rng.random(), "d": None}]} for i in range(rng.choice([1, 2, 300]))
+    ]
     for ascii_ in (True, False):
-        (tmp_path / "d.json").write_text(("\ufeff" if seed % 2 else "") + json.dumps(made, indent=indent, ensure_ascii=ascii_), encoding="utf-8")
-        (tmp_path / "d.jsonl").write_text("\n\n".join(json.dumps(r, ensure_ascii=ascii_) for r in made), encoding="utf-8")
+        (tmp_path / "d.json").write_text(
+            ("\ufeff" if seed % 2 else "") + json.dumps(made, indent=indent, ensure_ascii=ascii_), encoding="utf-8"
+        )
+        (tmp_path / "d.jsonl").write_text(
+            "\n\n".join(json.dumps(r, ensure_ascii=ascii_) for r in made), encoding="utf-8"
+        )
         assert values(tmp_path / "d.json") == values(tmp_path / "d.jsonl") == made
         lines = (tmp_path / "d.jsonl").read_bytes().split(b"\n")
         rows = Rows(tmp_path / "d.jsonl")
@@ -51,19 +60,32 @@ def test_scalars_and_windows(tmp_path):
         assert values(tmp_path / "d.json") == [12345, "é🙂"]
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "[1 2]", "[1,]", "[1,,2]", "[1] 2", "[", "[1, {]", '["a', "[1]]", "[nul]", "[,1]"])
+@pytest.mark.parametrize(
+    "text", ["[1, 2", "[1 2]", "[1,]", "[1,,2]", "[1] 2", "[", "[1, {]", '["a', "[1]]", "[nul]", "[,1]"]
+)
 def test_a_broken_list_ends_where_it_breaks(tmp_path, text):
     (tmp_path / "d.json").write_text(text)
     rows = Rows(tmp_path / "d.json")
-    assert rows.broken is not None and "d.json, line 1, column" in str(rows.broken) and all(rows[i] == i + 1 or text == '["a' for i in range(len(rows)))
+    assert (
+        rows.broken is not None
+        and "d.json, line 1, column" in str(rows.broken)
+        and all(rows[i] == i + 1 or text == '["a' for i in range(len(rows)))
+    )
     with pytest.raises(InputError, match="d.json"):
         Conversations.open(tmp_path / "d.json")
 
 
-@pytest.mark.parametrize("content, found", [
-    (b"", "no record"), (b"  \n ", "no record"), (b"[]", "no record"), (b"\xff\xfe[\x00]\x00", "UTF-8"), (b'{"a": {"b":\n 1}}\n', "one object"),
-    (b'[{"a": "\xe9"}]', "UTF-8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (b"", "no record"),
+        (b"  \n ", "no record"),
+        (b"[]", "no record"),
+        (b"\xff\xfe[\x00]\x00", "UTF-8"),
+        (b'{"a": {"b":\n 1}}\n', "one object"),
+        (b'[{"a": "\xe9"}]', "UTF-8"),
+    ],
+)
 def test_files_that_are_no_lists(tmp_path, content, found):
     (tmp_path / "d.json").write_bytes(content)
     with pytest.raises(InputError, match=found):
@@ -72,8 +94,15 @@ def test_files_that_are_no_lists(tmp_path, content, found):
 
 def test_limits_of_a_record(tmp_path):
     small = Limits(record_bytes=1000, depth=5)
-    for text, found in ((b'"' + b"x" * 1000 + b'"', "bytes"), (b"[" * 7 + b"]" * 7, "deep"), (b"[" * 100_000, "deep|bytes"), (b'{"a": 1, "a": 2}', "twice"),
-                        (b"1" * 999 + b" ", ""), (b"\xff", "UTF-8"), (b"{", "JSON")):  # fmt: skip
+    for text, found in (
+        (b'"' + b"x" * 1000 + b'"', "bytes"),
+        (b"[" * 7 + b"]" * 7, "deep"),
+        (b"[" * 100_000, "deep|bytes"),
+        (b'{"a": 1, "a": 2}', "twice"),
+        (b"1" * 999 + b" ", ""),
+        (b"\xff", "UTF-8"),
+        (b"{", "JSON"),
+    ):
         if found:
             with pytest.raises(InputError, match=found):
                 parse_json(text, "here", small)
@@ -90,7 +119,10 @@ def test_limits_of_a_record(tmp_path):
 
 
 def test_memory_is_flat_over_a_hundred_thousand_records(tmp_path):
-    record = '{"id": "%06d", "conversations": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a red circle"}]}'
+    record = (
+        '{"id": "%06d", "conversations": [{"role": "user", "content": "What is it?"}, {"role": "assistant", '
+        '"content": "a red circle"}]}'
+    )
     (tmp_path / "long.json").write_text("[" + ",\n".join(record % i for i in range(100_000)) + "]")
     code = f"""
 import tracemalloc
@@ -120,14 +152,27 @@ def root(tmp_path):
     return root
 
 
-@pytest.mark.parametrize("reference", ["a.png", "deep/b.png", "deep/../a.png", "inner.png", "file://a.png", "{root}/a.png", "./deep//b.png"])
+@pytest.mark.parametrize(
+    "reference", ["a.png", "deep/b.png", "deep/../a.png", "inner.png", "file://a.png", "{root}/a.png", "./deep//b.png"]
+)
 def test_paths_inside(root, reference):
     found = find_picture(reference.format(root=root), root)
     assert load_image(found).size == (4, 4)
 
 
-@pytest.mark.parametrize("reference", ["../secret.png", "link.png", "door/secret.png", "{root}/../secret.png", "/etc/passwd", "file:///etc/passwd",
-                                       "deep/../../secret.png", "/nowhere/at/all.png"])  # fmt: skip
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "../secret.png",
+        "link.png",
+        "door/secret.png",
+        "{root}/../secret.png",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "deep/../../secret.png",
+        "/nowhere/at/all.png",
+    ],
+)
 def test_paths_outside(root, reference):
     reference = reference.format(root=root)
     with pytest.raises(InputError, match="leads out"):
@@ -136,7 +181,10 @@ def test_paths_outside(root, reference):
         assert find_picture(reference, root, allow_outside=True).is_file()
 
 
-@pytest.mark.parametrize("reference", ["none.png", "", ".", "deep", "pipe.png", "x" * 5000, "a\0.png", "a.png/b", "C:\\a.png", "deep/", "ftp://x/y.png"])
+@pytest.mark.parametrize(
+    "reference",
+    ["none.png", "", ".", "deep", "pipe.png", "x" * 5000, "a\0.png", "a.png/b", "C:\\a.png", "deep/", "ftp://x/y.png"],
+)
 def test_paths_to_nothing(root, reference):
     with pytest.raises(InputError, match="no picture"):
         find_picture(reference, root)
@@ -186,7 +234,10 @@ def server():
 
 def test_nothing_is_fetched_unless_the_user_says_so(server, tmp_path):
     address, asked = server
-    record = {"image": f"{address}/a.png", "conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "red"}]}
+    record = {
+        "image": f"{address}/a.png",
+        "conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "red"}],
+    }
     (tmp_path / "d.json").write_text(json.dumps([record]))
     with pytest.raises(InputError, match="--allow-urls"):
         read_conversations(tmp_path / "d.json")
@@ -195,7 +246,9 @@ def test_nothing_is_fetched_unless_the_user_says_so(server, tmp_path):
     assert load_image(c.images[0]).getpixel((0, 0)) == (255, 0, 0) and asked == ["/a.png"]
 
 
-@pytest.mark.parametrize("path, found", [("/none.png", "404"), ("/big.png", "larger than"), ("/to-file", "cannot be fetched")])
+@pytest.mark.parametrize(
+    "path, found", [("/none.png", "404"), ("/big.png", "larger than"), ("/to-file", "cannot be fetched")]
+)
 def test_fetching_has_limits(server, path, found):
     with pytest.raises(InputError, match=found):
         load_image(Remote(server[0] + path), "a record", Limits(file_bytes=4000))

@@ -1,4 +1,5 @@
-"""Rows of transformers' own families: against transformers' own processors, and against what a stranger would get wrong."""
+"""Rows of transformers' own families: against transformers' own processors, and against what a stranger would get
+wrong."""
 
 import json
 import random
@@ -11,7 +12,13 @@ import torch
 from families import native_folder, tiny_model
 from PIL import Image
 from standins import VISION_TEMPLATE
-from transformers import MiniCPMV4_6Processor, MiniCPMV4_7Processor, Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
+from transformers import (
+    MiniCPMV4_6Processor,
+    MiniCPMV4_7Processor,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
 
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.compare import Checkpoint
@@ -25,7 +32,13 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.evaluate import _one_batch
 from vlm_lora_lab.models.load import lab_folder, load_vlm
 
-UPSTREAM = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor, "minicpmv4_6": MiniCPMV4_6Processor, "minicpmv4_7": MiniCPMV4_7Processor}
+UPSTREAM = {
+    "qwen2_vl": Qwen2VLProcessor,
+    "qwen2_5_vl": Qwen2_5_VLProcessor,
+    "qwen3_vl": Qwen3VLProcessor,
+    "minicpmv4_6": MiniCPMV4_6Processor,
+    "minicpmv4_7": MiniCPMV4_7Processor,
+}
 SLICED = ("minicpmv4_6", "minicpmv4_7")
 
 
@@ -34,10 +47,19 @@ def picture(width, height, seed=0):
     return Image.fromarray((torch.rand(height, width, 3, generator=g) * 255).to(torch.uint8).numpy())
 
 
-TALK = Conversation("talk", (
-    Message("system", "Be short."), Message("user", "<image>\nWhat number is this?"), Message("assistant", "407"),
-    Message("user", "And <image> beside <image>?"), Message("assistant", "1 and 2"), Message("user", "Which is larger?"), Message("assistant", "2"),
-), (picture(300, 160), picture(60, 90, 1), picture(40, 40, 2)))  # fmt: skip
+TALK = Conversation(
+    "talk",
+    (
+        Message("system", "Be short."),
+        Message("user", "<image>\nWhat number is this?"),
+        Message("assistant", "407"),
+        Message("user", "And <image> beside <image>?"),
+        Message("assistant", "1 and 2"),
+        Message("user", "Which is larger?"),
+        Message("assistant", "2"),
+    ),
+    (picture(300, 160), picture(60, 90, 1), picture(40, 40, 2)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +79,9 @@ def processor(family, folders):
 
 
 def upstream(family, ours):
-    "transformers' own processor over the same parts. Its constructor asks for a video processor, and that for torchvision; what it does with pictures needs neither."
+    """transformers' own processor over the same parts.
+
+    Its constructor asks for a video processor, and that for torchvision; what it does with pictures needs neither."""
     p, t = UPSTREAM[family].__new__(UPSTREAM[family]), ours.tokenizer
     p.image_processor, p.tokenizer, p.chat_template = ours.images, t, t.chat_template
     p.video_processor = SimpleNamespace(model_input_names=[], merge_size=2, downsample_mode="16x", slice_mode=False)
@@ -71,6 +95,7 @@ def upstream(family, ours):
 
 def as_upstream(conversation):
     "Messages as transformers' documentation writes them."
+
     def parts(m):
         first, *others = (t.strip() for t in m.content.split("<image>"))
         found = [{"type": "text", "text": first}]
@@ -78,7 +103,9 @@ def as_upstream(conversation):
             found += [{"type": "image"}, {"type": "text", "text": t}]
         return [f for f in found if f.get("text", True)]
 
-    return [{"role": m.role, "content": parts(m) if "<image>" in m.content else m.content} for m in conversation.messages]
+    return [
+        {"role": m.role, "content": parts(m) if "<image>" in m.content else m.content} for m in conversation.messages
+    ]
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
@@ -93,13 +120,23 @@ def test_a_question_is_what_transformers_own_processor_makes_of_it(family, proce
         assert torch.equal(t.to(ours[name].dtype), ours[name]), name
 
 
-@pytest.mark.parametrize("size", [(300, 160), (160, 300), (40, 40), (1, 1), (7, 900), (900, 7), (112, 112), (113, 112), (700, 500), (500, 3)])
+@pytest.mark.parametrize(
+    "size", [(300, 160), (160, 300), (40, 40), (1, 1), (7, 900), (900, 7), (112, 112), (113, 112), (700, 500), (500, 3)]
+)
 def test_a_header_is_enough_to_know_the_text(processor, size):
     c = ask("What?", "that", picture(*size))
     row, measured = processor(c), processor.measure(c)
     assert row["input_ids"] == measured.input_ids and row["image_bound"] == measured.image_bound
-    vectors = (row["pixel_values"].shape[0] // 4) if processor.along == 0 else sum(h * w // 16 for h, w in row["target_sizes"].tolist())
-    assert sum(b - a for a, b in row["image_bound"]) == vectors == row["input_ids"].count(processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    vectors = (
+        (row["pixel_values"].shape[0] // 4)
+        if processor.along == 0
+        else sum(h * w // 16 for h, w in row["target_sizes"].tolist())
+    )
+    assert (
+        sum(b - a for a, b in row["image_bound"])
+        == vectors
+        == row["input_ids"].count(processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "minicpmv4_6"])
@@ -108,9 +145,13 @@ def test_any_size(folders, family):
     for _ in range(100):
         image = Image.new("RGB", (rng.randint(10, 2000), rng.randint(10, 2000)))
         sizes = p.pictures([image])[p.sizes]
-        assert p.grid(image.size).count("<|image_pad|>") == int(sizes.prod(-1).sum()) // (4 if p.along == 0 else 16), image.size
+        assert p.grid(image.size).count("<|image_pad|>") == int(sizes.prod(-1).sum()) // (4 if p.along == 0 else 16), (
+            image.size
+        )
         tiles, _ = p.tiles(image)
-        assert [[t.height // p.images.patch_size, t.width // p.images.patch_size] for t in tiles] == [s[-2:] for s in sizes.tolist()], image.size
+        assert [[t.height // p.images.patch_size, t.width // p.images.patch_size] for t in tiles] == [
+            s[-2:] for s in sizes.tolist()
+        ], image.size
 
 
 def learned(processor, row):
@@ -123,18 +164,30 @@ def test_the_answers_and_their_ends_are_learned_and_nothing_else(family, process
     assert all(label in (IGNORE, i) for label, i in zip(row["labels"], row["input_ids"]))
     if family not in SLICED:  # where the template marks the answers itself, transformers agrees, token by token
         text = Conversation("t", tuple(Message(m.role, m.content.replace("<image>", "")) for m in TALK.messages))
-        theirs = processor.tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in text.messages], return_assistant_tokens_mask=True, return_dict=True)
+        theirs = processor.tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in text.messages],
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        )
         row = processor(text)
-        assert row["input_ids"] == theirs["input_ids"] and [int(i != IGNORE) for i in row["labels"]] == theirs["assistant_masks"]
+        assert (
+            row["input_ids"] == theirs["input_ids"]
+            and [int(i != IGNORE) for i in row["labels"]] == theirs["assistant_masks"]
+        )
 
 
 def test_an_answer_of_weight_0_has_no_label(processor):
     "Neither its words nor its end; the text stays, and what is learned of the others stays."
     whole, answers = processor.measure(TALK), [i for i, m in enumerate(TALK.messages) if m.role == "assistant"]
     for left_out in answers:
-        e = processor.measure(replace(TALK, messages=tuple(replace(m, learned=i != left_out) for i, m in enumerate(TALK.messages))))
+        e = processor.measure(
+            replace(TALK, messages=tuple(replace(m, learned=i != left_out) for i, m in enumerate(TALK.messages)))
+        )
         kept = "".join(TALK.messages[i].content + "<|im_end|>" for i in answers if i != left_out)
-        assert e.input_ids == whole.input_ids and processor.tokenizer.decode([t for t in e.labels if t != IGNORE]).replace("\n", "") == kept
+        assert (
+            e.input_ids == whole.input_ids
+            and processor.tokenizer.decode([t for t in e.labels if t != IGNORE]).replace("\n", "") == kept
+        )
 
 
 def test_what_a_user_writes_is_never_learned(processor):
@@ -168,15 +221,24 @@ def test_too_long_is_an_error_or_loses_whole_turns(folders, family):
     p = load_processor(folders[family], limit, drop=True)
     row = p(TALK)
     assert row["dropped"] == 1 and learned(p, row) == "1 and 2<|im_end|>2<|im_end|>" and len(row["input_ids"]) < limit
-    shorter = load_processor(folders[family])(Conversation("s", (TALK.messages[0], *TALK.messages[3:]), TALK.images[1:]))
-    assert row["input_ids"] == shorter["input_ids"] and torch.equal(row["pixel_values"], shorter["pixel_values"])  # numbers begin at 0 again
+    shorter = load_processor(folders[family])(
+        Conversation("s", (TALK.messages[0], *TALK.messages[3:]), TALK.images[1:])
+    )
+    # numbers begin at 0 again
+    assert row["input_ids"] == shorter["input_ids"] and torch.equal(row["pixel_values"], shorter["pixel_values"])
 
 
-ROWS = [TALK, ask("Hi", "there"), ask("What?", "1", picture(90, 60, 3)), ask("Which?", "the left one, I think", picture(30, 30, 4), picture(200, 90, 5))]
+ROWS = [
+    TALK,
+    ask("Hi", "there"),
+    ask("What?", "1", picture(90, 60, 3)),
+    ask("Which?", "the left one, I think", picture(30, 30, 4), picture(200, 90, 5)),
+]
 
 
 def test_rows_in_a_batch_are_what_they_are_alone(processor, folders, family):
-    bound = 1e-4 if family in SLICED else 1e-12  # their linear attention computes in single precision, and padding shifts its chunks
+    # their linear attention computes in single precision, and padding shifts its chunks
+    bound = 1e-4 if family in SLICED else 1e-12
     model = load_vlm(folders[family]).double()
     rows = [processor(c) for c in ROWS]
     for side in ("right", "left"):
@@ -186,7 +248,10 @@ def test_rows_in_a_batch_are_what_they_are_alone(processor, folders, family):
             for i, row in enumerate(rows):
                 alone = processor.collate([row], side)
                 one = model(**{k: v.double() if v.is_floating_point() else v for k, v in alone.items()}).logits[0]
-                assert (together[i][batch["attention_mask"][i] == 1] - one).abs().max() < bound * one.abs().max(), (side, i)
+                assert (together[i][batch["attention_mask"][i] == 1] - one).abs().max() < bound * one.abs().max(), (
+                    side,
+                    i,
+                )
 
 
 def test_answers_in_a_batch_are_what_they_are_alone(processor, folders, family):
@@ -202,7 +267,9 @@ def test_answers_in_a_batch_are_what_they_are_alone(processor, folders, family):
 
 def test_text_alone_has_no_pictures(processor, folders, family):
     batch = processor.collate([processor(ask("Hi", "there")), processor(ask("What is 2 + 3?", "5"))])
-    assert set(batch) == {"input_ids", "labels", "attention_mask"} | ({"mm_token_type_ids"} if processor.types else set())
+    assert set(batch) == {"input_ids", "labels", "attention_mask"} | (
+        {"mm_token_type_ids"} if processor.types else set()
+    )
     assert load_vlm(folders[family])(**batch).loss.isfinite()
 
 
@@ -229,7 +296,9 @@ def test_qwen2_5_takes_a_missing_type_for_text_and_we_never_leave_it_out(folders
     p, model = load_processor(folders["qwen2_5_vl"]), load_vlm(folders["qwen2_5_vl"])
     batch = p.collate([p(ROWS[2])])
     with torch.no_grad():
-        right, silent = (model(**b).logits for b in (batch, {k: v for k, v in batch.items() if k != "mm_token_type_ids"}))
+        right, silent = (
+            model(**b).logits for b in (batch, {k: v for k, v in batch.items() if k != "mm_token_type_ids"})
+        )
     assert (right - silent).abs().max() > 0.01 * right.std()
     for family in ("qwen2_vl", "qwen3_vl"):
         other = load_processor(folders[family])
@@ -255,7 +324,10 @@ def test_files_that_do_not_belong_together(folders, tmp_path, family):
     def edit(name, **values):
         def change(folder):
             path = folder / name
-            path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | values).items() if v is not ABSENT}))
+            path.write_text(
+                json.dumps({k: v for k, v in (json.loads(path.read_text()) | values).items() if v is not ABSENT})
+            )
+
         return change
 
     refused("cannot read the picture processor", lambda f: (f / "preprocessor_config.json").unlink())
@@ -270,14 +342,23 @@ def test_files_that_do_not_belong_together(folders, tmp_path, family):
         refused("scale_resolution is 0", edit("preprocessor_config.json", scale_resolution=0))
     else:
         older = dict.fromkeys(("min_pixels", "max_pixels"), ABSENT)
-        refused("max_pixels .longest_edge. is contradictory", edit("preprocessor_config.json", max_pixels=5000, size={"shortest_edge": 3136, "longest_edge": 12544}))
-        refused("a least and a most number", edit("preprocessor_config.json", size={"shortest_edge": 9000, "longest_edge": 5000}, **older))
+        refused(
+            "max_pixels .longest_edge. is contradictory",
+            edit("preprocessor_config.json", max_pixels=5000, size={"shortest_edge": 3136, "longest_edge": 12544}),
+        )
+        refused(
+            "a least and a most number",
+            edit("preprocessor_config.json", size={"shortest_edge": 9000, "longest_edge": 5000}, **older),
+        )
         refused("should be a least", edit("preprocessor_config.json", size={"height": 448, "width": 448}, **older))
     refused("picture processor is a", lambda f: shutil.copy(folders[other] / "preprocessor_config.json", f))
     refused("no token of its own", edit("config.json", image_token_id=9999))
     (tmp_path / "t").mkdir()
     plain = copy_of(folders[family], tmp_path / "t")
-    (plain / "chat_template.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.content is string else 'x' }}<|im_end|>\n{% endfor %}")
+    (plain / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.content is string else 'x' "
+        "}}<|im_end|>\n{% endfor %}"
+    )
     with pytest.raises(InputError, match="writes 0 places for 1 pictures"):
         load_processor(plain)(ROWS[2])
     (plain / "chat_template.jinja").write_text("{{ raise_exception('no system message, please') }}")
@@ -294,7 +375,9 @@ def test_a_template_beside_the_weights_of_an_older_layout(folders, tmp_path):
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": VISION_TEMPLATE}))
     preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": preprocessor, "processor_class": "Qwen2VLProcessor"}))
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": preprocessor, "processor_class": "Qwen2VLProcessor"})
+    )
     assert load_processor(folder)(TALK)["input_ids"] == load_processor(folders["qwen2_vl"])(TALK)["input_ids"]
 
 
@@ -309,13 +392,23 @@ def test_pixels_and_tokens_follow_the_picture_processors_file(folders, tmp_path,
     for c in range(3):
         pixels = was[:, c] * before.images.image_std[c] + before.images.image_mean[c]
         torch.testing.assert_close(now[:, c], (pixels - mean[c]) / std[c], rtol=0, atol=1e-5)
-    smaller = {"max_slice_nums": 2, "scale_resolution": 112} if family in SLICED else {k: v for k, v in values.items() if k != "size"} | {"min_pixels": 56 * 56, "max_pixels": 84 * 84}
+    smaller = (
+        {"max_slice_nums": 2, "scale_resolution": 112}
+        if family in SLICED
+        else {k: v for k, v in values.items() if k != "size"} | {"min_pixels": 56 * 56, "max_pixels": 84 * 84}
+    )
     path.write_text(json.dumps(smaller if "min_pixels" in smaller else values | smaller))
     after = load_processor(folder)
-    assert len(after(ask("What?", "1", image))["input_ids"]) == len(after.measure(ask("What?", "1", image)).input_ids) < len(a["input_ids"])
+    assert (
+        len(after(ask("What?", "1", image))["input_ids"])
+        == len(after.measure(ask("What?", "1", image)).input_ids)
+        < len(a["input_ids"])
+    )
     if family in SLICED:
         path.write_text(json.dumps(values | {"use_image_id": False}))
-        assert "<image_id>" not in load_processor(folder).tokenizer.decode(load_processor(folder)(ask("What?", "1", image))["input_ids"])
+        assert "<image_id>" not in load_processor(folder).tokenizer.decode(
+            load_processor(folder)(ask("What?", "1", image))["input_ids"]
+        )
 
 
 def test_a_family_that_is_not_known_is_refused(tmp_path):
@@ -347,7 +440,11 @@ def test_the_view_shows_what_the_model_sees(processor):
 
 def test_the_commands_take_them(folders, family, tmp_path, capsys):
     ROWS[2].images[0].save(tmp_path / "a.png")
-    record = {"id": "1", "image": "a.png", "conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "one"}]}
+    record = {
+        "id": "1",
+        "image": "a.png",
+        "conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "one"}],
+    }
     (tmp_path / "d.json").write_text(json.dumps([record]))
     data, model = str(tmp_path / "d.json"), str(folders[family])
     assert main(["check-data", data, "--model", model]) == 0
@@ -358,20 +455,64 @@ def test_the_commands_take_them(folders, family, tmp_path, capsys):
 
 def test_fewer_pixels_are_fewer_tokens_and_the_adapter_remembers(folders, family, tmp_path, capsys):
     wide = ask("What?", "one", picture(300, 160))
-    full, few = load_processor(folders[family]), load_processor(folders[family], max_pixels=112 * 112 if family in SLICED else 64 * 64)
+    full, few = (
+        load_processor(folders[family]),
+        load_processor(folders[family], max_pixels=112 * 112 if family in SLICED else 64 * 64),
+    )
     assert len(few(wide)["input_ids"]) < len(full(wide)["input_ids"])
-    assert sum(t.width * t.height for t in few.tiles(wide.images[0])[0]) <= (1 if family not in SLICED else 2) * 112 * 112
+    assert (
+        sum(t.width * t.height for t in few.tiles(wide.images[0])[0]) <= (1 if family not in SLICED else 2) * 112 * 112
+    )
     with pytest.raises(InputError, match="at least"):
         load_processor(folders[family], max_pixels=100)
     wide.images[0].save(tmp_path / "a.png")
-    record = {"id": "1", "image": "a.png", "conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "one"}]}
+    record = {
+        "id": "1",
+        "image": "a.png",
+        "conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "one"}],
+    }
     (tmp_path / "d.json").write_text(json.dumps([record]))
     pixels, data = str(112 * 112 if family in SLICED else 64 * 64), str(tmp_path / "d.json")
-    assert main(["train", "--model", str(folders[family]), "--data", data, "--output", str(tmp_path / "run"), "--max-steps", "1", "--max-pixels", pixels]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(folders[family]),
+                "--data",
+                data,
+                "--output",
+                str(tmp_path / "run"),
+                "--max-steps",
+                "1",
+                "--max-pixels",
+                pixels,
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "run" / "adapter" / "provenance.json").read_text())["max_pixels"] == int(pixels)
     assert Checkpoint.of(tmp_path / "run" / "adapter").processor().images.to_dict() == few.images.to_dict()
-    assert Checkpoint.of(tmp_path / "run" / "adapter", max_pixels=300 * 300).processor().images.to_dict() != few.images.to_dict()
-    assert main(["train", "--model", str(folders[family]), "--data", data, "--output", str(tmp_path / "other"), "--max-pixels", "3"]) == 2
+    assert (
+        Checkpoint.of(tmp_path / "run" / "adapter", max_pixels=300 * 300).processor().images.to_dict()
+        != few.images.to_dict()
+    )
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(folders[family]),
+                "--data",
+                data,
+                "--output",
+                str(tmp_path / "other"),
+                "--max-pixels",
+                "3",
+            ]
+        )
+        == 2
+    )
     assert "max_pixels is 3" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 

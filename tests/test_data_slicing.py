@@ -12,7 +12,16 @@ import torch
 from PIL import Image
 
 from vlm_lora_lab.data.files import Inline, Limits
-from vlm_lora_lab.data.slicing import check_size, cut_of, load_image, overview_size, picture_size, tiles_of, to_patches, to_square
+from vlm_lora_lab.data.slicing import (
+    check_size,
+    cut_of,
+    load_image,
+    overview_size,
+    picture_size,
+    tiles_of,
+    to_patches,
+    to_square,
+)
 from vlm_lora_lab.errors import InputError
 
 
@@ -31,7 +40,9 @@ def test_every_cut_equals_the_original(golden_root):
     for r in rows:
         cut = cut_of(r["width"], r["height"], r["scale_resolution"], r["patch_size"], r["max_slice_nums"])
         assert (list(cut.grid) if cut.grid else None) == r["grid_cols_rows"], r
-        assert list(cut.overview) == r["source_size_wh"] and (list(cut.tile) if cut.tile else None) == r["slice_size_wh"], r
+        assert (
+            list(cut.overview) == r["source_size_wh"] and (list(cut.tile) if cut.tile else None) == r["slice_size_wh"]
+        ), r
         if "num_images" in r:
             assert cut.pictures == r["num_images"]
             sizes = [cut.overview, *([cut.tile] if cut.tile else [])]
@@ -49,9 +60,14 @@ def test_pixels_equal_the_original(golden_root):
         overview = np.asarray(tiles_of(image, cut)[0])
         assert hashlib.sha256(overview.tobytes()).hexdigest() == c["source_resized_uint8_sha256"]
         strips = to_patches(image, c["scale_resolution"], c["patch_size"], c["max_slice_nums"])
-        assert [list(size) for _, size in strips] == c["tgt_sizes_hw"] and [list(s.shape) for s, _ in strips] == c["pixel_shapes"]
+        assert [list(size) for _, size in strips] == c["tgt_sizes_hw"] and [list(s.shape) for s, _ in strips] == c[
+            "pixel_shapes"
+        ]
         for (strip, _), mean, std in zip(strips, c["pixel_mean"], c["pixel_std"]):
-            assert abs(strip.double().mean().item() - mean) < 1e-7 and abs(strip.double().std().item() - std) < 2e-4 * std + 1e-6
+            assert (
+                abs(strip.double().mean().item() - mean) < 1e-7
+                and abs(strip.double().std().item() - std) < 2e-4 * std + 1e-6
+            )
         for (strip, _), first in zip(strips, c["first_pixels"]):
             torch.testing.assert_close(strip.flatten()[:8], torch.tensor(first), rtol=0, atol=1e-6)
 
@@ -114,15 +130,22 @@ def test_transparency_is_paper(tmp_path):
 @pytest.mark.parametrize("kind", ["gif", "webp", "tif", "png"])
 def test_of_several_frames_the_first_is_seen(tmp_path, kind):
     first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
-    first.save(tmp_path / f"x.{kind}", save_all=True, append_images=[second], **({"lossless": True} if kind == "webp" else {}))
+    first.save(
+        tmp_path / f"x.{kind}", save_all=True, append_images=[second], **({"lossless": True} if kind == "webp" else {})
+    )
     assert Image.open(tmp_path / f"x.{kind}").n_frames == 2
-    assert load_image(tmp_path / f"x.{kind}").getpixel((3, 3)) == (255, 0, 0)  # Pillow's "red" of a GIF's palette is exact
+    # Pillow's "red" of a GIF's palette is exact
+    assert load_image(tmp_path / f"x.{kind}").getpixel((3, 3)) == (255, 0, 0)
 
 
 def test_floats_and_wide_integers_need_a_meaning(tmp_path):
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "fine.tif")
     assert load_image(tmp_path / "fine.tif").getpixel((0, 0)) == (128, 128, 128)
-    for name, values in {"metres": np.full((4, 4), 7.5, np.float32), "nan": np.full((4, 4), np.nan, np.float32), "wide": np.full((4, 4), 70_000, np.int32)}.items():
+    for name, values in {
+        "metres": np.full((4, 4), 7.5, np.float32),
+        "nan": np.full((4, 4), np.nan, np.float32),
+        "wide": np.full((4, 4), 70_000, np.int32),
+    }.items():
         Image.fromarray(values).save(tmp_path / f"{name}.tif")
         with pytest.raises(InputError, match="bits"):
             load_image(tmp_path / f"{name}.tif")
@@ -130,12 +153,16 @@ def test_floats_and_wide_integers_need_a_meaning(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB"])
 def test_every_colour_mode_becomes_rgb(mode):
-    white = Image.new("LAB", (4, 4), (255, 128, 128)) if mode == "LAB" else Image.new("RGB", (4, 4), "white").convert(mode)
+    white = (
+        Image.new("LAB", (4, 4), (255, 128, 128)) if mode == "LAB" else Image.new("RGB", (4, 4), "white").convert(mode)
+    )
     image = load_image(white)
     assert image.mode == "RGB" and min(image.getpixel((1, 1))) >= 250
 
 
-@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa", "RGBX", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"])
+@pytest.mark.parametrize(
+    "mode", ["LA", "La", "PA", "RGBA", "RGBa", "RGBX", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"]
+)
 def test_no_mode_of_pillow_is_forgotten(mode):
     image = load_image(Image.new(mode, (4, 3)))
     assert image.mode == "RGB" and image.size == (4, 3)
@@ -144,8 +171,16 @@ def test_no_mode_of_pillow_is_forgotten(mode):
 
 def png(width, height, body=b""):
     "A PNG whose header claims a size."
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", body)
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("size", [(10_000, 10_000), (13_000, 7_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
@@ -198,7 +233,11 @@ def test_a_picture_may_stand_in_the_record():
     file = BytesIO()
     noise(9, 5, 0).save(file, "PNG")
     address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    assert load_image(Inline(address)).tobytes() == load_image(Inline(file.getvalue())).tobytes() == noise(9, 5, 0).tobytes()
+    assert (
+        load_image(Inline(address)).tobytes()
+        == load_image(Inline(file.getvalue())).tobytes()
+        == noise(9, 5, 0).tobytes()
+    )
     for bad in ("data:image/png;base64,@@", "data:image/png,abc", "data:"):
         with pytest.raises(InputError, match="base64"):
             load_image(Inline(bad), "a record")

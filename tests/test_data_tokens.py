@@ -1,15 +1,14 @@
-"""Ids, labels and picture places against `finetune/dataset.py` of MiniCPM-V; every deliberate difference is asserted as such.
+"""Ids, labels and picture places against `finetune/dataset.py` of MiniCPM-V; every deliberate difference is asserted as
+such.
 
-Differences, numbered as in the table of chapter 22:
-1. after an answer's end token, its successor has the label "end token" upstream (ChatML, Llama 3); here it has none
-2. an empty answer supervises the next question upstream; here the record is refused
-3. a long text is cut at the limit upstream; here it is refused, or whole turns are dropped
-4. only sliced pictures are numbered and counted upstream; here all are, when the model wants numbers
-5. with several pictures, upstream writes a line break after the last one even if no text follows; here there is none
-6. 2.0 is tokenised in pieces upstream; here as a whole, which is the same as long as no text holds a special token, and such text is refused
-7. what crashes upstream works here
-8. 2.0's processor, not its training, puts a line break after each picture; here there is none
-"""
+Differences, numbered as in the table of chapter 22: 1. after an answer's end token, its successor has the label "end
+token" upstream (ChatML, Llama 3); here it has none 2. an empty answer supervises the next question upstream; here the
+record is refused 3. a long text is cut at the limit upstream; here it is refused, or whole turns are dropped 4. only
+sliced pictures are numbered and counted upstream; here all are, when the model wants numbers 5. with several pictures,
+upstream writes a line break after the last one even if no text follows; here there is none 6. 2.0 is tokenised in
+pieces upstream; here as a whole, which is the same as long as no text holds a special token, and such text is refused
+7. what crashes upstream works here 8. 2.0's processor, not its training, puts a line break after each picture; here
+there is none"""
 
 import json
 
@@ -22,11 +21,30 @@ from vlm_lora_lab.data.slicing import cut_of
 from vlm_lora_lab.data.tokens import ENDS, FAMILIES, IGNORE, drop_turns, encode, family_of, picture_text, render
 from vlm_lora_lab.errors import InputError
 
-TEMPLATES = {"qwen": ("qwen", "2.6"), "qwen_v45_template": ("qwen", "4.5"), "llama3": ("llama3", "2.5"), "minicpm": ("minicpm", "2.0")}
-NAMES = ["single_unsliced", "no_tag_placeholder_is_prepended", "multi_turn_three", "single_sliced", "two_images_one_sliced", "unicode_and_role_words",
-         "empty_answer_in_the_middle", "leading_and_trailing_spaces", "truncated_max_length_40", "slicing_off", "batch_vision_false"]  # fmt: skip
+TEMPLATES = {
+    "qwen": ("qwen", "2.6"),
+    "qwen_v45_template": ("qwen", "4.5"),
+    "llama3": ("llama3", "2.5"),
+    "minicpm": ("minicpm", "2.0"),
+}
+NAMES = [
+    "single_unsliced",
+    "no_tag_placeholder_is_prepended",
+    "multi_turn_three",
+    "single_sliced",
+    "two_images_one_sliced",
+    "unicode_and_role_words",
+    "empty_answer_in_the_middle",
+    "leading_and_trailing_spaces",
+    "truncated_max_length_40",
+    "slicing_off",
+    "batch_vision_false",
+]
 CASES = [(t, n) for t in ("qwen", "llama3", "minicpm") for n in NAMES]
-CASES += [("qwen_v45_template", n) for n in ("single_unsliced", "multi_turn_three", "think_in_last_answer", "no_think_two_turns")]
+CASES += [
+    ("qwen_v45_template", n)
+    for n in ("single_unsliced", "multi_turn_three", "think_in_last_answer", "no_think_two_turns")
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +57,9 @@ def tokenizers(golden_root, golden):
     made = {}
     for name in ("qwen", "llama3", "minicpm"):
         ids = golden["meta"]["special_ids"][name]
-        t = PreTrainedTokenizerFast(tokenizer_file=str(golden_root / "dataset" / name / "tokenizer.json"), unk_token="<unk>")
+        t = PreTrainedTokenizerFast(
+            tokenizer_file=str(golden_root / "dataset" / name / "tokenizer.json"), unk_token="<unk>"
+        )
         t.bos_token, t.eos_token = t.convert_ids_to_tokens([ids["bos_id"], ids["eos_id"]])
         made[name] = t
     return made
@@ -50,10 +70,13 @@ def test_the_list_of_cases_is_complete(golden):
 
 
 def conversation_of(case, tmp_path):
-    for i, name in enumerate(case["images"]):
+    for i, _name in enumerate(case["images"]):
         (tmp_path / f"{i}.png").touch()
     images = {name: f"{i}.png" for i, name in enumerate(case["images"])}
-    record = {"conversations": case["conversations"], "image": images["<image>"] if set(images) == {"<image>"} else images}
+    record = {
+        "conversations": case["conversations"],
+        "image": images["<image>"] if set(images) == {"<image>"} else images,
+    }
     return parse_record(record, Access(tmp_path, limits=Limits()))
 
 
@@ -61,9 +84,25 @@ def encode_case(case, tokenizer, family, tmp_path, **kwargs):
     o, c = case["options"], conversation_of(case, tmp_path)
     s = o["slice_config"]
     pictures = [case["images"][k] for k in case["images"]]  # every case mentions its pictures in order
-    grids = [cut_of(p["width"], p["height"], s["scale_resolution"], s["patch_size"], s["max_slice_nums"]).grid for p in pictures] if s else None
+    grids = (
+        [
+            cut_of(p["width"], p["height"], s["scale_resolution"], s["patch_size"], s["max_slice_nums"]).grid
+            for p in pictures
+        ]
+        if s
+        else None
+    )
     number = family.numbered != "" and any(grids or [])  # difference 4
-    return encode(c, tokenizer, o["query_nums"], kwargs.pop("max_length", o["max_length"]), number, family=family, grids=grids, **kwargs)
+    return encode(
+        c,
+        tokenizer,
+        o["query_nums"],
+        kwargs.pop("max_length", o["max_length"]),
+        number,
+        family=family,
+        grids=grids,
+        **kwargs,
+    )
 
 
 def shifted(e):
@@ -88,14 +127,22 @@ def test_equal_to_the_original(template, name, golden, tokenizers, tmp_path):
     tokenizer, family = tokenizers[kind], FAMILIES[version]
     e = encode_case(case, tokenizer, family, tmp_path)
     if "input_ids" not in case:  # difference 7
-        assert case["head_error"] and tokenizer.decode([x for x in e.labels if x != IGNORE]) == "A red cat.<|im_end|>" and len(e.image_bound) == 1
+        assert (
+            case["head_error"]
+            and tokenizer.decode([x for x in e.labels if x != IGNORE]) == "A red cat.<|im_end|>"
+            and len(e.image_bound) == 1
+        )
         return
     ends = {tokenizer.convert_tokens_to_ids(t) for t in ENDS if t in tokenizer.get_vocab()}
     target, extra = without_the_extra_label(case, ends)
     answers = sum(m["role"] == "assistant" for m in case["conversations"])
     # Llama 3's last end token has no successor, so nothing is extra there
     assert len(extra) == (0 if kind == "minicpm" else answers - (kind == "llama3"))
-    assert e.input_ids == case["input_ids"] and shifted(e) == target and [list(b) for b in e.image_bound] == case["image_bound"]
+    assert (
+        e.input_ids == case["input_ids"]
+        and shifted(e) == target
+        and [list(b) for b in e.image_bound] == case["image_bound"]
+    )
     if case.get("rendered_text"):
         assert tokenizer.decode(e.input_ids) == case["rendered_text"] or name == "unicode_and_role_words"
     assert sum(x != IGNORE for x in e.labels) > 0 and e.dropped == 0
@@ -106,19 +153,28 @@ def test_two_pictures_one_sliced(template, golden, tokenizers, tmp_path):
     case, (kind, version) = golden["cases"][template]["two_images_one_sliced"], TEMPLATES[template]
     tokenizer, family = tokenizers[kind], FAMILIES[version]
     e = encode_case(case, tokenizer, family, tmp_path)
-    assert len(e.image_bound) == 5 and tokenizer.decode([x for x in e.labels if x != IGNORE]).startswith("a dog and a cat.")
+    assert len(e.image_bound) == 5 and tokenizer.decode([x for x in e.labels if x != IGNORE]).startswith(
+        "a dog and a cat."
+    )
     if "rendered_text" not in case:
         assert "head_error" in case  # difference 7
         return
     text = case["rendered_text"]
     if family.numbered:
         assert text.count("<image_id>") == 1 and "<image_id>0</image_id><image>" in text
-        text = text.replace("<image_id>0", "<image_id>1").replace("<image><unk>", "<image_id>0</image_id><image><unk>", 1)  # difference 4
+        # difference 4
+        text = text.replace("<image_id>0", "<image_id>1").replace(
+            "<image><unk>", "<image_id>0</image_id><image><unk>", 1
+        )
         assert text.count("</slice>\n<|im_end|>") == 1
         text = text.replace("</slice>\n<|im_end|>", "</slice><|im_end|>")  # difference 5
     else:
-        assert e.input_ids == case["input_ids"] and shifted(e) == without_the_extra_label(case, set(e.input_ids[-1:]))[0]
-    assert tokenizer.decode(e.input_ids) == text and e.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert (
+            e.input_ids == case["input_ids"] and shifted(e) == without_the_extra_label(case, set(e.input_ids[-1:]))[0]
+        )
+    assert (
+        tokenizer.decode(e.input_ids) == text and e.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("template", ["qwen", "llama3", "minicpm"])
@@ -135,11 +191,17 @@ def test_an_empty_answer_is_refused(template, golden, tmp_path):
 def test_a_long_text_is_refused_or_loses_whole_turns(template, golden, tokenizers, tmp_path):
     case, (kind, version) = golden["cases"][template]["truncated_max_length_40"], TEMPLATES[template]
     tokenizer, family = tokenizers[kind], FAMILIES[version]
-    assert len(case["input_ids"]) == 40 and case["input_ids"][-1] not in tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>"])
+    assert len(case["input_ids"]) == 40 and case["input_ids"][-1] not in tokenizer.convert_tokens_to_ids(
+        ["<|im_end|>", "<|eot_id|>"]
+    )
     with pytest.raises(InputError, match="limit of 40"):  # difference 3
         encode_case(case, tokenizer, family, tmp_path)
     e = encode_case(case, tokenizer, family, tmp_path, max_length=45, drop=True)
-    assert e.dropped == 1 and e.image_bound == [] and tokenizer.decode([x for x in e.labels if x != IGNORE]).startswith("It is blue and green.<|")
+    assert (
+        e.dropped == 1
+        and e.image_bound == []
+        and tokenizer.decode([x for x in e.labels if x != IGNORE]).startswith("It is blue and green.<|")
+    )
     whole = encode_case(case, tokenizer, family, tmp_path, max_length=2048, drop=True)
     assert whole.dropped == 0 and whole.input_ids[:39] == case["input_ids"][:39]
     with pytest.raises(InputError, match="limit of 5"):
@@ -147,10 +209,24 @@ def test_a_long_text_is_refused_or_loses_whole_turns(template, golden, tokenizer
 
 
 def test_dropping_takes_pictures_and_keeps_the_system(tokenizers):
-    talk = Conversation("x", (Message("system", "Be brief."), Message("user", "<image>\n1?"), Message("assistant", "1"),
-                              Message("user", "<image> and <image>?"), Message("assistant", "2"), Message("user", "3?"), Message("assistant", "3")),
-                        ("a", "b", "c"))  # fmt: skip
-    assert drop_turns(talk, 1).images == ("b", "c") and [m.content for m in drop_turns(talk, 2).messages] == ["Be brief.", "3?", "3"]
+    talk = Conversation(
+        "x",
+        (
+            Message("system", "Be brief."),
+            Message("user", "<image>\n1?"),
+            Message("assistant", "1"),
+            Message("user", "<image> and <image>?"),
+            Message("assistant", "2"),
+            Message("user", "3?"),
+            Message("assistant", "3"),
+        ),
+        ("a", "b", "c"),
+    )
+    assert drop_turns(talk, 1).images == ("b", "c") and [m.content for m in drop_turns(talk, 2).messages] == [
+        "Be brief.",
+        "3?",
+        "3",
+    ]
     lengths = []
     for limit in range(30, 120):
         try:
@@ -166,7 +242,10 @@ def test_dropping_takes_pictures_and_keeps_the_system(tokenizers):
 def test_placeholders_equal_the_original(golden_root):
     for c in json.loads((golden_root / "preprocess" / "image_processor.json").read_text())["cases"]:
         grid = cut_of(c["width"], c["height"], c["scale_resolution"], c["patch_size"], c["max_slice_nums"]).grid
-        assert picture_text(FAMILIES["2.6"], 4, grid, 0) == c["placeholder_with_id"] and picture_text(FAMILIES["2.6"], 4, grid) == c["placeholder_without_id"]
+        assert (
+            picture_text(FAMILIES["2.6"], 4, grid, 0) == c["placeholder_with_id"]
+            and picture_text(FAMILIES["2.6"], 4, grid) == c["placeholder_without_id"]
+        )
         assert picture_text(FAMILIES["2.5"], 4, grid) == c["placeholder_v25"]
         assert picture_text(FAMILIES["2.0"], 4, grid) + "\n" == c["placeholder_v20"]  # difference 8
 
@@ -174,20 +253,41 @@ def test_placeholders_equal_the_original(golden_root):
 @pytest.mark.parametrize("kind, version", [("qwen", "2.6"), ("qwen", "4.5"), ("llama3", "2.5"), ("minicpm", "2.0")])
 def test_a_prompt_is_the_beginning_of_the_training_text(kind, version, tokenizers):
     tokenizer, family = tokenizers[kind], FAMILIES[version]
-    for c in (ask("What is it?", "A cat.", "x"), Conversation("y", (Message("user", "1"), Message("assistant", "one"), Message("user", "2"), Message("assistant", "two")))):
+    for c in (
+        ask("What is it?", "A cat.", "x"),
+        Conversation(
+            "y", (Message("user", "1"), Message("assistant", "one"), Message("user", "2"), Message("assistant", "two"))
+        ),
+    ):
         whole, prompt = (encode(c, tokenizer, 4, family=family, answer=answer) for answer in (True, False))
         n = len(prompt.input_ids)
-        assert whole.input_ids[:n] == prompt.input_ids and whole.labels[n] == whole.input_ids[n] and set(prompt.labels) == {IGNORE}
+        assert (
+            whole.input_ids[:n] == prompt.input_ids
+            and whole.labels[n] == whole.input_ids[n]
+            and set(prompt.labels) == {IGNORE}
+        )
         last = c.messages[-1].content
         assert tokenizer.decode([x for x in whole.labels[n:] if x != IGNORE]).startswith(last)
-        asked = Conversation(c.id, (*c.messages[:-1], Message("assistant", "")), c.images)  # when it is asked, there is no answer yet
+        # when it is asked, there is no answer yet
+        asked = Conversation(c.id, (*c.messages[:-1], Message("assistant", "")), c.images)
         assert encode(asked, tokenizer, 4, family=family, answer=False).input_ids == prompt.input_ids
 
 
-@pytest.mark.parametrize("answer", ["a\nb", "\nx", "x\n", "  ", "assistant", "user\n", "<think>\nhm\n</think>\n\nyes", "(x) [y] {z} \\1 .*", "ä" * 50])
+@pytest.mark.parametrize(
+    "answer",
+    ["a\nb", "\nx", "x\n", "  ", "assistant", "user\n", "<think>\nhm\n</think>\n\nyes", "(x) [y] {z} \\1 .*", "ä" * 50],
+)
 @pytest.mark.parametrize("kind, version", [("qwen", "2.6"), ("qwen", "4.5"), ("llama3", "2.5"), ("minicpm", "2.0")])
 def test_no_word_of_the_user_is_ever_learned(kind, version, answer, tokenizers):
-    c = Conversation("x", (Message("user", "question one"), Message("assistant", answer), Message("user", "question two"), Message("assistant", answer)))
+    c = Conversation(
+        "x",
+        (
+            Message("user", "question one"),
+            Message("assistant", answer),
+            Message("user", "question two"),
+            Message("assistant", answer),
+        ),
+    )
     if "<think>" in answer and kind != "qwen":
         return
     e = encode(c, tokenizers[kind], 4, family=FAMILIES[version])
@@ -202,15 +302,23 @@ def test_a_user_gives_no_commands(bad, tokenizers):
 
 
 def test_boxes_and_thoughts_pass(tokenizers):
-    e = encode(ask("Where is <ref>the cat</ref>?", "<think>\nleft\n</think>\n\n<box>1 2 3 4</box>"), tokenizers["qwen"], 4)
+    e = encode(
+        ask("Where is <ref>the cat</ref>?", "<think>\nleft\n</think>\n\n<box>1 2 3 4</box>"), tokenizers["qwen"], 4
+    )
     assert tokenizers["qwen"].decode([x for x in e.labels if x != IGNORE]).endswith("<box>1 2 3 4</box><|im_end|>")
 
 
-@pytest.mark.parametrize("template, message", [
-    ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "does not end"),
-    ("{% for m in messages %}{{ m['content'] | length }}{{ m['content'] }}<|im_end|>{% endfor %}", "changes the text"),
-    ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "does not end"),
+        (
+            "{% for m in messages %}{{ m['content'] | length }}{{ m['content'] }}<|im_end|>{% endfor %}",
+            "changes the text",
+        ),
+        ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", ""),
+    ],
+)
 def test_a_template_that_cannot_be_matched_is_named(template, message, tokenizers):
     tokenizer = tokenizers["qwen"]
     tokenizer.chat_template = template

@@ -46,7 +46,17 @@ class Net(nn.Module):
 X = {"x": torch.randn(5, 8, generator=torch.Generator().manual_seed(0))}
 
 
-@pytest.mark.parametrize("mode, verdict", [("ok", None), ("unused", "never called"), ("no_grad", "cut off"), ("detached", "not in the loss"), ("zero", "zero"), ("nan", "not finite")])
+@pytest.mark.parametrize(
+    "mode, verdict",
+    [
+        ("ok", None),
+        ("unused", "never called"),
+        ("no_grad", "cut off"),
+        ("detached", "not in the loss"),
+        ("zero", "zero"),
+        ("nan", "not finite"),
+    ],
+)
 def test_each_way_to_miss_a_gradient_has_its_verdict(mode, verdict):
     model = Net()
     model.mode = mode
@@ -64,7 +74,11 @@ def test_the_model_is_left_as_it_was():
     audit_gradients(model, X)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert torch.equal(model.a.weight.grad, torch.ones(8, 8)) and model.b.weight.grad is None
-    assert not model.training and not any(m._forward_hooks for m in model.modules()) and torch.equal(noise, torch.get_rng_state())
+    assert (
+        not model.training
+        and not any(m._forward_hooks for m in model.modules())
+        and torch.equal(noise, torch.get_rng_state())
+    )
     with pytest.raises(ZeroDivisionError), undisturbed(model):
         model.a.weight.data.zero_()
         1 / 0
@@ -79,8 +93,13 @@ def test_six_families_under_lora_and_full(family):
     result = audit_gradients(model, batch, promised=lambda n: ".lora_" in n or ".modules_to_save." in n, rate=1e-4)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert sorted(r.name for r in result.rows) == sorted(trained)
-    last = f"vision_tower.encoder.layers.{tiny_config(family).vision_config.num_hidden_layers - 1}." if family == "llava" else ""
-    unread = [r for r in result.wrong if r.verdict == "not in the loss"]  # LLaVA reads the last but one layer of its eyes: what is in the last is lost
+    last = (
+        f"vision_tower.encoder.layers.{tiny_config(family).vision_config.num_hidden_layers - 1}."
+        if family == "llava"
+        else ""
+    )
+    # LLaVA reads the last but one layer of its eyes: what is in the last is lost
+    unread = [r for r in result.wrong if r.verdict == "not in the loss"]
     assert bool(unread) == (family == "llava") and all(last in r.name for r in unread), result
     rest = [r for r in result.wrong if r not in unread]  # a bias of keys has no gradient: softmax ignores it
     assert all(r.verdict == "zero" and r.name.endswith("bias") for r in rest), result
@@ -117,7 +136,15 @@ def test_reentrant_checkpointing_is_told_by_name():
     assert audit_gradients(model, batch).ok
 
 
-@pytest.mark.parametrize("dtype, rate, ok", [(torch.bfloat16, 1e-6, False), (torch.bfloat16, 1e-2, True), (torch.float32, 1e-6, True), (torch.float16, 1e-6, False)])
+@pytest.mark.parametrize(
+    "dtype, rate, ok",
+    [
+        (torch.bfloat16, 1e-6, False),
+        (torch.bfloat16, 1e-2, True),
+        (torch.float32, 1e-6, True),
+        (torch.float16, 1e-6, False),
+    ],
+)
 def test_rates_that_round_to_nothing(dtype, rate, ok):
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1)).to(dtype)
     result = audit_gradients(model, torch.ones(2, 16, dtype=dtype), rate=rate)
@@ -136,7 +163,11 @@ def test_the_optimizer_and_the_promise_are_held_against_the_model():
     model.c.weight.grad = torch.ones_like(model.c.weight)
     optimizer = torch.optim.SGD([*model.a.parameters(), *model.norm.parameters(), model.c.bias], lr=0.1)
     wrong = {r.name: r.verdict for r in audit_gradients(model, X, rate=optimizer).wrong}
-    assert wrong == {"b.weight": "not in the optimizer", "b.bias": "not in the optimizer", "c.weight": "frozen, but holds a gradient"}
+    assert wrong == {
+        "b.weight": "not in the optimizer",
+        "b.bias": "not in the optimizer",
+        "c.weight": "frozen, but holds a gradient",
+    }
     model.c.weight.grad = None
     wrong = {r.name: r.verdict for r in audit_gradients(model, X, promised=lambda n: n != "a.bias").wrong}
     assert wrong == {"a.bias": "trained, but not promised", "c.weight": "promised, but frozen"}
@@ -152,7 +183,8 @@ def test_losses_are_found_or_asked_for():
 
 @pytest.mark.parametrize("family", ["minicpmv-4.0", "gemma3", "paligemma"])
 def test_the_row_of_padding_has_no_gradient_and_that_is_no_fault(family, tmp_path, capsys):
-    "With embeddings trained in full: the audit, the saved adapter and `inspect`, on a published configuration whose embedding has a row of padding."
+    """With embeddings trained in full: the audit, the saved adapter and `inspect`, on a published configuration whose
+    embedding has a row of padding."""
     base = made(STAND_INS[family])
     model = load_vlm(base, dtype=torch.float32)
     pad = model.get_input_embeddings().padding_idx
@@ -172,6 +204,7 @@ def test_the_row_of_padding_has_no_gradient_and_that_is_no_fault(family, tmp_pat
         loss_of(model.train(), batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert torch.equal(model.get_input_embeddings().weight[pad], before) != bool(model.all_tied_weights_keys)  # as a row of a tied head it learns
+    # as a row of a tied head it learns
+    assert torch.equal(model.get_input_embeddings().weight[pad], before) != bool(model.all_tied_weights_keys)
     save_adapter(model, tmp_path / "adapter", plan, base, tokenizer_of(base), False)
     assert main(["inspect", str(tmp_path / "adapter")]) < 2, capsys.readouterr().out

@@ -41,7 +41,13 @@ def test_the_cabinet_is_full():
     assert {s.phase for s in SPECIMENS.values()} == {"given", "forward", "backward", "clipping", "optimizer"}
     for s in SPECIMENS.values():  # nothing is NaN from the start but where that is the case's point
         case = s.make()
-        tensors = list(case.batch.values()) if isinstance(case.batch, dict) else list(case.batch) if isinstance(case.batch, tuple) else [case.batch]
+        tensors = (
+            list(case.batch.values())
+            if isinstance(case.batch, dict)
+            else list(case.batch)
+            if isinstance(case.batch, tuple)
+            else [case.batch]
+        )
         assert all(t.isfinite().all() for t in [*tensors, *case.model.parameters()]) == (s.phase != "given")
 
 
@@ -64,7 +70,11 @@ def test_an_overflow_is_found_wherever_it_is_put(family):
     "Held out: modules that no specimen uses, in families that no specimen is of."
     model = tiny_model(family).half()
     batch = {k: v.half() if v.is_floating_point() else v for k, v in batch_of(family, model).items()}
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(("fc2", "down_proj", "w1", "linear_fc2"))]
+    layers = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and n.endswith(("fc2", "down_proj", "w1", "linear_fc2"))
+    ]
     found = 0
     for name in (layers[0], layers[-1]):
         layer = model.get_submodule(name)
@@ -81,7 +91,12 @@ def test_an_overflow_is_found_wherever_it_is_put(family):
         found += 1
         d = diagnose(model, batch, try_remedies=True)
         layer.weight.data = kept
-        assert (d.event.phase, d.event.module, d.event.made, d.event.output.dtype) == ("forward", name, "inf", "float16")
+        assert (d.event.phase, d.event.module, d.event.made, d.event.output.dtype) == (
+            "forward",
+            name,
+            "inf",
+            "float16",
+        )
         assert d.cause == "fp16 overflow" and d.trials["float32"] == "heals"
     assert found
 
@@ -119,11 +134,31 @@ def unit():
 
 
 def trainer(model, data, folder, doctor=None, collator=None, **kwargs):
-    settings = dict(max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, seed=1) | kwargs
-    args = TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy=settings.pop("save_strategy", "no"),
-                             remove_unused_columns=False, dataloader_pin_memory=False, **settings)  # fmt: skip
+    settings = (
+        dict(
+            max_steps=12,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            seed=1,
+        )
+        | kwargs
+    )
+    args = TrainingArguments(
+        str(folder),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy=settings.pop("save_strategy", "no"),
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        **settings,
+    )
     made = Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=[doctor] if doctor else None)
-    made.callback_handler.callbacks = [c for c in made.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
+    made.callback_handler.callbacks = [
+        c for c in made.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
+    ]
     return made
 
 
@@ -140,7 +175,16 @@ def test_a_hundred_healthy_steps_without_an_alarm(family, tmp_path):
         return batch | {"input_ids": ids, "labels": torch.where(text, ids, -100)}
 
     doctor = NanDoctor()
-    run = trainer(model, list(range(100)), tmp_path, doctor, collate, max_steps=100, per_device_train_batch_size=1, learning_rate=1e-3)
+    run = trainer(
+        model,
+        list(range(100)),
+        tmp_path,
+        doctor,
+        collate,
+        max_steps=100,
+        per_device_train_batch_size=1,
+        learning_rate=1e-3,
+    )
     run.train()
     assert run.state.global_step == 100 and doctor.bad_steps == [] and doctor.zeros_examined == 0
     assert not model._forward_hooks and not model._forward_pre_hooks
@@ -150,7 +194,14 @@ def test_a_hundred_healthy_steps_without_an_alarm(family, tmp_path):
 def test_stop_leaves_the_weights_of_the_step_before_bit_for_bit(accumulation, tmp_path):
     bad = 37
     model, doctor = Unit(), NanDoctor(folder=tmp_path / "case", build="test_debug_nan:unit")
-    run = trainer(model, Rows(60, {bad}), tmp_path / "a", doctor, gradient_accumulation_steps=accumulation, max_steps=15 // accumulation)
+    run = trainer(
+        model,
+        Rows(60, {bad}),
+        tmp_path / "a",
+        doctor,
+        gradient_accumulation_steps=accumulation,
+        max_steps=15 // accumulation,
+    )
     assert run.args.logging_nan_inf_filter
     with pytest.raises(NonFiniteStep) as stopped:
         run.train()
@@ -160,19 +211,29 @@ def test_stop_leaves_the_weights_of_the_step_before_bit_for_bit(accumulation, tm
     assert not run.args.logging_nan_inf_filter
     assert steps > 0 and f"step {steps + 1}" in str(stopped.value)
     reference = Unit()
-    trainer(reference, Rows(60, {bad}), tmp_path / "b", gradient_accumulation_steps=accumulation, max_steps=steps).train()
+    trainer(
+        reference, Rows(60, {bad}), tmp_path / "b", gradient_accumulation_steps=accumulation, max_steps=steps
+    ).train()
     for (n, p), q in zip(model.named_parameters(), reference.parameters()):
         assert torch.equal(p, q), n
     ruined = Unit()
-    trainer(ruined, Rows(60, {bad}), tmp_path / "c", gradient_accumulation_steps=accumulation, max_steps=steps + 1).train()
+    trainer(
+        ruined, Rows(60, {bad}), tmp_path / "c", gradient_accumulation_steps=accumulation, max_steps=steps + 1
+    ).train()
     assert any(p.isnan().any() for p in ruined.parameters())  # what it was saved from
     script = tmp_path / "case" / f"step-{steps + 1}" / "replay.py"
     out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd="tests")
     assert out.returncode == 0 and out.stdout.startswith("root at zero"), out.stderr
-    plain = lambda text: [line for line in text.splitlines() if not line.startswith("  samples")]  # noqa: E731
+
+    def plain(text):
+        return [line for line in text.splitlines() if not line.startswith("  samples")]
+
     assert plain(out.stdout) == plain((script.parent / "report.txt").read_text())  # to the last digit that is shown
     case = json.loads((script.parent / "case.json").read_text())
-    assert case["facts"]["rows"] == load_file(script.parent / "batch.safetensors")["number"].tolist() and bad in case["facts"]["rows"]
+    assert (
+        case["facts"]["rows"] == load_file(script.parent / "batch.safetensors")["number"].tolist()
+        and bad in case["facts"]["rows"]
+    )
 
 
 def test_skip_leaves_out_the_bad_rows_and_counts_them(tmp_path):
@@ -209,13 +270,21 @@ def test_rows_are_named_in_every_epoch(tmp_path):
     doctor, order = NanDoctor("skip", say=lambda line: None), Unit()
     trainer(order, Rows(16, {5}), tmp_path / "a", max_steps=12).train()
     trainer(Unit(), Rows(16, {5}), tmp_path / "b", doctor, max_steps=12).train()
-    assert [s for s, _ in doctor.bad_steps] == [i + 1 for i, numbers in enumerate(order.saw) if 5 in numbers] and len(doctor.bad_steps) == 3
+    assert [s for s, _ in doctor.bad_steps] == [i + 1 for i, numbers in enumerate(order.saw) if 5 in numbers] and len(
+        doctor.bad_steps
+    ) == 3
     assert all(d.samples == (5,) for _, d in doctor.bad_steps)
 
 
 def test_skip_gives_up_when_nothing_helps(tmp_path):
     with pytest.raises(NonFiniteStep):
-        trainer(Unit(), Rows(60, set(range(60))), tmp_path, NanDoctor("skip", patience=3, say=lambda line: None), max_steps=15).train()
+        trainer(
+            Unit(),
+            Rows(60, set(range(60))),
+            tmp_path,
+            NanDoctor("skip", patience=3, say=lambda line: None),
+            max_steps=15,
+        ).train()
     model = Unit()
     model.head.bias.data.fill_(3e38).mul_(10)
     with pytest.raises(NonFiniteStep, match="corrupt weights"):
@@ -240,10 +309,22 @@ def test_rollback_survives_a_blow_up(tmp_path):
     doctor = NanDoctor("rollback", say=said.append, copy_every=10)
     run = trainer(model, Rows(60), tmp_path / "b", doctor, **options)
     run.train()
-    assert run.state.global_step == 150 and doctor.bad_steps and all("half the learning rate" in line for line in said[:-1])
-    assert all(p.isfinite().all() for p in model.parameters()) and healthy(model, {"x": torch.randn(2, 6), "number": torch.zeros(2)})
+    assert (
+        run.state.global_step == 150
+        and doctor.bad_steps
+        and all("half the learning rate" in line for line in said[:-1])
+    )
+    assert all(p.isfinite().all() for p in model.parameters()) and healthy(
+        model, {"x": torch.randn(2, 6), "number": torch.zeros(2)}
+    )
     with pytest.raises(NonFiniteStep):
-        trainer(Fits(), Rows(60), tmp_path / "c", NanDoctor("rollback", patience=1, say=lambda line: None), **options | {"learning_rate": 1e6}).train()
+        trainer(
+            Fits(),
+            Rows(60),
+            tmp_path / "c",
+            NanDoctor("rollback", patience=1, say=lambda line: None),
+            **options | {"learning_rate": 1e6},
+        ).train()
 
 
 def test_rows_are_named_after_a_resume(tmp_path):
@@ -278,7 +359,15 @@ def test_a_norm_that_overflows_is_found_though_clipping_makes_zeros_of_it(tmp_pa
         def forward(self, x):
             return {"loss": self.net(4000 * x).mean()}
 
-    run = trainer(Big(), [{"x": torch.ones(64).half()}] * 8, tmp_path, NanDoctor(), optim="sgd", max_steps=3, per_device_train_batch_size=2)
+    run = trainer(
+        Big(),
+        [{"x": torch.ones(64).half()}] * 8,
+        tmp_path,
+        NanDoctor(),
+        optim="sgd",
+        max_steps=3,
+        per_device_train_batch_size=2,
+    )
     with pytest.raises(NonFiniteStep, match="gradient norm overflow"):
         run.train()
 
@@ -305,8 +394,13 @@ def test_a_gradient_scaler_may_skip_by_itself():
         def __init__(self, optimizer):
             self.optimizer, self.scaler = optimizer, scaler
 
-    optimizer, state = torch.optim.SGD(model.parameters(), lr=0.1), type("S", (), {"global_step": 0, "epoch": 0.0, "log_history": []})()
-    doctor.on_train_begin(type("A", (), {"gradient_accumulation_steps": 1, "train_batch_size": 2})(), state, None, model, optimizer)
+    optimizer, state = (
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        type("S", (), {"global_step": 0, "epoch": 0.0, "log_history": []})(),
+    )
+    doctor.on_train_begin(
+        type("A", (), {"gradient_accumulation_steps": 1, "train_batch_size": 2})(), state, None, model, optimizer
+    )
     for _ in range(8):
         doctor.on_step_begin(None, state, None)
         before = model.weight.detach().clone()
@@ -361,7 +455,11 @@ def test_rows_of_a_batch_with_pictures_are_its_rows(family):
     assert len(rows) == 2 and all(torch.equal(rows[0][k], v) for k, v in one.items())
     assert torch.equal(rows[1]["pixel_values"], one["pixel_values"].flip(-1)) and rows[1]["image_bound"][0, 0] == 0
     text = {k: v for k, v in batch.items() if k in ("input_ids", "labels", "attention_mask")}
-    only = rows_of(batch | {"image_bound": batch["image_bound"][:1], "pixel_values": batch["pixel_values"][:1]} | ({"tgt_sizes": batch["tgt_sizes"][:1]} if "tgt_sizes" in batch else {}))
+    only = rows_of(
+        batch
+        | {"image_bound": batch["image_bound"][:1], "pixel_values": batch["pixel_values"][:1]}
+        | ({"tgt_sizes": batch["tgt_sizes"][:1]} if "tgt_sizes" in batch else {})
+    )
     assert set(only[1]) == set(text)
     with pytest.raises(ValueError, match="different lengths"):
         rows_of({"a": torch.ones(2), "b": torch.ones(3)})

@@ -39,7 +39,12 @@ def test_a_healthy_job_is_ok_and_nothing_is_written(data, tmp_path, capsys):
     before = files(tmp_path)
     assert main(["doctor", "--data", str(data), "--batch-size", "4"]) == 0
     out = capsys.readouterr().out
-    assert out.count("OK  ") == 5 and "Nothing speaks against training" in out and "tensors learn" in out and "GiB at the peak" in out
+    assert (
+        out.count("OK  ") == 5
+        and "Nothing speaks against training" in out
+        and "tensors learn" in out
+        and "GiB at the peak" in out
+    )
     assert files(tmp_path) == before
     report = tmp_path / "report.txt"
     config = tmp_path / "job.yaml"
@@ -75,18 +80,36 @@ def test_a_rate_that_changes_nothing_is_a_warning_and_a_broken_model_an_error(da
     weights[name] = weights[name] * 1e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     report = examine(Job(str(data), "nowhere", model=str(folder), four_bit=False))
-    assert report.status == 2 and "layers.2.mlp.down_proj" in report.checks[-1].says and "infinity was made by mm" in report.checks[-1].says
+    assert (
+        report.status == 2
+        and "layers.2.mlp.down_proj" in report.checks[-1].says
+        and "infinity was made by mm" in report.checks[-1].says
+    )
 
 
 def test_a_job_that_blows_up_stops_with_a_case_and_exit_status_1(data, tmp_path, capsys):
-    flags = ["--data", str(data), "--batch-size", "4", "--max-steps", "12", "--learning-rate", "1.0e30", "--full-learning-rate", "1.0e30", "--warmup", "0"]
+    flags = [
+        "--data",
+        str(data),
+        "--batch-size",
+        "4",
+        "--max-steps",
+        "12",
+        "--learning-rate",
+        "1.0e30",
+        "--full-learning-rate",
+        "1.0e30",
+        "--warmup",
+        "0",
+    ]
     assert main(["train", *flags, "--output", str(tmp_path / "out")]) == 1
     out = capsys.readouterr().out
     assert "The weights were lost in an earlier step, and nothing of them was saved. It showed at step" in out
     [case] = (tmp_path / "out" / "nan").iterdir()
     assert (case / "replay.py").is_file() and json.loads((case / "case.json").read_text())["rebuild"] == "base"
     assert not (tmp_path / "out" / "report.json").exists()
-    assert main(["train", *flags, "--output", str(tmp_path / "out")]) == 1  # before its first checkpoint, so it may start anew
+    # before its first checkpoint, so it may start anew
+    assert main(["train", *flags, "--output", str(tmp_path / "out")]) == 1
     from vlm_lora_lab.debug.nan import replay
 
     assert replay(case).cause == json.loads((case / "case.json").read_text())["diagnosis"]["cause"]
@@ -99,7 +122,8 @@ def test_the_longest_batch_is_computed_as_training_computes_it():
     called, layer = [], model.get_submodule("base_model.model.llm.model.layers.0.mlp")
     layer.register_forward_pre_hook(lambda *_: called.append(torch.is_grad_enabled()))
     assert check_longest(model, batch).verdict == "ok"
-    assert called.count(True) == 4  # twice in the measured pass, twice in the one that is traced: activations were not kept
+    # twice in the measured pass, twice in the one that is traced: activations were not kept
+    assert called.count(True) == 4
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
@@ -114,10 +138,21 @@ def test_skipped_steps_stand_in_the_report(data, tmp_path, monkeypatch):
 
     records = json.loads(data.read_text())
     monkeypatch.setattr(Processor, "__call__", corrupt)
-    job = {"data": str(data), "output": str(tmp_path / "out"), "nan": "skip", "schedule": {"max_steps": 6, "batch_size": 4}}
+    job = {
+        "data": str(data),
+        "output": str(tmp_path / "out"),
+        "nan": "skip",
+        "schedule": {"max_steps": 6, "batch_size": 4},
+    }
     report = train(Job.of(job), say=lambda line: None)
-    assert report["not_finite"] and all(r["cause"] == "corrupt input" and r["rows"] == [5] for r in report["not_finite"])
-    assert all(t.isfinite().all() for t in load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors").values() if t.is_floating_point())
+    assert report["not_finite"] and all(
+        r["cause"] == "corrupt input" and r["rows"] == [5] for r in report["not_finite"]
+    )
+    assert all(
+        t.isfinite().all()
+        for t in load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors").values()
+        if t.is_floating_point()
+    )
     with pytest.raises(InputError, match="Write one of stop, skip, rollback"):
         Job.of(job | {"nan": "ignore"})
     assert torch.get_num_threads() >= 1

@@ -1,4 +1,5 @@
-"""Two processes over gloo, by the command that a user types: the step of one that accumulates, one voice, one folder, one end."""
+"""Two processes over gloo, by the command that a user types: the step of one that accumulates, one voice, one folder,
+one end."""
 
 import json
 import os
@@ -20,8 +21,20 @@ from vlm_lora_lab.models.published import lab_folder
 from vlm_lora_lab.plan import TuningPlan
 from vlm_lora_lab.train.devices import CONFIGS, Devices, check_devices, config_file, devices
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "vlm_lora_lab"]
-ENV = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+TWO = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node=2",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0",
+    "-m",
+    "vlm_lora_lab",
+]
+ENV = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def two(*args, timeout=240):
@@ -39,8 +52,25 @@ def job(tmp_path_factory):
             r["conversations"][0]["content"] = "Count."
             r["conversations"][1]["content"] = " ".join(map(str, range(3 * k)))
     (place / "data.json").write_text(json.dumps(records))
-    flags = ["train", "--data", place / "data.json", "--image-root", handwriting, "--eval-data", place / "data.json", "--questions", 3, "--every", 8,
-             "--batch-size", 1, "--max-steps", 16, "--save-every", 1000]  # fmt: skip
+    flags = [
+        "train",
+        "--data",
+        place / "data.json",
+        "--image-root",
+        handwriting,
+        "--eval-data",
+        place / "data.json",
+        "--questions",
+        3,
+        "--every",
+        8,
+        "--batch-size",
+        1,
+        "--max-steps",
+        16,
+        "--save-every",
+        1000,
+    ]
     return place, flags, two(*flags, "--output", place / "two")
 
 
@@ -51,24 +81,42 @@ def adapter(folder):
 def test_two_processes_make_the_step_of_one_that_accumulates(job):
     place, flags, result = job
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("all     ") == 1 and result.stdout.count("Written:") == 1 and "Traceback" not in result.stderr  # one voice
-    assert sorted(p.name for p in (place / "two" / "checkpoints" / "checkpoint-16").glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    # one voice
+    assert (
+        result.stdout.count("all     ") == 1
+        and result.stdout.count("Written:") == 1
+        and "Traceback" not in result.stderr
+    )
+    assert sorted(p.name for p in (place / "two" / "checkpoints" / "checkpoint-16").glob("rng_state*")) == [
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ]
     assert not (place / "two" / "run.lock").exists()  # which both shared
     assert main([*map(str, flags), "--accumulation", "2", "--output", str(place / "one")]) == 0
     a, b = adapter(place / "one"), adapter(place / "two")
     assert a.keys() == b.keys() and [(t.dtype, t.shape) for t in a.values()] == [(t.dtype, t.shape) for t in b.values()]
-    norm = lambda ts: torch.cat([t.flatten().double() for t in ts]).norm()  # noqa: E731
+
+    def norm(ts):
+        return torch.cat([t.flatten().double() for t in ts]).norm()
+
     off = norm([a[k] - b[k] for k in a]) / norm(a.values())
     assert off < 1e-4, off  # the two add gradients in another order, and AdamW divides small gradients by small numbers
     one, both = (json.loads((place / name / "report.json").read_text()) for name in ("one", "two"))
     assert both["exact_match"] == one["exact_match"] and len(both["watched"]) == 2
-    assert [w["exact"] for w in one["watched"]] == [w["exact"] for w in both["watched"]]  # the Trainer's eval_loss is a mean of batches, and those differ
+    # the Trainer's eval_loss is a mean of batches, and those differ
+    assert [w["exact"] for w in one["watched"]] == [w["exact"] for w in both["watched"]]
     assert both["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
 def test_a_signal_stops_both_at_the_same_step_and_a_resume_ends_where_an_unbroken_run_ends(job):
     place, flags, _ = job
-    process = subprocess.Popen([*TWO, *map(str, flags), "--output", str(place / "cut")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    process = subprocess.Popen(
+        [*TWO, *map(str, flags), "--output", str(place / "cut")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
+    )
     seen = ""
     while "loss" not in seen:
         char = process.stderr.read(1)
@@ -89,19 +137,31 @@ def test_bad_input_is_said_once_and_nothing_hangs(job):
     records[3]["conversations"].pop()
     (place / "bad.json").write_text(json.dumps(records))
     result = two("train", "--data", place / "bad.json", "--image-root", flags[4], "--output", place / "bad")
-    assert result.returncode and result.stderr.count("vlm-lora-lab train: ") == 1 and not (place / "bad").exists(), result.stderr[-2000:]
+    assert result.returncode and result.stderr.count("vlm-lora-lab train: ") == 1 and not (place / "bad").exists(), (
+        result.stderr[-2000:]
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_configuration_is_what_accelerate_reads(name, monkeypatch):
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(config_file(name)), "train.py"]))
-    assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == (name == "ddp", name == "fsdp2", name.startswith("zero")) and args.num_processes == 2
+    args, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(config_file(name)), "train.py"])
+    )
+    assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == (
+        name == "ddp",
+        name == "fsdp2",
+        name.startswith("zero"),
+    ) and args.num_processes == 2
     if name.startswith("zero"):
         assert args.zero_stage == int(name[-1]) and args.offload_optimizer_device == "none"
         told = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(args.zero_stage)}
     else:
         told = prepare_multi_gpu_env(args)
-    for key, value in {"RANK": "1", "WORLD_SIZE": "2", **{k: v for k, v in told.items() if k.startswith(("ACCELERATE_USE", "FSDP", "ACCELERATE_DEEPSPEED"))}}.items():
+    for key, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        **{k: v for k, v in told.items() if k.startswith(("ACCELERATE_USE", "FSDP", "ACCELERATE_DEEPSPEED"))},
+    }.items():
         monkeypatch.setenv(key, value)
     assert devices() == Devices(1, 2, {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}.get(name, ""))
     if name == "fsdp2":
@@ -137,9 +197,33 @@ def test_a_step_that_is_not_finite_ends_both_with_its_cause(job, tmp_path):
     place, flags, _ = job
     shutil.copytree(lab_folder(), tmp_path / "lab")
     tensors = load_file(tmp_path / "lab" / "model.safetensors")
-    tensors["llm.model.norm.weight"] = torch.full_like(tensors["llm.model.norm.weight"], 1e37)  # finite, and too large for any loss
+    # finite, and too large for any loss
+    tensors["llm.model.norm.weight"] = torch.full_like(tensors["llm.model.norm.weight"], 1e37)
     save_file(tensors, tmp_path / "lab" / "model.safetensors", metadata={"format": "pt"})
-    result = two("train", "--data", place / "data.json", "--image-root", flags[4], "--model", tmp_path / "lab", "--no-four-bit", "--batch-size", 1, "--max-steps", 2, "--vision-cache", "off", "--output", tmp_path / "out")
-    assert result.returncode == 1 and "Stopped before the weights were lost, at step 1" in result.stdout and "remedy" in result.stdout, result.stdout + result.stderr[-3000:]
+    result = two(
+        "train",
+        "--data",
+        place / "data.json",
+        "--image-root",
+        flags[4],
+        "--model",
+        tmp_path / "lab",
+        "--no-four-bit",
+        "--batch-size",
+        1,
+        "--max-steps",
+        2,
+        "--vision-cache",
+        "off",
+        "--output",
+        tmp_path / "out",
+    )
+    assert (
+        result.returncode == 1
+        and "Stopped before the weights were lost, at step 1" in result.stdout
+        and "remedy" in result.stdout
+    ), result.stdout + result.stderr[-3000:]
     assert "AttributeError" not in result.stderr and not (tmp_path / "out" / "adapter").exists()
-    assert (tmp_path / "out" / "nan" / "step-1" / "case.json").is_file() or (tmp_path / "out" / "nan" / "process-1" / "step-1" / "case.json").is_file()
+    assert (tmp_path / "out" / "nan" / "step-1" / "case.json").is_file() or (
+        tmp_path / "out" / "nan" / "process-1" / "step-1" / "case.json"
+    ).is_file()

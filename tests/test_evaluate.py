@@ -1,4 +1,5 @@
-"""Asking and judging: batches against one by one for every family, each metric against its definition, intervals against enumeration."""
+"""Asking and judging: batches against one by one for every family, each metric against its definition, intervals
+against enumeration."""
 
 import itertools
 import json
@@ -43,7 +44,14 @@ from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMV25Config
 
 BOUND = 1e-4  # largest difference of a first logit, in standard deviations of the logits (float32)
-GREEDY = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0)
+GREEDY = dict(
+    max_new_tokens=6,
+    do_sample=False,
+    output_logits=True,
+    return_dict_in_generate=True,
+    eos_token_id=None,
+    pad_token_id=0,
+)
 
 
 # --- together or one by one -----------------------------------------------------------------------------------------
@@ -99,7 +107,9 @@ def our_rows(family, lengths, sizes):
     "Rows for a model of ours, with a picture of a size in patches, or none."
     g, rows = torch.Generator().manual_seed(0), []
     for n, size in zip(lengths, sizes):
-        row = dict(input_ids=torch.randint(3, 290, (1, n), generator=g), attention_mask=torch.ones(1, n, dtype=torch.long))
+        row = dict(
+            input_ids=torch.randint(3, 290, (1, n), generator=g), attention_mask=torch.ones(1, n, dtype=torch.long)
+        )
         if size:
             shape = (1, 3, 56, 56) if family == "qwen" else (1, 3, 14, size[0] * size[1] * 14)
             row |= dict(pixel_values=torch.randn(shape, generator=g), image_bound=torch.tensor([[0, 2, 18]]))
@@ -111,14 +121,18 @@ def our_rows(family, lengths, sizes):
 
 def as_processed(rows):
     "What `Processor` says of the same rows, as far as `why_not_together` looks."
-    return [{"input_ids": r["input_ids"][0].tolist(), "patches": [(p, None) for p in r.get("pixel_values", ())]} for r in rows]
+    return [
+        {"input_ids": r["input_ids"][0].tolist(), "patches": [(p, None) for p in r.get("pixel_values", ())]}
+        for r in rows
+    ]
 
 
 @pytest.mark.parametrize("family", OURS)
 @pytest.mark.parametrize("lengths", [(28, 23, 10), (140, 100, 10), (140, 150, 130)])
 @pytest.mark.parametrize("sizes", [((4, 3), (4, 3), None), ((4, 3), (2, 3), None)])
 def test_where_company_changes_an_answer_it_is_known(family, lengths, sizes):
-    short = {"seq_length": 128} if family == "qwen" else {}  # beyond it, Qwen-VL's positions and attention depend on the length
+    # beyond it, Qwen-VL's positions and attention depend on the length
+    short = {"seq_length": 128} if family == "qwen" else {}
     model, rows = tiny_model(family, **short).eval(), our_rows(family, lengths, sizes)
     far, same = compared(model, rows)
     why = why_not_together(model.config, as_processed(rows))
@@ -158,12 +172,32 @@ def test_minicpm_2_5_is_asked_one_by_one_and_says_so(lab):
     tokenizer = lab[1].tokenizer
     torch.manual_seed(0)
     config = MiniCPMV25Config(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer), query_num=16,
-        resampler_num_heads=4, initializer_range=0.2, image_size=56, version="2.5", slice_config={"max_slice_nums": 1, "scale_resolution": 56, "patch_size": 8},
-        vision_config=dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=8),
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        query_num=16,
+        resampler_num_heads=4,
+        initializer_range=0.2,
+        image_size=56,
+        version="2.5",
+        slice_config={"max_slice_nums": 1, "scale_resolution": 56, "patch_size": 8},
+        vision_config=dict(
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=56,
+            patch_size=8,
+        ),
+    )
     model, processor = MiniCPMV(config).eval(), replace(lab[1], query_num=16)
-    mixed, alike = [draw(s, k) for s, k in enumerate(("number", "caption", "sum", "pair"))], [draw(s, "caption") for s in range(4)]
+    mixed, alike = (
+        [draw(s, k) for s, k in enumerate(("number", "caption", "sum", "pair"))],
+        [draw(s, "caption") for s in range(4)],
+    )
     with pytest.warns(UserWarning, match="one by one: MiniCPM-V 2.5"):
         answers = generate_answers(model, processor, mixed, max_new_tokens=8)
     assert answers == generate_answers(model, processor, mixed, batch_size=1, max_new_tokens=8)
@@ -270,10 +304,19 @@ def test_cer_by_hand():
 
 @pytest.mark.parametrize(  # the table that goes with the metric's own description, and the threshold itself
     "answer, truths, expected",
-    [("The Coca", ["Coca Cola", "Coca Cola Company"], 0), ("CocaCola", ["Coca Cola", "Coca Cola Company"], 8 / 9), ("Coca cola", ["Coca Cola", "Coca Cola Company"], 1),
-     ("Cola", ["Coca Cola", "Coca Cola Company"], 0), ("Cat", ["Coca Cola", "Coca Cola Company"], 0), ("ab", ["ac"], 0), ("abc", ["abd"], 2 / 3), ("", ["a"], 0),
-     ("  two\n words ", ["Two words"], 1), ("words two", ["two words"], 0)],
-)  # fmt: skip
+    [
+        ("The Coca", ["Coca Cola", "Coca Cola Company"], 0),
+        ("CocaCola", ["Coca Cola", "Coca Cola Company"], 8 / 9),
+        ("Coca cola", ["Coca Cola", "Coca Cola Company"], 1),
+        ("Cola", ["Coca Cola", "Coca Cola Company"], 0),
+        ("Cat", ["Coca Cola", "Coca Cola Company"], 0),
+        ("ab", ["ac"], 0),
+        ("abc", ["abd"], 2 / 3),
+        ("", ["a"], 0),
+        ("  two\n words ", ["Two words"], 1),
+        ("words two", ["two words"], 0),
+    ],
+)
 def test_anls_by_hand(answer, truths, expected):
     assert judged("anls", [answer], [truths]).value == pytest.approx(expected)
 
@@ -295,11 +338,16 @@ CORNER = st.tuples(*[st.integers(0, 8)] * 4).map(lambda v: (v[0], v[1], v[0] + v
 @settings(max_examples=200, deadline=None)
 @given(CORNER, CORNER)
 def test_iou_counts_cells(a, b):
-    cells = lambda box: {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}  # noqa: E731
+    def cells(box):
+        return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
+
     union = cells(a) | cells(b)
     assert iou(a, b) == iou(b, a) == (len(cells(a) & cells(b)) / len(union) if union else 0)
     assert 0 <= iou(a, b) <= 1 and iou(a, a) == (1 if cells(a) else 0)
-    stretched = lambda box: (3 * box[0] + 1, 7 * box[1] - 2, 3 * box[2] + 1, 7 * box[3] - 2)  # noqa: E731
+
+    def stretched(box):
+        return (3 * box[0] + 1, 7 * box[1] - 2, 3 * box[2] + 1, 7 * box[3] - 2)
+
     assert iou(stretched(a), stretched(b)) == pytest.approx(iou(a, b)), "the unit does not matter"
 
 
@@ -312,17 +360,33 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_boxes_of_every_family_are_read(way):
-    notation, boxes = read_boxes("Here: " + WAYS[way].format(10, 20, 300, 400.5) + " and " + WAYS[way].format(0, 0, 1000, 1000))
-    assert notation == ("bbox_2d" if way == "Qwen3-VL" else "<box>") and boxes == ((10, 20, 300, 400.5), (0, 0, 1000, 1000))
+    notation, boxes = read_boxes(
+        "Here: " + WAYS[way].format(10, 20, 300, 400.5) + " and " + WAYS[way].format(0, 0, 1000, 1000)
+    )
+    assert notation == ("bbox_2d" if way == "Qwen3-VL" else "<box>") and boxes == (
+        (10, 20, 300, 400.5),
+        (0, 0, 1000, 1000),
+    )
 
 
 @pytest.mark.parametrize(
     "text, reason",
-    [("no idea", "no box"), ("", "no box"), ("<box>1 2 3</box>", "broken box"), ("<box>1 2 3 4", "broken box"), ("<box>(1,2),(3,4</box>", "broken box"),
-     ("<box>1 2 3 4</box><box>5 6", "broken box"), ("<box>1234</box>", "broken box"), ("<box>30 2 3 4</box>", "swapped corners"),
-     ('{"bbox_2d": [1, 9, 3, 4]}', "swapped corners"), ("<box>1 2 3 1001</box>", "outside 0 to 1000"), ("<box>-1 2 3 4</box>", "outside 0 to 1000"),
-     ('[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2', "broken box"), ('<box>1 2 3 4</box>{"bbox_2d": [1, 2, 3, 4]}', "two notations")],
-)  # fmt: skip
+    [
+        ("no idea", "no box"),
+        ("", "no box"),
+        ("<box>1 2 3</box>", "broken box"),
+        ("<box>1 2 3 4", "broken box"),
+        ("<box>(1,2),(3,4</box>", "broken box"),
+        ("<box>1 2 3 4</box><box>5 6", "broken box"),
+        ("<box>1234</box>", "broken box"),
+        ("<box>30 2 3 4</box>", "swapped corners"),
+        ('{"bbox_2d": [1, 9, 3, 4]}', "swapped corners"),
+        ("<box>1 2 3 1001</box>", "outside 0 to 1000"),
+        ("<box>-1 2 3 4</box>", "outside 0 to 1000"),
+        ('[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2', "broken box"),
+        ('<box>1 2 3 4</box>{"bbox_2d": [1, 2, 3, 4]}', "two notations"),
+    ],
+)
 def test_a_box_that_cannot_be_read_is_counted_with_its_reason(text, reason):
     with pytest.raises(ValueError, match=reason):
         read_boxes(text)
@@ -332,7 +396,12 @@ def test_a_box_that_cannot_be_read_is_counted_with_its_reason(text, reason):
 
 
 def test_long_nonsense_is_refused_quickly():
-    for text in ("<box>" + "1 " * 20_000, "<box>" + " " * 20_000 + "1", "<box>" + "1" * 20_000, '"bbox_2d": [' + "1, " * 20_000):
+    for text in (
+        "<box>" + "1 " * 20_000,
+        "<box>" + " " * 20_000 + "1",
+        "<box>" + "1" * 20_000,
+        '"bbox_2d": [' + "1, " * 20_000,
+    ):
         with pytest.raises(ValueError):
             read_boxes(text)
 
@@ -342,7 +411,9 @@ def test_boxes_are_worth_their_overlap():
     assert judged("iou", [half, whole], [[whole], [whole]]).value == 0.75
     assert judged("iou@0.5", [half, "<box>0 0 10 4</box>"], [[whole]] * 2).value == 0.5, "half is enough, less is not"
     far = "<box>50 50 60 60</box>"
-    assert judged("iou", [whole + far, far + half], [[whole], [whole + far]]).value == pytest.approx((0.5 + 0.75) / 2), "too many costs; order does not matter"
+    assert judged("iou", [whole + far, far + half], [[whole], [whole + far]]).value == pytest.approx(
+        (0.5 + 0.75) / 2
+    ), "too many costs; order does not matter"
     assert judged("iou", [half], [[far, whole]]).value == 0.5, "the best of several right answers"
     other = judged("iou", ['{"bbox_2d": [0, 0, 10, 10]}'], [[whole]])
     assert other.value == 0 and other.notes == {"another notation": 1}
@@ -355,7 +426,11 @@ def test_boxes_are_worth_their_overlap():
 def test_a_metric_is_named_and_knows_its_direction():
     assert set(METRICS) == {"exact", "cer", "anls", "iou", "iou@0.5"}
     assert [n for n, m in METRICS.items() if not m.higher_is_better] == ["cer"]
-    assert METRICS["cer"].better(0.1, 0.2) == 1 and METRICS["exact"].better(0.1, 0.2) == -1 and METRICS["anls"].better(1, 1) == 0
+    assert (
+        METRICS["cer"].better(0.1, 0.2) == 1
+        and METRICS["exact"].better(0.1, 0.2) == -1
+        and METRICS["anls"].better(1, 1) == 0
+    )
     with pytest.raises(InputError, match="exact, cer, anls, iou"):
         metric_of("accuracy")
     with pytest.raises(InputError, match="conversation 0.*no box"):
@@ -375,22 +450,39 @@ def test_exact_match_takes_every_right_answer():
 def test_the_bootstrap_is_every_possible_draw():
     points, out_of = np.array([[0.0, 1, 2, 5], [1, 1, 0, 3]]), np.array([[2.0, 3, 4, 5], [2, 3, 4, 5]])
     draws = bootstrap(points, out_of, 20_000)
-    every = np.array([points[:, list(d)].sum(1) / out_of[:, list(d)].sum(1) for d in itertools.product(range(4), repeat=4)]).T
+    every = np.array(
+        [points[:, list(d)].sum(1) / out_of[:, list(d)].sum(1) for d in itertools.product(range(4), repeat=4)]
+    ).T
     for found, all_ in zip((*draws, draws[1] - draws[0]), (*every, every[1] - every[0])):
         at = np.quantile(all_, np.linspace(0.05, 0.95, 10)) + 1e-9
-        share = lambda values: (values[:, None] <= at).mean(0)  # noqa: E731
+
+        def share(values):
+            return (values[:, None] <= at).mean(0)
+
         assert np.abs(share(found) - share(all_)).max() < 0.02
-    assert np.array_equal(draws, bootstrap(points, out_of, 20_000)) and not np.array_equal(draws, bootstrap(points, out_of, 20_000, seed=1))
-    assert np.array_equal(bootstrap(points, out_of, 50)[:1], bootstrap(points[:1], out_of[:1], 50)), "the same draws, however many models"
+    assert np.array_equal(draws, bootstrap(points, out_of, 20_000)) and not np.array_equal(
+        draws, bootstrap(points, out_of, 20_000, seed=1)
+    )
+    assert np.array_equal(bootstrap(points, out_of, 50)[:1], bootstrap(points[:1], out_of[:1], 50)), (
+        "the same draws, however many models"
+    )
 
 
 def test_intervals():
     exact = judged("exact", ["a"] * 7 + ["b"] * 3, [["a"]] * 10)
     assert exact.interval == ExactMatch(7, 10).interval and exact.value == 0.7
     alike = judged("cer", ["a"] * 10, [["a"]] * 10)
-    assert alike.interval is None and "no interval" in str(alike) and alike.to_dict()["interval_95"] is None and json.dumps(alike.to_dict())
+    assert (
+        alike.interval is None
+        and "no interval" in str(alike)
+        and alike.to_dict()["interval_95"] is None
+        and json.dumps(alike.to_dict())
+    )
     score = judged("cer", ["ab", "a", "abc"] * 20, [["ab"]] * 60)
-    assert score.interval[0] < score.value < score.interval[1] and score.interval == judged("cer", ["ab", "a", "abc"] * 20, [["ab"]] * 60).interval
+    assert (
+        score.interval[0] < score.value < score.interval[1]
+        and score.interval == judged("cer", ["ab", "a", "abc"] * 20, [["ab"]] * 60).interval
+    )
     assert middle(np.arange(1001.0)) == (25, 975)
 
 
@@ -400,7 +492,11 @@ def test_a_table_has_every_question_in_one_row():
     table = ScoreTable({"x": Score(METRICS["exact"], marks)}, categories)
     kinds = table.kinds
     assert sorted(i for k, only in kinds.items() if k != "all" for i in only) == kinds["all"] == list(range(30))
-    assert set(kinds) == {"all", "a<b", "(no category)", "c"} and "100.0% (72% to 100%)" in str(table) and "a&lt;b" in table._repr_html_()
+    assert (
+        set(kinds) == {"all", "a<b", "(no category)", "c"}
+        and "100.0% (72% to 100%)" in str(table)
+        and "a&lt;b" in table._repr_html_()
+    )
     assert list(ScoreTable({"x": Score(METRICS["exact"], marks)}, [""] * 30).kinds) == ["all"]
 
 
@@ -411,7 +507,11 @@ def test_category_and_answers_survive_every_dialect(tmp_path):
     c = replace(ask("Who?", "Hugo", id="1", category="author", answers=("Victor Hugo", "Hugo")))
     for dialect in DIALECTS:
         back = parse_record(json.loads(json.dumps(to_record(c, dialect))), Access(tmp_path))
-        assert (back.category, back.answers, back.references) == ("author", ("Victor Hugo", "Hugo"), ("Hugo", "Victor Hugo"))
+        assert (back.category, back.answers, back.references) == (
+            "author",
+            ("Victor Hugo", "Hugo"),
+            ("Hugo", "Victor Hugo"),
+        )
     convert([c, ask("And?", "no", id="2")], tmp_path / "a.jsonl", "llava")
     convert(tmp_path / "a.jsonl", tmp_path / "b.json", "openai")
     first, second = read_conversations(tmp_path / "b.json")
@@ -420,14 +520,26 @@ def test_category_and_answers_survive_every_dialect(tmp_path):
     assert not check_data(tmp_path / "b.json").unread
 
 
-@pytest.mark.parametrize("extra", [{"category": ["a"]}, {"category": "a" * 101}, {"category": True}, {"answers": "red"}, {"answers": [""]}, {"answers": [{"answer": "red"}]}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"category": ["a"]},
+        {"category": "a" * 101},
+        {"category": True},
+        {"answers": "red"},
+        {"answers": [""]},
+        {"answers": [{"answer": "red"}]},
+    ],
+)
 def test_a_category_that_is_none_is_an_error(extra, tmp_path):
     with pytest.raises(RecordError, match=next(iter(extra))):
         parse_record(to_record(ask("Who?", "Hugo"), "llava") | extra, Access(tmp_path))
 
 
 def test_numbers_are_texts_too(tmp_path):
-    c = parse_record(to_record(ask("How many?", "3"), "llava") | {"category": 7, "answers": [3, "three"]}, Access(tmp_path))
+    c = parse_record(
+        to_record(ask("How many?", "3"), "llava") | {"category": 7, "answers": [3, "three"]}, Access(tmp_path)
+    )
     assert (c.category, c.references) == ("7", ("3", "three"))
 
 
@@ -449,12 +561,19 @@ def test_the_gallery_shows_any_conversation():
     before = ["2", "the first", "$a$ " + "very long " * 60, "?"]
     fig = gallery(questions, before, ["3", "the last", "a line", "?"])
     axes = shown(fig)
-    assert len(axes) == 4 and [len(ax.images) for ax in axes] == [0, 1, 1, 1], "changed ones first, and the text alone has its question"
-    assert "What is 1 + 1?" in [t.get_text() for t in axes[0].texts] and "+2 more" in [t.get_text() for t in axes[1].texts]
+    assert len(axes) == 4 and [len(ax.images) for ax in axes] == [0, 1, 1, 1], (
+        "changed ones first, and the text alone has its question"
+    )
+    assert "What is 1 + 1?" in [t.get_text() for t in axes[0].texts] and "+2 more" in [
+        t.get_text() for t in axes[1].texts
+    ]
     assert "…" in axes[2].get_title() and len(axes[2].get_title()) < 250 and "3 of 4" in fig._suptitle.get_text()
     assert axes[0].title.get_color() != axes[1].title.get_color(), "worse and better"
     fig.canvas.draw()
-    assert len(shown(gallery(questions[:1], ["1"], ["1"]))) == 1 and "(1.00)" in shown(gallery(questions[:1], ["1"], ["1"], metric="cer"))[0].get_title()
+    assert (
+        len(shown(gallery(questions[:1], ["1"], ["1"]))) == 1
+        and "(1.00)" in shown(gallery(questions[:1], ["1"], ["1"], metric="cer"))[0].get_title()
+    )
     with pytest.raises(InputError, match="no conversations"):
         gallery([], [], [])
 
@@ -465,8 +584,12 @@ def test_the_gallery_shows_any_conversation():
 def test_a_job_names_its_metric(tmp_path):
     from vlm_lora_lab.job import Job, train
 
-    values = {"data": str(samples_folder() / "mixed.json"), "eval_data": str(samples_folder() / "mixed.json"), "output": str(tmp_path / "run"),
-              "schedule": {"max_steps": 1, "batch_size": 1}}  # fmt: skip
+    values = {
+        "data": str(samples_folder() / "mixed.json"),
+        "eval_data": str(samples_folder() / "mixed.json"),
+        "output": str(tmp_path / "run"),
+        "schedule": {"max_steps": 1, "batch_size": 1},
+    }
     with pytest.raises(InputError, match="bleu"):
         Job.of(values | {"metric": "bleu"})
     with pytest.raises(InputError, match="cannot use this right answer"):
@@ -474,5 +597,9 @@ def test_a_job_names_its_metric(tmp_path):
     assert not (tmp_path / "run").exists()
     lines = []
     report = train(Job.of(values | {"metric": "cer"}), say=lines.append)
-    assert report["score"]["metric"] == "cer" and not report["score"]["higher_is_better"] and report["score"]["after"]["n"] == 3
+    assert (
+        report["score"]["metric"] == "cer"
+        and not report["score"]["higher_is_better"]
+        and report["score"]["after"]["n"] == 3
+    )
     assert set(report["exact_match"]) == {"before", "after"} and "character error rate" in "\n".join(lines)

@@ -18,8 +18,16 @@ from vlm_lora_lab.preview import Preview
 MODEL = "openbmb/MiniCPM-V-2_6"
 
 
-@pytest.mark.parametrize("options", [{}, dict(connector="lora", rank=8, alpha=8), dict(targets=["q_proj", "v_proj"], variant="dora", dropout=0.05), dict(lora_plus=16, vision="full(lr=1e-05)"),
-                                     dict(language="lora(rank=8) on 0-15, full on 16-23", connector="lora(targets=kv_proj+in_proj_weight)")])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(connector="lora", rank=8, alpha=8),
+        dict(targets=["q_proj", "v_proj"], variant="dora", dropout=0.05),
+        dict(lora_plus=16, vision="full(lr=1e-05)"),
+        dict(language="lora(rank=8) on 0-15, full on 16-23", connector="lora(targets=kv_proj+in_proj_weight)"),
+    ],
+)
 def test_the_lines_to_copy_give_what_is_shown(options, capsys):
     look = Look.at("lab" if "on 0-15" not in str(options) else MODEL, **options)
     assert eval(look.python) == look.preview.plan == TuningPlan.of(options)
@@ -33,14 +41,17 @@ def test_bars_are_shares():
     total = {word: sum(part[word] for part in look.under) for word in MARKS}
     assert sum(total.values()) == sum(r[2] for r in look.preview.rows) and all(total.values())
     widths = [int(w) for w in re.findall(r"width:(\d+)px", look._repr_html_())]
-    assert abs(sum(widths) - 260) < 20  # two columns of 130 pixels, rounded, and three pixels for what is nearly nothing
+    # two columns of 130 pixels, rounded, and three pixels for what is nearly nothing
+    assert abs(sum(widths) - 260) < 20
     text = repr(look)
     assert all(mark in text for mark, _ in MARKS.values()) and "80.6%" in text
 
 
 def test_what_is_typed_is_shown_as_it_is():
     look = Look.at("<b>x</b>", rank=4)
-    assert look.preview is None and "&lt;b&gt;x&lt;/b&gt;" in look._repr_html_() and "<b>x</b>" not in look._repr_html_()
+    assert (
+        look.preview is None and "&lt;b&gt;x&lt;/b&gt;" in look._repr_html_() and "<b>x</b>" not in look._repr_html_()
+    )
     assert "Did you mean openbmb/MiniCPM-V-2_6" in Look.at("openbmb/minicpm-v-26").error
 
 
@@ -53,14 +64,26 @@ def test_options_that_make_no_plan_are_raised_and_others_are_explained():
 def test_fields_begin_where_the_plan_is_and_move_it():
     explorer = PlanExplorer(MODEL, language="lora on 0-15", rank=8, targets=("q_proj",), dropout=0.1)
     box, f = explorer.widget, explorer.fields
-    assert box is explorer.widget and f["language rules"].value == "lora on 0-15" and f["language"].disabled and f["targets"].value == "q_proj" and f["rank"].value == 8
+    assert (
+        box is explorer.widget
+        and f["language rules"].value == "lora on 0-15"
+        and f["language"].disabled
+        and f["targets"].value == "q_proj"
+        and f["rank"].value == 8
+    )
     f["targets"].value, f["language rules"].value = " q_proj,v_proj  ", ""
     f["language"].value, f["alpha"].value, f["dropout"].value = "lora", 12.5, 0.0
     assert not f["language"].disabled
     plan = TuningPlan(rank=8, alpha=12.5, targets=("q_proj", "v_proj"))
     assert explorer.plan == plan and explorer.look.preview == Preview.of(on_meta(MODEL), plan)
-    for name, value, says in (("rank", -3, "rank is -3"), ("alpha", 0.0, "alpha is 0"), ("dropout", 1.0, "dropout is 1"), ("vision rules", "lora(rnk=2)", "says something that is not known"),
-                              ("targets", "kproj", "kproj is no linear layer"), ("embeddings rules", "lora on 3", "embeddings")):  # fmt: skip
+    for name, value, says in (
+        ("rank", -3, "rank is -3"),
+        ("alpha", 0.0, "alpha is 0"),
+        ("dropout", 1.0, "dropout is 1"),
+        ("vision rules", "lora(rnk=2)", "says something that is not known"),
+        ("targets", "kproj", "kproj is no linear layer"),
+        ("embeddings rules", "lora on 3", "embeddings"),
+    ):
         before, f[name].value = f[name].value, value
         assert explorer.plan is None and says in explorer.look.error and f["view"].value == explorer.look._repr_html_()
         f[name].value = before
@@ -71,7 +94,10 @@ def test_fields_begin_where_the_plan_is_and_move_it():
 
 def test_without_a_kernel_there_is_a_table_and_no_widget():
     assert set(PlanExplorer("lab")._repr_mimebundle_()) == {"text/plain", "text/html"}
-    code = "import sys, vlm_lora_lab.explorer as e; assert 'ipywidgets' not in sys.modules and e._empty.cache_info().currsize == 0; e.PlanExplorer('lab'); assert 'ipywidgets' not in sys.modules"
+    code = (
+        "import sys, vlm_lora_lab.explorer as e; assert 'ipywidgets' not in sys.modules and "
+        "e._empty.cache_info().currsize == 0; e.PlanExplorer('lab'); assert 'ipywidgets' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -24,7 +24,9 @@ from vlm_lora_lab.preview import Preview, readable_bytes
 CHROMIUM = Path("/usr/bin/chromium")
 MODEL = "openbmb/MiniCPM-V-2_6"
 PATIENCE = 300_000  # milliseconds, for machines under load; an idle one needs a fraction of it
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists() and "CI" not in os.environ, reason=f"no {CHROMIUM}; CI does not skip this")
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM.exists() and "CI" not in os.environ, reason=f"no {CHROMIUM}; CI does not skip this"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +38,46 @@ def lab(tmp_path_factory):
     cell = {"cell_type": "code", "id": "play", "metadata": {}, "source": code, "execution_count": None, "outputs": []}
     notebook = home / "root" / "play.ipynb"
     notebook.parent.mkdir()
-    notebook.write_text(json.dumps({"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
+    notebook.write_text(
+        json.dumps({"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
+    )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     token, here = secrets.token_hex(16), Path(__file__).parent.parent
-    places = {k: str(home / k.lower()) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
-    env = {**os.environ, **places, "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")])), "JUPYTER_PLATFORM_DIRS": "1"}
+    places = {
+        k: str(home / k.lower())
+        for k in (
+            "JUPYTER_CONFIG_DIR",
+            "JUPYTER_DATA_DIR",
+            "JUPYTER_RUNTIME_DIR",
+            "JUPYTERLAB_SETTINGS_DIR",
+            "JUPYTERLAB_WORKSPACES_DIR",
+            "IPYTHONDIR",
+        )
+    }
+    env = {
+        **os.environ,
+        **places,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")])),
+        "JUPYTER_PLATFORM_DIRS": "1",
+    }
     quiet = home / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
-    server_command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-               f"--ServerApp.root_dir={notebook.parent}", f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True"]  # fmt: skip
+    server_command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={notebook.parent}",
+        f"--IdentityProvider.token={token}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
     with open(home / "log", "wb") as log, subprocess.Popen(server_command, env=env, stdout=log, stderr=log) as server:
         try:
             _wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", server, home / "log")
@@ -77,7 +107,9 @@ def page(lab):
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(PATIENCE)
         page.goto(lab[0])
-        page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+        page.wait_for_function(
+            "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+        )
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
         command(page, "application:toggle-left-area")
         command(page, "notebook:run-all-cells")
@@ -100,7 +132,10 @@ def shows(page, **options):
     text = page.locator(".plan-explorer .widget-html").inner_text()
     for part, word, weights, trained, _ in seen.rows:
         assert f"{part}\t{word}\t{weights:,}" in text and f"{trained:,}" in text, (part, text)
-    assert f"adapter on disk {readable_bytes(seen.adapter_bytes)} · trained weights, gradients and AdamW {readable_bytes(seen.training_bytes)}" in text
+    assert (
+        f"adapter on disk {readable_bytes(seen.adapter_bytes)} · trained weights, gradients and AdamW "
+        f"{readable_bytes(seen.training_bytes)}" in text
+    )
     return text
 
 
@@ -128,7 +163,10 @@ def test_a_word_and_a_rank_change_the_numbers_to_what_python_computes(page):
     shows(page, connector="lora")
     write(page, "rank", 64)
     text = shows(page, connector="lora", rank=64)
-    assert "TuningPlan(connector='lora', rank=64)" in text and f"vlm-lora-lab plan {MODEL} --connector lora --rank 64" in text
+    assert (
+        "TuningPlan(connector='lora', rank=64)" in text
+        and f"vlm-lora-lab plan {MODEL} --connector lora --rank 64" in text
+    )
     write(page, "rank", 0)
     expect(page.locator(".plan-explorer .widget-html")).to_contain_text(refusal(connector="lora", rank=0))
     expect(page.locator(".plan-explorer b.trained")).to_have_count(0)
@@ -164,7 +202,10 @@ def test_the_picture_is_to_scale_and_fits(page, width, tmp_path):
     page.set_viewport_size({"width": width, "height": 1600})  # a picture shows what is in view, and all of it should be
     shows(page)
     box = page.locator(".plan-explorer")
-    wide = "e => [e, ...e.querySelectorAll('*')].filter(x => x.getBoundingClientRect().right > e.getBoundingClientRect().right + 1).map(x => x.outerHTML.slice(0, 80))"
+    wide = (
+        "e => [e, ...e.querySelectorAll('*')].filter(x => x.getBoundingClientRect().right > "
+        "e.getBoundingClientRect().right + 1).map(x => x.outerHTML.slice(0, 80))"
+    )
     assert box.evaluate(wide) == [], "it does not fit its width"
     file = Path(os.environ.get("KEEP_SCREENSHOTS", tmp_path)) / f"explorer-{width}.png"
     box.screenshot(path=file)
@@ -173,7 +214,11 @@ def test_the_picture_is_to_scale_and_fits(page, width, tmp_path):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, "blank"
     seen = Preview.of(on_meta(MODEL), TuningPlan())
     rows, every = {r[0]: r for r in seen.rows}, sum(r[2] for r in seen.rows)
-    painted = lambda rgb: (abs(pixels - rgb).max(-1) <= 2).sum() / 13  # of a bar that is 13 pixels high: its length  # noqa: E731
+
+    # of a bar that is 13 pixels high: its length
+    def painted(rgb):
+        return (abs(pixels - rgb).max(-1) <= 2).sum() / 13
+
     full = 130 * rows["connector"][3] / seen.trained + max(3, 130 * rows["connector"][2] / every)
     frozen = 130 * (rows["vision"][2] + rows["embeddings"][2] + rows["head"][2]) / every
     assert abs(painted((209, 96, 61)) - full) < 6, "the connector, in full"

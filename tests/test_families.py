@@ -1,4 +1,5 @@
-"""Every family the package knows, on tiny random models: parts, load, 4 bit, LoRA and full training, adapter, round trip."""
+"""Every family the package knows, on tiny random models: parts, load, 4 bit, LoRA and full training, adapter, round
+trip."""
 
 import json
 import warnings
@@ -15,7 +16,17 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models import parts
 from vlm_lora_lab.models.files import save_vlm, weight_files
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.models.parts import PARTS, Layout, PartsTable, count, infer_layout, layout_of, linear_layers, register, stored_tensors
+from vlm_lora_lab.models.parts import (
+    PARTS,
+    Layout,
+    PartsTable,
+    count,
+    infer_layout,
+    layout_of,
+    linear_layers,
+    register,
+    stored_tensors,
+)
 from vlm_lora_lab.models.published import PUBLISHED, model_class, on_meta
 from vlm_lora_lab.plan import TuningPlan, apply_plan, full_modules, lora_layers
 
@@ -56,10 +67,19 @@ def test_every_tensor_has_one_part_and_every_part_is_where_it_should_be(family):
     layout, total, modules = layout_of(model), count(model), dict(model.named_modules())
     assert not layout.inferred
     assert sum(total.values()) == sum(t.numel() for _, t in stored_tensors(model))
-    assert all(total[part] > 0 for part in PARTS if part != "head") and (total["head"] > 0) != bool(model.all_tied_weights_keys)
-    assert modules[layout.embeddings[0]] is model.get_input_embeddings() and modules[layout.head[0]] is model.get_output_embeddings()
+    assert all(total[part] > 0 for part in PARTS if part != "head") and (total["head"] > 0) != bool(
+        model.all_tied_weights_keys
+    )
+    assert (
+        modules[layout.embeddings[0]] is model.get_input_embeddings()
+        and modules[layout.head[0]] is model.get_output_embeddings()
+    )
     layers = linear_layers(model)
-    assert layers["language"] and layers["vision"] and all(isinstance(modules[n], torch.nn.Linear) for names in layers.values() for n in names)
+    assert (
+        layers["language"]
+        and layers["vision"]
+        and all(isinstance(modules[n], torch.nn.Linear) for names in layers.values() for n in names)
+    )
     assert {n.rpartition(".")[2] for n in layers["language"]} & {"q_proj", "c_attn"}
     assert ("(tied to the embeddings)" in repr(PartsTable.of(model))) == (total["head"] == 0)
 
@@ -73,14 +93,26 @@ def test_the_structure_alone_gives_the_same_parts(family):
         return
     guess, known = infer_layout(model), layout_of(model)
     assert guess.inferred
-    assert {n: guess.part_of(n) for n, _ in stored_tensors(model)} == {n: known.part_of(n) for n, _ in stored_tensors(model)}
+    assert {n: guess.part_of(n) for n, _ in stored_tensors(model)} == {
+        n: known.part_of(n) for n, _ in stored_tensors(model)
+    }
 
 
 def test_an_unknown_architecture_is_inferred_registered_or_refused(monkeypatch):
     model = tiny_model("llava")
     monkeypatch.setattr(parts, "FAMILIES", {})
     assert layout_of(model).inferred and layout_of(model).family == "llava (inferred)"
-    register(Layout("mine", "model.vision_tower", "model.multi_modal_projector", "model.language_model", "model.language_model.embed_tokens", "lm_head"), "llava")
+    register(
+        Layout(
+            "mine",
+            "model.vision_tower",
+            "model.multi_modal_projector",
+            "model.language_model",
+            "model.language_model.embed_tokens",
+            "lm_head",
+        ),
+        "llava",
+    )
     assert layout_of(model).family == "mine"
     with pytest.raises(InputError, match="no module with a list of layers. Register it: register.*'llama'"):
         infer_layout(model.model.language_model)
@@ -120,15 +152,21 @@ def test_loading_and_saving_keeps_every_byte(family, folder, tmp_path):
     (base / "modeling_remote.py").write_text("raise SystemExit('remote code ran')\n")
     reference, model = tiny_model(family), load_vlm(base)
     reference.load_state_dict({k: v.bfloat16() for k, v in reference.state_dict().items()})
-    torch.testing.assert_close(logits(model, batch_of(family, model)), logits(reference, batch_of(family, model)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(model, batch_of(family, model)), logits(reference, batch_of(family, model)), rtol=1e-4, atol=1e-4
+    )
     model = load_vlm(base, dtype="stored")
     again = save_vlm(model, tmp_path / "again", base, max_shard_size="200KB")
     one, two = tensors_of(base), tensors_of(again)
     assert one.keys() == two.keys()
-    assert all(one[k].dtype == two[k].dtype and torch.equal(one[k].view(torch.uint8), two[k].view(torch.uint8)) for k in one)
+    assert all(
+        one[k].dtype == two[k].dtype and torch.equal(one[k].view(torch.uint8), two[k].view(torch.uint8)) for k in one
+    )
     assert (again / "modeling_remote.py").is_file()
     was, now = (json.loads((d / "config.json").read_text()) for d in (base, again))
-    assert {k: v for k, v in now.items() if k not in ("dtype", "torch_dtype")} == {k: v for k, v in was.items() if k not in ("dtype", "torch_dtype")}
+    assert {k: v for k, v in now.items() if k not in ("dtype", "torch_dtype")} == {
+        k: v for k, v in was.items() if k not in ("dtype", "torch_dtype")
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,8 +174,14 @@ def test_plans_are_translated_on_the_meta_device_as_on_the_model(family):
     with torch.device("meta"):
         empty = model_class(tiny_config(family))(tiny_config(family))
     model = tiny_model(family)
-    for plan in (TuningPlan(), TuningPlan(vision="lora", connector="freeze"), TuningPlan(embeddings="lora", head="lora")):
-        assert lora_layers(empty, plan) == lora_layers(model, plan) and full_modules(empty, plan) == full_modules(model, plan)
+    for plan in (
+        TuningPlan(),
+        TuningPlan(vision="lora", connector="freeze"),
+        TuningPlan(embeddings="lora", head="lora"),
+    ):
+        assert lora_layers(empty, plan) == lora_layers(model, plan) and full_modules(empty, plan) == full_modules(
+            model, plan
+        )
 
 
 def test_a_target_that_matches_nothing_says_what_there_is():
@@ -177,12 +221,24 @@ def test_every_published_checkpoint_is_of_a_tested_family():
     assert len(NATIVE) + len(OURS) == len(FAMILIES)
 
 
-@pytest.mark.parametrize("name, weights", [("openbmb/MiniCPM-V-2", 3_434_965_792), ("openbmb/MiniCPM-Llama3-V-2_5", 8_537_092_336),
-                                           ("openbmb/MiniCPM-V-2_6", 8_099_175_152), ("openbmb/MiniCPM-V-4_5", 8_695_895_280),
-                                           ("Qwen/Qwen-VL", 9_656_935_168)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, weights",
+    [
+        ("openbmb/MiniCPM-V-2", 3_434_965_792),
+        ("openbmb/MiniCPM-Llama3-V-2_5", 8_537_092_336),
+        ("openbmb/MiniCPM-V-2_6", 8_099_175_152),
+        ("openbmb/MiniCPM-V-4_5", 8_695_895_280),
+        ("Qwen/Qwen-VL", 9_656_935_168),
+    ],
+)
 def test_published_sizes(name, weights):
     model = on_meta(name)
-    assert sum(t.numel() for t in model.state_dict().values()) == weights == sum(count(model).values()) == PUBLISHED[name].weights
+    assert (
+        sum(t.numel() for t in model.state_dict().values())
+        == weights
+        == sum(count(model).values())
+        == PUBLISHED[name].weights
+    )
 
 
 @pytest.mark.parametrize("family", OURS)
@@ -232,10 +288,18 @@ def test_text_alone_trains_with_zeros_for_the_eyes_and_not_with_nothing(family):
 def test_a_checkpoint_published_in_4_bit_can_be_trained_and_merged(folder, tmp_path):
     from transformers import BitsAndBytesConfig
 
-    skip = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["out_proj", "kv_proj", "lm_head"])
+    skip = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["out_proj", "kv_proj", "lm_head"],
+    )
     base, config = tmp_path / "int4", tiny_config("minicpmv-2.6")
-    # In float32, so that the comparison below is one of merging; packed from 16 bit, bitsandbytes multiplies in 16 bit, too.
-    model_class(config).from_pretrained(folder("minicpmv-2.6"), config=config, quantization_config=skip, dtype=torch.float32).save_pretrained(base)
+    # In float32, so that the comparison below is one of merging; packed from 16 bit, bitsandbytes multiplies in 16 bit,
+    # too.
+    model_class(config).from_pretrained(
+        folder("minicpmv-2.6"), config=config, quantization_config=skip, dtype=torch.float32
+    ).save_pretrained(base)
     plan = TuningPlan(rank=4)
     model = apply_plan(load_vlm(base), plan).train()
     batch = batch_of("minicpmv-2.6", model)

@@ -34,7 +34,11 @@ TABLE = [  # script, flags, words for vision, connector, language, embeddings, h
     ("qwen3vl", {}, "nothing would be trained"),
     ("llamafactory", {}, "freeze freeze lora freeze freeze"),
     ("llamafactory", dict(freeze_vision_tower=False), "lora freeze lora freeze freeze"),
-    ("llamafactory", dict(freeze_multi_modal_projector=False), "freeze_multi_modal_projector: false contradict.*connector: full"),
+    (
+        "llamafactory",
+        dict(freeze_multi_modal_projector=False),
+        "freeze_multi_modal_projector: false contradict.*connector: full",
+    ),
     ("llamafactory", dict(finetuning_type="full", freeze_multi_modal_projector=False), "freeze full full full full"),
     ("swift", {}, "freeze freeze lora freeze freeze"),
     ("swift", dict(freeze_aligner=False), "freeze lora lora freeze freeze"),
@@ -64,20 +68,39 @@ def test_every_combination_is_a_plan_or_one_sentence():
     assert tried == 64 + 8 - 8
 
 
-@pytest.mark.parametrize("script, flags", [("axolotl", {}), ("minicpmv", {"tune_vit": True}), ("minicpmv", {"use_lora": "yes"}), ("swift", {"train_type": "dora"})])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("axolotl", {}),
+        ("minicpmv", {"tune_vit": True}),
+        ("minicpmv", {"use_lora": "yes"}),
+        ("swift", {"train_type": "dora"}),
+    ],
+)
 def test_unknown_scripts_flags_and_values(script, flags):
     with pytest.raises(InputError, match="Known are|Write"):
         from_flags(script, **flags)
 
 
 def test_translated_plans_can_be_applied_where_their_script_ran():
-    for script, flags, model in (("minicpmv", dict(use_lora=True, tune_llm=False), "minicpmv-2.6"), ("qwenvl", dict(use_lora=True, chat=False), "qwen"),
-                                 ("qwen3vl", dict(lora_enable=True), "qwen3_vl")):  # fmt: skip
+    for script, flags, model in (
+        ("minicpmv", dict(use_lora=True, tune_llm=False), "minicpmv-2.6"),
+        ("qwenvl", dict(use_lora=True, chat=False), "qwen"),
+        ("qwen3vl", dict(lora_enable=True), "qwen3_vl"),
+    ):
         plan = from_flags(script, **flags).plan
-        assert sum(count(apply_plan(tiny_model(model), plan), trainable=True).values()) == Preview.of(tiny_model(model), plan).trained
+        assert (
+            sum(count(apply_plan(tiny_model(model), plan), trainable=True).values())
+            == Preview.of(tiny_model(model), plan).trained
+        )
 
 
-PLANS = [TuningPlan(rank=3), TuningPlan(vision="lora", connector="freeze"), TuningPlan(head="lora", embeddings="lora"), TuningPlan(vision="full", connector="full")]
+PLANS = [
+    TuningPlan(rank=3),
+    TuningPlan(vision="lora", connector="freeze"),
+    TuningPlan(head="lora", embeddings="lora"),
+    TuningPlan(vision="full", connector="full"),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +127,18 @@ def test_the_plan_command(capsys):
     assert main(["plan", "openbmb/MiniCPM-V-2_6", "--rank", "32", "--vision", "lora"]) == 0
     shown = capsys.readouterr().out
     assert "resampler" in shown and "adapter on disk" in shown and "8,099,175,152" in shown
-    assert main(["plan", "Qwen/Qwen-VL", "--targets", "q_proj"]) == 2 and "Choose among c_attn" in capsys.readouterr().err
-    assert main(["plan", "lab", "--flags", "minicpmv", "use_lora=true"]) == 2 and "--tune_llm true" in capsys.readouterr().err
-    assert main(["plan", "lab", "--flags", "minicpmv", "use_lora=true", "tune_llm=false", "lora_r=8"]) == 0 and "modules_to_save is fixed" in capsys.readouterr().out
-    assert main(["plan", "lab", "--flags", "minicpmv", "use_lora"]) == 2 and main(["plan", "lab", "--rank", "4", "--flags", "minicpmv"]) == 2
+    assert (
+        main(["plan", "Qwen/Qwen-VL", "--targets", "q_proj"]) == 2 and "Choose among c_attn" in capsys.readouterr().err
+    )
+    assert (
+        main(["plan", "lab", "--flags", "minicpmv", "use_lora=true"]) == 2
+        and "--tune_llm true" in capsys.readouterr().err
+    )
+    assert (
+        main(["plan", "lab", "--flags", "minicpmv", "use_lora=true", "tune_llm=false", "lora_r=8"]) == 0
+        and "modules_to_save is fixed" in capsys.readouterr().out
+    )
+    assert (
+        main(["plan", "lab", "--flags", "minicpmv", "use_lora"]) == 2
+        and main(["plan", "lab", "--rank", "4", "--flags", "minicpmv"]) == 2
+    )

@@ -1,4 +1,5 @@
-"""A run that goes on from an adapter starts with exactly its weights, trains at least what it holds, and says where it came from."""
+"""A run that goes on from an adapter starts with exactly its weights, trains at least what it holds, and says where it
+came from."""
 
 import json
 import shutil
@@ -8,7 +9,15 @@ import torch
 from safetensors.torch import load_file
 from test_identity import data  # noqa: F401
 
-from vlm_lora_lab.checkpoint.save import ancestry, check_start, load_adapter, plan_of, read_provenance, save_adapter, start_from
+from vlm_lora_lab.checkpoint.save import (
+    ancestry,
+    check_start,
+    load_adapter,
+    plan_of,
+    read_provenance,
+    save_adapter,
+    start_from,
+)
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import Processor
 from vlm_lora_lab.data.drawn import Drawn
@@ -28,7 +37,9 @@ FLAGS = ["--max-steps", "2", "--batch-size", "2", "--save-every", "1"]
 def stirred(plan, folder, four_bit=False):
     "An adapter whose every trained number was moved."
     torch.manual_seed(0)
-    model = apply_plan(load_vlm("lab", four_bit=four_bit, whole=Packing.of(on_meta("lab"), plan).whole if four_bit else ()), plan)
+    model = apply_plan(
+        load_vlm("lab", four_bit=four_bit, whole=Packing.of(on_meta("lab"), plan).whole if four_bit else ()), plan
+    )
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -43,13 +54,30 @@ def logits(model):
         return model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
 
 
-@pytest.mark.parametrize("plan, wider, four_bit", [
-    (TuningPlan(), TuningPlan(), True),
-    (TuningPlan(rank=4, variant="dora"), TuningPlan(rank=4, variant="dora", vision="lora"), False),
-    (TuningPlan(rank=4, variant="rslora", connector="freeze"), TuningPlan(rank=4, variant="rslora", connector="full", head="full"), True),
-    (TuningPlan(rank=4, variant="pissa", connector="freeze"), TuningPlan(rank=4, variant="pissa", connector="freeze"), False),
-    (TuningPlan(language="lora(rank=4) on 0-1", connector="full on kv_proj", embeddings="lora"), TuningPlan(language="lora(rank=4) on 0-1", connector="full", vision="full on 2", embeddings="lora", dropout=0.1), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "plan, wider, four_bit",
+    [
+        (TuningPlan(), TuningPlan(), True),
+        (TuningPlan(rank=4, variant="dora"), TuningPlan(rank=4, variant="dora", vision="lora"), False),
+        (
+            TuningPlan(rank=4, variant="rslora", connector="freeze"),
+            TuningPlan(rank=4, variant="rslora", connector="full", head="full"),
+            True,
+        ),
+        (
+            TuningPlan(rank=4, variant="pissa", connector="freeze"),
+            TuningPlan(rank=4, variant="pissa", connector="freeze"),
+            False,
+        ),
+        (
+            TuningPlan(language="lora(rank=4) on 0-1", connector="full on kv_proj", embeddings="lora"),
+            TuningPlan(
+                language="lora(rank=4) on 0-1", connector="full", vision="full on 2", embeddings="lora", dropout=0.1
+            ),
+            False,
+        ),
+    ],
+)
 def test_before_the_first_step_the_model_answers_as_the_adapter_does(plan, wider, four_bit, tmp_path):
     folder = stirred(plan, tmp_path / "adapter", four_bit)
     known = read_provenance(folder)
@@ -65,21 +93,28 @@ def test_before_the_first_step_the_model_answers_as_the_adapter_does(plan, wider
     torch.testing.assert_close(logits(model), theirs, rtol=0, atol=0 if plan.variant != "pissa" else 1e-5)
 
 
-@pytest.mark.parametrize("plan, message", [
-    (TuningPlan(rank=8), "has rank 16 and alpha 32, and the plan says 8"),
-    (TuningPlan(alpha=1), "and the plan says 16 and 1"),
-    (TuningPlan(variant="dora"), "the adapter is lora, and the plan says variant: dora"),
-    (TuningPlan(connector="freeze"), "in full, and the plan does not train it in full"),
-    (TuningPlan(connector="lora"), "in full, and the plan does not train it in full"),
-    (TuningPlan(language="lora on 0"), "and the plan has none there"),
-    (TuningPlan(targets=("q_proj",)), "and the plan has none there"),
-    (TuningPlan(language="full", vision="lora"), "and the plan has none there"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        (TuningPlan(rank=8), "has rank 16 and alpha 32, and the plan says 8"),
+        (TuningPlan(alpha=1), "and the plan says 16 and 1"),
+        (TuningPlan(variant="dora"), "the adapter is lora, and the plan says variant: dora"),
+        (TuningPlan(connector="freeze"), "in full, and the plan does not train it in full"),
+        (TuningPlan(connector="lora"), "in full, and the plan does not train it in full"),
+        (TuningPlan(language="lora on 0"), "and the plan has none there"),
+        (TuningPlan(targets=("q_proj",)), "and the plan has none there"),
+        (TuningPlan(language="full", vision="lora"), "and the plan has none there"),
+    ],
+)
 def test_a_plan_that_contradicts_the_adapter_is_refused_with_the_way_to_go(plan, message, tmp_path):
     folder = stirred(TuningPlan(), tmp_path / "adapter")
     with pytest.raises(InputError) as e:
         check_start(on_meta("lab"), folder, read_provenance(folder), plan)
-    assert message in str(e.value) and f"vlm-lora-lab merge {folder} --output {folder}-merged, then vlm-lora-lab train --model {folder}-merged" in str(e.value)
+    assert (
+        message in str(e.value)
+        and f"vlm-lora-lab merge {folder} --output {folder}-merged, then vlm-lora-lab train --model {folder}-merged"
+        in str(e.value)
+    )
 
 
 class Begins(LivePlot):
@@ -90,12 +125,38 @@ class Begins(LivePlot):
 
 
 def test_from_one_job_to_the_next_and_its_resume(data, tmp_path, capsys, monkeypatch):
-    "In 4 bit, with more parts, other data, and a stop; the line of ancestors is in the provenance, and the first adapter need not be there any more."
+    """In 4 bit, with more parts, other data, and a stop; the line of ancestors is in the provenance, and the first
+    adapter need not be there any more."""
     first, second, third = (tmp_path / n for n in ("first", "second", "third"))
-    assert main(["train", "--data", str(data / "train.json"), "--output", str(first), *FLAGS, "--rank", "2", "--connector", "freeze"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                str(data / "train.json"),
+                "--output",
+                str(first),
+                *FLAGS,
+                "--rank",
+                "2",
+                "--connector",
+                "freeze",
+            ]
+        )
+        == 0
+    )
     rows = json.loads((data / "train.json").read_text())[2:]
     (data / "new.json").write_text(json.dumps(rows))
-    go_on = ["train", "--from-adapter", str(first / "adapter"), "--data", str(data / "new.json"), "--output", str(second), *FLAGS]
+    go_on = [
+        "train",
+        "--from-adapter",
+        str(first / "adapter"),
+        "--data",
+        str(data / "new.json"),
+        "--output",
+        str(second),
+        *FLAGS,
+    ]
     assert main(["doctor", *go_on[1:], "--connector", "full"]) in (0, 1), capsys.readouterr()
     assert not second.exists()
     with monkeypatch.context() as patch:
@@ -109,14 +170,37 @@ def test_from_one_job_to_the_next_and_its_resume(data, tmp_path, capsys, monkeyp
     known = read_provenance(second / "adapter")
     assert known["four_bit"] and plan_of(second / "adapter", known) == TuningPlan(rank=2, connector="full")
     parent = known["from_adapter"]
-    assert parent["sha256"] == file_sha256(first / "adapter" / "adapter_model.safetensors") and parent["folder"] == str(first / "adapter")
-    assert parent["data"] == {str(data / "train.json"): file_sha256(data / "train.json")} and parent["steps"] == 2 and parent["from_adapter"] is None
+    assert parent["sha256"] == file_sha256(first / "adapter" / "adapter_model.safetensors") and parent["folder"] == str(
+        first / "adapter"
+    )
+    assert (
+        parent["data"] == {str(data / "train.json"): file_sha256(data / "train.json")}
+        and parent["steps"] == 2
+        and parent["from_adapter"] is None
+    )
     assert ancestry(second / "adapter", known)["from_adapter"] == parent
     shutil.move(first, tmp_path / "away")
     assert main(["train", "--resume", "--output", str(second), "--max-steps", "3"]) == 0  # its checkpoint holds all
-    assert read_provenance(second / "adapter")["from_adapter"] == parent and json.loads((second / "job.json").read_text())[STARTED]["ancestor"] == parent
+    assert (
+        read_provenance(second / "adapter")["from_adapter"] == parent
+        and json.loads((second / "job.json").read_text())[STARTED]["ancestor"] == parent
+    )
     checkpoint = sorted((second / "checkpoints").glob("checkpoint-*"))[-1]  # without a seal, and said so
-    assert main(["train", "--from-adapter", str(checkpoint), "--data", str(data / "new.json"), "--output", str(third), *FLAGS]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--from-adapter",
+                str(checkpoint),
+                "--data",
+                str(data / "new.json"),
+                "--output",
+                str(third),
+                *FLAGS,
+            ]
+        )
+        == 0
+    )
     assert read_provenance(third / "adapter")["from_adapter"]["folder"] == str(checkpoint)
 
 
@@ -144,7 +228,9 @@ def test_what_cannot_be_gone_on_from_is_refused_by_doctor_and_train(data, tmp_pa
         (["--from-adapter", str(tmp_path / "nowhere")], "nowhere"),
     ]:
         for command in ("train", "doctor"):
-            assert main([command, "--data", str(data / "train.json"), "--output", str(tmp_path / "out"), *flags]) == 2, flags
+            assert (
+                main([command, "--data", str(data / "train.json"), "--output", str(tmp_path / "out"), *flags]) == 2
+            ), flags
             said = capsys.readouterr()
             assert message in said.out + said.err and "Traceback" not in said.err, (flags, said)
     assert not (tmp_path / "out").exists()
@@ -153,7 +239,11 @@ def test_what_cannot_be_gone_on_from_is_refused_by_doctor_and_train(data, tmp_pa
 def test_a_job_takes_over_what_it_does_not_say_itself(tmp_path):
     folder = stirred(TuningPlan(rank=4, connector="freeze"), tmp_path / "adapter")
     job = Job.of({"data": "d.json", "output": "o", "from_adapter": str(folder), "plan": {"vision": "lora"}})
-    assert job.plan == TuningPlan(rank=4, connector="freeze", vision="lora") and job.four_bit is False and job.model == "lab"
+    assert (
+        job.plan == TuningPlan(rank=4, connector="freeze", vision="lora")
+        and job.four_bit is False
+        and job.model == "lab"
+    )
     assert Job.of({"data": "d.json", "output": "o", "from_adapter": str(folder), "four_bit": True}).four_bit is True
     with pytest.raises(InputError, match="from_adapter"):
         Job.of({"data": "d.json", "output": "o", "from_adapter": 3})

@@ -43,23 +43,37 @@ WITH_PICTURES = [c for c in CASES if c.name != "no_image_training"]
 
 @cache
 def golden(root, folder):
-    read = lambda name: {k: v.float() if v.is_floating_point() else v for k, v in load_file(root / folder / name).items()}  # noqa: E731
-    data = lambda name: json.loads((root / folder / name).read_text())  # noqa: E731
+    def read(name):
+        return {k: v.float() if v.is_floating_point() else v for k, v in load_file(root / folder / name).items()}
+
+    def data(name):
+        return json.loads((root / folder / name).read_text())
+
     return {
-        "config": data("config.json"), "weights": read("weights.safetensors"), "inputs": read("inputs.safetensors"),
-        "outputs": read("outputs.safetensors"), "ragged": data("inputs.json"), "grad_stats": data("grad_stats.json"),
+        "config": data("config.json"),
+        "weights": read("weights.safetensors"),
+        "inputs": read("inputs.safetensors"),
+        "outputs": read("outputs.safetensors"),
+        "ragged": data("inputs.json"),
+        "grad_stats": data("grad_stats.json"),
         "shapes": data("state_dict_shapes.json"),
-    }  # fmt: skip
+    }
 
 
 def config_of(reference, change=()):
     config = reference["config"] | dict(change)
-    if timm := config.pop("vision_timm", None):  # 2.0: its tower has a name, and the reference's tower has none that is published
+    # 2.0: its tower has a name, and the reference's tower has none that is published
+    if timm := config.pop("vision_timm", None):
         config["vision_config"] = dict(
-            hidden_size=timm["embed_dim"], intermediate_size=int(timm["embed_dim"] * timm["mlp_ratio"]), num_hidden_layers=timm["depth_before_drop"],
-            num_attention_heads=timm["num_heads"], image_size=timm["img_size"], patch_size=timm["patch_size"], hidden_act="gelu",
+            hidden_size=timm["embed_dim"],
+            intermediate_size=int(timm["embed_dim"] * timm["mlp_ratio"]),
+            num_hidden_layers=timm["depth_before_drop"],
+            num_attention_heads=timm["num_heads"],
+            image_size=timm["img_size"],
+            patch_size=timm["patch_size"],
+            hidden_act="gelu",
             layer_norm_eps=timm["norm_eps"],
-        )  # fmt: skip
+        )
     return MiniCPMVConfig.from_dict(config)
 
 
@@ -96,10 +110,16 @@ def batch_of(root, case):
     inputs, ragged = reference["inputs"], reference["ragged"]
     ragged = ragged[case.name] if case.name else ragged
     prefix = case.name if case.inputs is None else case.inputs
-    get = lambda key: inputs[f"{prefix}.{key}" if prefix else key]  # noqa: E731
+
+    def get(key):
+        return inputs[f"{prefix}.{key}" if prefix else key]
+
     shifted = get("labels_preshifted")
     assert (shifted[:, -1] == -100).all()
-    batch = {"input_ids": get("input_ids"), "labels": torch.cat([torch.full_like(shifted[:, :1], -100), shifted[:, :-1]], 1)}
+    batch = {
+        "input_ids": get("input_ids"),
+        "labels": torch.cat([torch.full_like(shifted[:, :1], -100), shifted[:, :-1]], 1),
+    }
     sizes = [(r, i, size) for r, row in enumerate(ragged["tgt_sizes"]) for i, size in enumerate(row)]
     if sizes:
         name = "image_chw" if case.folder == "minicpmv20" else "pixel_values"
@@ -108,7 +128,9 @@ def batch_of(root, case):
         longest = max(p.shape[-1] for p in pixels)
         batch["pixel_values"] = torch.stack([pad(p, (0, longest - p.shape[-1])) for p in pixels])
         batch["tgt_sizes"] = torch.tensor([size for *_, size in sizes])
-        batch["image_bound"] = torch.tensor([[r, *bound] for r, row in enumerate(ragged["image_bound"]) for bound in row])
+        batch["image_bound"] = torch.tensor(
+            [[r, *bound] for r, row in enumerate(ragged["image_bound"]) for bound in row]
+        )
     if ragged.get("temporal_ids"):
         groups = [group for row in ragged["temporal_ids"] for group in row]
         batch["temporal_ids"] = torch.tensor([(g, t) for g, group in enumerate(groups) for t in group])
@@ -154,7 +176,9 @@ def test_vision_tower(golden_root, checkpoints, case):
     if (theirs := output_of(golden_root, case, "vpm_position_ids")) is not None and model.config.rows_and_columns:
         assert torch.equal(real_rows(model.vpm.embeddings.position_ids(sizes), sizes), real_rows(theirs, sizes))
     if (theirs := output_of(golden_root, case, "vpm_embeddings")) is not None and case.name == "two_images":
-        torch.testing.assert_close(real_rows(model.vpm.embeddings(batch["pixel_values"], sizes), sizes), real_rows(theirs, sizes), **FORWARD)
+        torch.testing.assert_close(
+            real_rows(model.vpm.embeddings(batch["pixel_values"], sizes), sizes), real_rows(theirs, sizes), **FORWARD
+        )
 
 
 @pytest.mark.parametrize("case", WITH_PICTURES, ids=str)
@@ -188,7 +212,8 @@ def test_gradient_of_every_parameter(golden_root, checkpoints, case, checkpointi
     model(**batch_of(golden_root, case), use_cache=False).loss.backward()
     stats = reference["grad_stats"][case.name] if case.name else reference["grad_stats"]
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert {name for name, want in stats.items() if want} == set(grads)  # the stored table of 2.0 has no gradient upstream either
+    # the stored table of 2.0 has no gradient upstream either
+    assert {name for name, want in stats.items() if want} == set(grads)
     compared = 0
     for name, grad in grads.items():
         want = stats[name]
@@ -203,7 +228,11 @@ def test_gradient_of_every_parameter(golden_root, checkpoints, case, checkpointi
         assert all(grad is not None and not grad.any() for name, grad in grads.items() if not name.startswith("llm."))
 
 
-@pytest.mark.parametrize("case", [c for c in WITH_PICTURES if c.name in ("", "batch_vision_true", "multi_and_text_only", "temporal_batched")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in WITH_PICTURES if c.name in ("", "batch_vision_true", "multi_and_text_only", "temporal_batched")],
+    ids=str,
+)
 def test_fast_attention_agrees_with_the_reference(golden_root, checkpoints, case):
     model = load(checkpoints(case), "sdpa")
     assert model.vpm.config._attn_implementation == "sdpa"
@@ -232,8 +261,15 @@ def test_the_row_after_a_video_gets_its_picture(golden_root, checkpoints):
     "Upstream counts frames where it should count groups, and leaves this row's picture out; mended here on purpose."
     model, video = load(checkpoints(CASES[8])).eval(), pictures(batch_of(golden_root, CASES[8]))
     ids = batch_of(golden_root, CASES[8])["input_ids"]
-    still = {"pixel_values": video["pixel_values"][3:, ..., : 10 * 14], "tgt_sizes": video["tgt_sizes"][3:], "image_bound": torch.tensor([[0, 2, 18]])}
-    both = {"pixel_values": torch.cat([video["pixel_values"], video["pixel_values"][3:]]), "tgt_sizes": torch.cat([video["tgt_sizes"], still["tgt_sizes"]])}
+    still = {
+        "pixel_values": video["pixel_values"][3:, ..., : 10 * 14],
+        "tgt_sizes": video["tgt_sizes"][3:],
+        "image_bound": torch.tensor([[0, 2, 18]]),
+    }
+    both = {
+        "pixel_values": torch.cat([video["pixel_values"], video["pixel_values"][3:]]),
+        "tgt_sizes": torch.cat([video["tgt_sizes"], still["tgt_sizes"]]),
+    }
     both["image_bound"] = torch.cat([video["image_bound"], torch.tensor([[1, 2, 18]])])
     both["temporal_ids"] = torch.cat([video["temporal_ids"], torch.tensor([[2, -1]])])
     together = model(input_ids=ids.repeat(2, 1), **both).logits
@@ -242,22 +278,35 @@ def test_the_row_after_a_video_gets_its_picture(golden_root, checkpoints):
 
 
 def test_every_version_is_covered():
-    covered = {type(MiniCPMVConfig.from_dict({"version": v})).__name__ for v in ("2.5", "2.6", "4.5")} | {"MiniCPMV20Config"}
-    assert {c.__name__ for c in VERSIONS.values()} - covered == {"MiniCPMV40Config"}  # no reference exists; see test_families.py
+    covered = {type(MiniCPMVConfig.from_dict({"version": v})).__name__ for v in ("2.5", "2.6", "4.5")} | {
+        "MiniCPMV20Config"
+    }
+    # no reference exists; see test_families.py
+    assert {c.__name__ for c in VERSIONS.values()} - covered == {"MiniCPMV40Config"}
 
 
 @pytest.mark.parametrize("name", ["finetune_py_default", "finetune_lora_sh"])
 def test_lora_as_the_original_script_sets_it_up(golden_root, checkpoints, name):
-    "The two LoRA targets of upstream's finetune.py and finetune_lora.sh, through today's PEFT: names, loss and gradients."
+    """The two LoRA targets of upstream's finetune.py and finetune_lora.sh, through today's PEFT: names, loss and
+    gradients."""
     folder, case = golden_root / "minicpmv26_lora", CASES[3]
     reference = json.loads((folder / "lora.json").read_text())[name]
     outputs, weights = load_file(folder / "outputs.safetensors"), load_file(folder / "lora_weights.safetensors")
-    config = LoraConfig(r=reference["r"], lora_alpha=reference["lora_alpha"], target_modules=reference["target_modules"],
-                        modules_to_save=reference["modules_to_save"], task_type="CAUSAL_LM")  # fmt: skip
+    config = LoraConfig(
+        r=reference["r"],
+        lora_alpha=reference["lora_alpha"],
+        target_modules=reference["target_modules"],
+        modules_to_save=reference["modules_to_save"],
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(load(checkpoints(case)), config, autocast_adapter_dtype=False)
     trainable = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == reference["trainable"]
-    state = {k.removeprefix(f"{name}.").replace(".weight", ".default.weight"): v.float() for k, v in weights.items() if k.startswith(f"{name}.")}
+    state = {
+        k.removeprefix(f"{name}.").replace(".weight", ".default.weight"): v.float()
+        for k, v in weights.items()
+        if k.startswith(f"{name}.")
+    }
     missing = model.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys and not any("lora_" in k for k in missing.missing_keys) and len(state) >= 8
     result = model(**batch_of(golden_root, case), use_cache=False)

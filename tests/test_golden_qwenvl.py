@@ -18,16 +18,36 @@ from vlm_lora_lab.models.qwenvl import AttnPool, QwenVL, QwenVLConfig, find_pict
 from vlm_lora_lab.models.resampler import sincos_2d
 
 FORWARD = dict(rtol=1e-5, atol=1e-5)
-CLIP_MEAN, CLIP_STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+CLIP_MEAN, CLIP_STD = (
+    torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+    torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+)
 RECIPE = ["c_attn", "attn.c_proj", "w1", "w2"]
-PUBLISHED = dict(image_size=448, patch_size=14, width=1664, layers=48, heads=16, mlp_ratio=4.9231, output_dim=4096, image_start_id=151857)
+PUBLISHED = dict(
+    image_size=448,
+    patch_size=14,
+    width=1664,
+    layers=48,
+    heads=16,
+    mlp_ratio=4.9231,
+    output_dim=4096,
+    image_start_id=151857,
+)
 
 
 @pytest.fixture(scope="module")
 def golden(golden_root):
     folder = golden_root / "qwenvl"
-    read = lambda name: {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / name).items()}  # noqa: E731
-    files = {"config": "config.json", "ragged": "inputs.json", "grad_stats": "grad_stats.json", "shapes": "state_dict_shapes.json"}
+
+    def read(name):
+        return {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / name).items()}
+
+    files = {
+        "config": "config.json",
+        "ragged": "inputs.json",
+        "grad_stats": "grad_stats.json",
+        "shapes": "state_dict_shapes.json",
+    }
     tensors = {name: read(f"{name}.safetensors") for name in ("weights", "inputs", "outputs")}
     return tensors | {name: json.loads((folder / file).read_text()) for name, file in files.items()}
 
@@ -59,7 +79,9 @@ def batch(golden):
     pixels = [((inputs[f"image_uint8_hwc.{i}"] / 255 - CLIP_MEAN) / CLIP_STD).permute(2, 0, 1) for i in range(2)]
     torch.testing.assert_close(pixels[0], inputs["visual_input.0"], **FORWARD)
     bound = find_pictures(ids, golden["config"]["visual"]["image_start_id"])
-    assert bound.tolist() == [[r, a + 1, b] for r, (a, b) in enumerate(golden["ragged"][f"image_pos.{r}"] for r in range(2))]
+    assert bound.tolist() == [
+        [r, a + 1, b] for r, (a, b) in enumerate(golden["ragged"][f"image_pos.{r}"] for r in range(2))
+    ]
     return dict(input_ids=ids, pixel_values=torch.stack(pixels), image_bound=bound, labels=inputs["labels_unshifted"])
 
 
@@ -73,7 +95,9 @@ def without(batch, *names):
 def test_names_and_shapes_are_the_original_s(golden, model):
     want = {k.removeprefix("model."): v for k, v in golden["shapes"].items() if k.startswith("model.")}
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == want
-    assert set(dict(model.named_buffers())) <= set(model.state_dict()), "a buffer that is not stored could come back uninitialised"
+    assert set(dict(model.named_buffers())) <= set(model.state_dict()), (
+        "a buffer that is not stored could come back uninitialised"
+    )
 
 
 def test_names_and_shapes_are_the_published_ones(golden_root):
@@ -88,7 +112,9 @@ def test_names_and_shapes_are_the_published_ones(golden_root):
 
 
 def test_what_multiplies_is_linear(model):
-    bare = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(".weight")}
+    bare = {
+        name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(".weight")
+    }
     assert bare == {"positional_embedding", "proj", "query", "in_proj_weight"}
     for name, module in model.named_modules():
         if getattr(module, "weight", None) is not None and module.weight.ndim == 2 and name != "transformer.wte":
@@ -110,7 +136,8 @@ def test_stand_alone_resampler(golden, keys):
     pool, out = AttnPool(n_queries=16, width=64, num_heads=4, vision_width=48), golden["outputs"]
     torch.testing.assert_close(pool.pos_embed.detach(), golden["weights"]["resampler.pos_embed"], **FORWARD)
     pool.load_state_dict(part_of(golden, "resampler."), strict=True)
-    pool.ln_q.eps = pool.ln_kv.eps = 1e-5  # upstream's default for the class alone; the model builds it with 1e-6 (`test_pictures`)
+    # upstream's default for the class alone; the model builds it with 1e-6 (`test_pictures`)
+    pool.ln_q.eps = pool.ln_kv.eps = 1e-5
     x = golden["inputs"][f"resampler.x.{keys}"].clone().requires_grad_(True)
     y = pool(x)
     torch.testing.assert_close(y, out[f"resampler.y.{keys}"], **FORWARD)
@@ -118,7 +145,9 @@ def test_stand_alone_resampler(golden, keys):
     grads = {n: p.grad for n, p in pool.named_parameters()}
     assert "pos_embed" not in grads and all(g.any() for g in grads.values())
     compared = {k.split(f"grad.{keys}.")[1]: v for k, v in out.items() if k.startswith(f"resampler.grad.{keys}.")}
-    compared = {(grads[k], v) for k, v in compared.items()} | ({(x.grad, out["resampler.grad_x.16"])} if keys == 16 else set())
+    compared = {(grads[k], v) for k, v in compared.items()} | (
+        {(x.grad, out["resampler.grad_x.16"])} if keys == 16 else set()
+    )
     assert compared
     for ours, theirs in compared:
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
@@ -150,7 +179,10 @@ def test_gradient_of_every_parameter(golden, model, batch, checkpointing):
     model(**batch).loss.backward()
     stats, compared = golden["grad_stats"], 0
     grads = {name: p.grad for name, p in model.named_parameters()}
-    assert {n for n, want in stats.items() if want} == set(grads) and stats["transformer.visual.attn_pool.pos_embed"] is None  # stored, never trained
+    # stored, never trained
+    assert {n for n, want in stats.items() if want} == set(grads) and stats[
+        "transformer.visual.attn_pool.pos_embed"
+    ] is None
     for name, grad in grads.items():
         want = stats[name]
         assert abs(grad.double().norm().item() - want["l2"]) <= 1e-4 * want["l2"] + 1e-7, name
@@ -169,15 +201,25 @@ def test_gradient_of_every_parameter(golden, model, batch, checkpointing):
 def test_several_pictures_in_a_row_and_none(model, batch):
     "Row by row or together, the answer is the same; and it depends on the order of the pictures."
     one = torch.tensor([300, *[302] * 16, 301])
-    rows = [torch.cat([torch.tensor([5]), one, torch.tensor([7, 8]), one, torch.tensor([9])]), torch.arange(1, 41), torch.cat([one, torch.arange(1, 23)])]
+    rows = [
+        torch.cat([torch.tensor([5]), one, torch.tensor([7, 8]), one, torch.tensor([9])]),
+        torch.arange(1, 41),
+        torch.cat([one, torch.arange(1, 23)]),
+    ]
     ids, pixels = torch.stack(rows), torch.cat([batch["pixel_values"], batch["pixel_values"][:1]])
     bound = find_pictures(ids, 300)
     assert bound[:, 0].tolist() == [0, 0, 2]
     with torch.no_grad():
         logits = model.eval()(ids, pixel_values=pixels, image_bound=bound).logits
-        zero = lambda b: b * torch.tensor([0, 1, 1])  # noqa: E731
-        alone = [model(ids[:1], pixel_values=pixels[:2], image_bound=bound[:2]), model(ids[1:2]),
-                 model(ids[2:], pixel_values=pixels[2:], image_bound=zero(bound[2:]))]  # fmt: skip
+
+        def zero(b):
+            return b * torch.tensor([0, 1, 1])
+
+        alone = [
+            model(ids[:1], pixel_values=pixels[:2], image_bound=bound[:2]),
+            model(ids[1:2]),
+            model(ids[2:], pixel_values=pixels[2:], image_bound=zero(bound[2:])),
+        ]
         torch.testing.assert_close(logits, torch.cat([a.logits for a in alone]), **FORWARD)
         swapped = model(ids, pixel_values=pixels[[1, 0, 2]], image_bound=bound).logits
         shuffled = model(ids, pixel_values=pixels[[2, 0, 1]], image_bound=bound[[2, 0, 1]]).logits
@@ -196,7 +238,10 @@ def test_no_picture(model, batch):
     model.zero_grad(set_to_none=True)
     model.train().transformer.visual.requires_grad_(False)
     model(ids, labels=ids).loss.backward()
-    assert all(p.grad is None for n, p in model.named_parameters() if ".visual." in n) and model.lm_head.weight.grad is not None
+    assert (
+        all(p.grad is None for n, p in model.named_parameters() if ".visual." in n)
+        and model.lm_head.weight.grad is not None
+    )
 
 
 def test_the_loss_is_shared_among_all_items_of_an_accumulated_batch(model, batch):
@@ -211,8 +256,19 @@ def test_the_trainer_takes_batches_with_and_without_pictures(model, batch, tmp_p
     with_picture = {k: v[:1] for k, v in batch.items()}
     rows = [with_picture, without(with_picture, "pixel_values", "image_bound")] * 2
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2, report_to=[], logging_steps=1,
-                                  save_strategy="no", use_cpu=True, remove_unused_columns=False, disable_tqdm=True, gradient_checkpointing=True)  # fmt: skip
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        gradient_checkpointing=True,
+    )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda batch: batch[0])
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
@@ -224,7 +280,9 @@ def test_the_trainer_takes_batches_with_and_without_pictures(model, batch, tmp_p
 # --- cache and generation -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt, name", [(1, "past_key_values"), (20, "cache"), (31, "past_key_values")])  # its name before and since transformers 5.24
+@pytest.mark.parametrize(
+    "prompt, name", [(1, "past_key_values"), (20, "cache"), (31, "past_key_values")]
+)  # its name before and since transformers 5.24
 def test_token_by_token_equals_one_pass(model, batch, prompt, name):
     model, given = model.eval(), without(batch, "labels")
     with torch.no_grad():
@@ -252,18 +310,34 @@ def test_generate(model, batch):
 
 def test_padding_on_either_side_changes_nothing(model, batch):
     model = model.eval()
-    ids, pixels, bound = batch["input_ids"][1:], batch["pixel_values"][1:], batch["image_bound"][1:] * torch.tensor([0, 1, 1])
+    ids, pixels, bound = (
+        batch["input_ids"][1:],
+        batch["pixel_values"][1:],
+        batch["image_bound"][1:] * torch.tensor([0, 1, 1]),
+    )
     pad, mask = torch.full((1, 6), 3), torch.ones(1, 32, dtype=torch.long)
     nothing = torch.zeros(1, 6, dtype=torch.long)
     with torch.no_grad():
         want = model(ids, pixel_values=pixels, image_bound=bound).logits
-        right = model(torch.cat([ids, pad], 1), attention_mask=torch.cat([mask, nothing], 1), pixel_values=pixels, image_bound=bound).logits
+        right = model(
+            torch.cat([ids, pad], 1),
+            attention_mask=torch.cat([mask, nothing], 1),
+            pixel_values=pixels,
+            image_bound=bound,
+        ).logits
         shifted = bound + torch.tensor([0, 6, 6])
-        left = dict(input_ids=torch.cat([pad, ids], 1), attention_mask=torch.cat([nothing, mask], 1), pixel_values=pixels, image_bound=shifted)
+        left = dict(
+            input_ids=torch.cat([pad, ids], 1),
+            attention_mask=torch.cat([nothing, mask], 1),
+            pixel_values=pixels,
+            image_bound=shifted,
+        )
         torch.testing.assert_close(right[:, :32], want, **FORWARD)
         torch.testing.assert_close(model(**left).logits[:, 6:], want, **FORWARD)
         same = model.generate(**left, max_new_tokens=6, do_sample=False)
-    assert torch.equal(same, model.generate(ids, pixel_values=pixels, image_bound=bound, max_new_tokens=6, do_sample=False))
+    assert torch.equal(
+        same, model.generate(ids, pixel_values=pixels, image_bound=bound, max_new_tokens=6, do_sample=False)
+    )
 
 
 # --- beyond seq_length: the references end here, so the truth is a slow second implementation ----------------------
@@ -273,14 +347,25 @@ def slow_logits(weights, config, ids, alpha, logn):
     "One layer of Qwen in float64, with complex numbers for the rotation."
     w = {k: v.double() for k, v in weights.items()}
     heads, d, eps, n = config.num_attention_heads, config.kv_channels, config.layer_norm_epsilon, len(ids)
-    norm = lambda x, name: x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[name]  # noqa: E731
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[name]
+
     theta = (config.rotary_emb_base * alpha ** (d / (d - 2))) ** (-torch.arange(0, d, 2).double() / d)
     turn = torch.polar(torch.ones(n, d // 2).double(), torch.arange(n).double()[:, None] * theta)[:, None]
     x, at = w["transformer.wte.weight"][ids], "transformer.h.0."
-    q, k, v = (norm(x, at + "ln_1.weight") @ w[at + "attn.c_attn.weight"].T + w[at + "attn.c_attn.bias"]).view(n, 3, heads, d).unbind(1)
+    q, k, v = (
+        (norm(x, at + "ln_1.weight") @ w[at + "attn.c_attn.weight"].T + w[at + "attn.c_attn.bias"])
+        .view(n, 3, heads, d)
+        .unbind(1)
+    )
     q, k = (torch.complex(z[..., : d // 2], z[..., d // 2 :]) * turn for z in (q, k))
     place = torch.arange(1, n + 1).double()
-    sharpen = torch.where(place > config.seq_length, place.log() / math.log(config.seq_length), 1.0) if logn else torch.ones(n)
+    sharpen = (
+        torch.where(place > config.seq_length, place.log() / math.log(config.seq_length), 1.0)
+        if logn
+        else torch.ones(n)
+    )
     scores = torch.einsum("ihd,jhd->hij", q, k.conj()).real / math.sqrt(d) * sharpen[None, :, None]
     scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
     x = x + torch.einsum("hij,jhd->ihd", scores, v).flatten(1) @ w[at + "attn.c_proj.weight"].T
@@ -344,7 +429,9 @@ def test_a_published_configuration_needs_no_remote_code(golden, checkpoint, tmp_
     assert {k: config[k] for k in golden["config"]} == golden["config"]
     code = {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}
     del config["dtype"]
-    (tmp_path / "c" / "config.json").write_text(json.dumps(config | {"auto_map": code, "tokenizer_type": "QWenTokenizer", "torch_dtype": "bfloat16"}))
+    (tmp_path / "c" / "config.json").write_text(
+        json.dumps(config | {"auto_map": code, "tokenizer_type": "QWenTokenizer", "torch_dtype": "bfloat16"})
+    )
     assert isinstance(model_config(read_json(tmp_path / "c" / "config.json")), QwenVLConfig)
     model = QwenVL.from_pretrained(tmp_path / "c", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -367,7 +454,10 @@ def test_lora(checkpoint, batch, tmp_path, modules):
     wrapped = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")]
     assert wrapped == [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2")]
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    before, optimizer = {n: p.detach().clone() for n, p in trainable.items()}, torch.optim.SGD(trainable.values(), lr=0.5)
+    before, optimizer = (
+        {n: p.detach().clone() for n, p in trainable.items()},
+        torch.optim.SGD(trainable.values(), lr=0.5),
+    )
     losses = []
     for _ in range(3):
         loss = model.train()(**batch).loss
@@ -377,7 +467,11 @@ def test_lora(checkpoint, batch, tmp_path, modules):
     assert all(not torch.equal(p, before[n]) for n, p in trainable.items())
     model.eval().save_pretrained(tmp_path)
     kept = {k.split(".", 2)[2] for k in load_file(tmp_path / "adapter_model.safetensors") if "lora_" not in k}
-    assert {k.split(".attn_pool")[0].rsplit(".", 2)[-1] for k in kept} == {None: set(), "wte": {"weight"}, "attn_pool": {"visual"}}[modules and modules[0]]
+    assert {k.split(".attn_pool")[0].rsplit(".", 2)[-1] for k in kept} == {
+        None: set(),
+        "wte": {"weight"},
+        "attn_pool": {"visual"},
+    }[modules and modules[0]]
     again = PeftModel.from_pretrained(QwenVL.from_pretrained(checkpoint), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
@@ -389,15 +483,23 @@ def test_lora(checkpoint, batch, tmp_path, modules):
 def test_four_bit_reaches_the_language_model_and_lora_sits_on_it(golden, batch, tmp_path):
     checkpoint = tmp_path  # the reference model's MLP is 32 wide, less than one block of NF4
     torch.manual_seed(0)
-    QwenVL(QwenVLConfig(**golden["config"] | {"intermediate_size": 256, "initializer_range": 0.1})).save_pretrained(checkpoint)
-    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32,
-                              llm_int8_skip_modules=["transformer.visual", "lm_head"])  # fmt: skip
+    QwenVL(QwenVLConfig(**golden["config"] | {"intermediate_size": 256, "initializer_range": 0.1})).save_pretrained(
+        checkpoint
+    )
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["transformer.visual", "lm_head"],
+    )
     model = QwenVL.from_pretrained(checkpoint, quantization_config=bits, device_map="cpu")
     packed = {n for n, p in model.named_parameters() if type(p).__name__ == "Params4bit"}
     layer = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
     assert packed == {f"transformer.h.0.{name}.weight" for name in layer}
     exact = QwenVL.from_pretrained(checkpoint).train()
-    with torch.no_grad():  # in train(): on some CPUs bitsandbytes 0.50 repacks weights in eval(), and those pass no gradient afterwards
+    # in train(): on some CPUs bitsandbytes 0.50 repacks weights in eval(), and those pass no gradient afterwards
+    with torch.no_grad():
         apart = (model.train()(**batch).logits - exact(**batch).logits).norm() / exact(**batch).logits.norm()
     assert 1e-4 < apart < 0.3
     lora = get_peft_model(model, LoraConfig(r=4, target_modules=RECIPE)).train()
@@ -408,28 +510,37 @@ def test_four_bit_reaches_the_language_model_and_lora_sits_on_it(golden, batch, 
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(visual=None), "without eyes"),
-    (dict(rotary_pct=0.5), "rotary_pct is 0.5"),
-    (dict(hidden_size=256), "128 wide, but the language model is 256 wide"),
-    (dict(visual={"image_size": 56}), "`visual` lacks"),
-    (dict(visual=PUBLISHED | {"output_dim": 128, "pooling": 1}), "pooling"),
-    (dict(visual=PUBLISHED | {"output_dim": 128, "n_queries": 12}), "12, which makes no square"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(visual=None), "without eyes"),
+        (dict(rotary_pct=0.5), "rotary_pct is 0.5"),
+        (dict(hidden_size=256), "128 wide, but the language model is 256 wide"),
+        (dict(visual={"image_size": 56}), "`visual` lacks"),
+        (dict(visual=PUBLISHED | {"output_dim": 128, "pooling": 1}), "pooling"),
+        (dict(visual=PUBLISHED | {"output_dim": 128, "n_queries": 12}), "12, which makes no square"),
+    ],
+)
 def test_configurations_that_are_refused(golden, change, message):
     with pytest.raises(InputError, match=message), torch.device("meta"):
         QwenVL(QwenVLConfig(**golden["config"] | change))
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(image_bound=None), "2 pictures, but image_bound names 0"),
-    (dict(image_bound=torch.tensor([[0, 3, 19], [1, 4, 19]])), "16 vectors, but image_bound leaves room for .16, 15."),
-    (dict(pixel_values=torch.zeros(2, 3, 56, 49)), "56, 49.*multiple of 7"),
-    (dict(pixel_values=torch.zeros(2, 3, 50, 50)), "50, 50.*multiple of 7"),
-    (dict(tgt_sizes=torch.ones(2, 2)), "tgt_sizes would have no effect"),
-    (dict(output_attentions=True), "output_attentions would have no effect"),
-    (dict(inputs_embeds=torch.zeros(2, 32, 128)), "exactly one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(image_bound=None), "2 pictures, but image_bound names 0"),
+        (
+            dict(image_bound=torch.tensor([[0, 3, 19], [1, 4, 19]])),
+            "16 vectors, but image_bound leaves room for .16, 15.",
+        ),
+        (dict(pixel_values=torch.zeros(2, 3, 56, 49)), "56, 49.*multiple of 7"),
+        (dict(pixel_values=torch.zeros(2, 3, 50, 50)), "50, 50.*multiple of 7"),
+        (dict(tgt_sizes=torch.ones(2, 2)), "tgt_sizes would have no effect"),
+        (dict(output_attentions=True), "output_attentions would have no effect"),
+        (dict(inputs_embeds=torch.zeros(2, 32, 128)), "exactly one of"),
+    ],
+)
 def test_batches_that_are_refused(model, batch, change, message):
     with pytest.raises(InputError, match=message):
         model(**{**batch, **change})

@@ -1,4 +1,5 @@
-"""A run that must end early keeps what it has learned: a closed terminal, a picture that is deleted or truncated after the check, a disk that fills up."""
+"""A run that must end early keeps what it has learned: a closed terminal, a picture that is deleted or truncated after
+the check, a disk that fills up."""
 
 import fcntl
 import json
@@ -54,7 +55,9 @@ def weights(out):
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 @pytest.mark.parametrize("spoil, cause", [(lambda f: f.unlink(), "there is no"), (truncate, "")])
-def test_a_picture_that_is_lost_in_mid_run_costs_nothing_that_was_learned(spoil, cause, workers, data, tmp_path, capsys, monkeypatch):
+def test_a_picture_that_is_lost_in_mid_run_costs_nothing_that_was_learned(
+    spoil, cause, workers, data, tmp_path, capsys, monkeypatch
+):
     out, pictures, keep = tmp_path / "out", sorted((data / "train").iterdir()), tmp_path / "keep"
     shutil.copytree(data / "train", keep)
     assert main(train(data, tmp_path / "whole")) == 0
@@ -64,9 +67,15 @@ def test_a_picture_that_is_lost_in_mid_run_costs_nothing_that_was_learned(spoil,
         assert main(train(data, out, "--workers", workers)) == 2
     said = capsys.readouterr().err
     step = int(last_checkpoint(out / "checkpoints").name.split("-")[1])
-    assert f"after step {step}: " in said and cause in said and f"Saved up to checkpoint-{step}: mend it, then go on with --resume" in said and "Traceback" not in said, said
+    assert (
+        f"after step {step}: " in said
+        and cause in said
+        and f"Saved up to checkpoint-{step}: mend it, then go on with --resume" in said
+        and "Traceback" not in said
+    ), said
     assert step >= 2 and any(p.name in said for p in pictures), said
-    assert resume(out) == 2 and "--resume" not in capsys.readouterr().out  # still broken: the check says what it says of any bad row
+    # still broken: the check says what it says of any bad row
+    assert resume(out) == 2 and "--resume" not in capsys.readouterr().out
     for p in pictures:
         shutil.copyfile(keep / p.name, p)  # the same picture, at another time
     assert resume(out) == 0
@@ -82,7 +91,10 @@ def test_pictures_that_were_whole_when_the_run_was_interrupted_may_not_change(da
     lost = sorted((questions / "train").iterdir())[0]
     with monkeypatch.context() as patch:
         after_step(patch, 1, lost.unlink)
-        assert main(train(data, out, "--eval-data", str(questions / "train.json"), "--every", "2", "--questions", "2")) == 2
+        assert (
+            main(train(data, out, "--eval-data", str(questions / "train.json"), "--every", "2", "--questions", "2"))
+            == 2
+        )
     said = capsys.readouterr().err
     assert "after step 2: " in said and lost.name in said and "Saved up to checkpoint-2" in said, said
     learned = sorted((data / "train").iterdir())
@@ -96,7 +108,9 @@ def test_pictures_that_were_whole_when_the_run_was_interrupted_may_not_change(da
         assert resume(out) == 0 and "Pictures of eval_data" in capsys.readouterr().out
 
 
-def test_a_picture_that_is_lost_before_the_first_step_leaves_nothing_that_is_in_the_way(data, tmp_path, capsys, monkeypatch):
+def test_a_picture_that_is_lost_before_the_first_step_leaves_nothing_that_is_in_the_way(
+    data, tmp_path, capsys, monkeypatch
+):
     class Breaks(LivePlot):
         def on_train_begin(self, args, state, control, **kwargs):
             shutil.move(data / "train", data / "away")
@@ -122,7 +136,8 @@ def _in_a_terminal_that_is_closed(command, hangup):
     if pid == 0:
         signal.signal(signal.SIGHUP, hangup)
         os.execv(sys.executable, [sys.executable, "-m", "vlm_lora_lab", *command])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))  # wide enough for a bar with a loss on it
+    # wide enough for a bar with a loss on it
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     _read_until(terminal, b", loss ")
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -144,15 +159,23 @@ def test_a_closed_terminal_stops_a_run_with_a_checkpoint(data, tmp_path):
 
 def test_under_nohup_a_hangup_changes_nothing(data, tmp_path):
     command = [sys.executable, "-m", "vlm_lora_lab", *train(data, tmp_path / "out", steps=20)]
-    run = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        command,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
     _read_until(run.stderr.fileno(), b", loss ")
     run.send_signal(signal.SIGHUP)
     run.communicate(timeout=120)
     assert run.returncode == 0 and json.loads((tmp_path / "out" / "report.json").read_text())["steps"] == 20
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_older_one_whole(data, tmp_path, capsys, monkeypatch):
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_older_one_whole(
+    data, tmp_path, capsys, monkeypatch
+):
     "A real limit on the size of files, from the second step on."
+
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
 

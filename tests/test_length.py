@@ -1,4 +1,5 @@
-"""A stopped or finished run goes on to another length: its rates are those of an unbroken run of that length, nothing that is done is undone, and no other change slips in."""
+"""A stopped or finished run goes on to another length: its rates are those of an unbroken run of that length, nothing
+that is done is undone, and no other change slips in."""
 
 import json
 import math
@@ -15,7 +16,6 @@ from vlm_lora_lab.checkpoint.save import read_provenance
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import Processor, Samples
 from vlm_lora_lab.data.records import read_conversations, samples_folder
-from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.plan import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint, steps_done, steps_of
@@ -37,12 +37,31 @@ class Rates(TrainerCallback):
 def run(folder, rows=8, resume=False, say=print, **schedule):
     torch.manual_seed(0)
     model, rates = apply_plan(load_vlm("lab"), TuningPlan(rank=2)), Rates()
-    samples = Samples(read_conversations(samples_folder() / "handwriting" / "train.json")[:rows], Processor.of(model.config, load_tokenizer("lab")))
-    done = fit(model, samples, Schedule(batch_size=4, save_every=1, **schedule), folder, resume=resume, log_every=1, callbacks=[rates], say=say)
+    samples = Samples(
+        read_conversations(samples_folder() / "handwriting" / "train.json")[:rows],
+        Processor.of(model.config, load_tokenizer("lab")),
+    )
+    done = fit(
+        model,
+        samples,
+        Schedule(batch_size=4, save_every=1, **schedule),
+        folder,
+        resume=resume,
+        log_every=1,
+        callbacks=[rates],
+        say=say,
+    )
     return done, rates.seen
 
 
-@pytest.mark.parametrize("first, then", [({"max_steps": 2}, {"max_steps": 6}), ({"epochs": 1}, {"epochs": 3}), ({"max_steps": 2, "warmup": 0.5}, {"max_steps": 6, "warmup": 0.5})])
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        ({"max_steps": 2}, {"max_steps": 6}),
+        ({"epochs": 1}, {"epochs": 3}),
+        ({"max_steps": 2, "warmup": 0.5}, {"max_steps": 6, "warmup": 0.5}),
+    ],
+)
 def test_the_rates_of_a_longer_run_are_those_of_an_unbroken_one(first, then, tmp_path):
     said = []
     run(tmp_path / "cut", **first)
@@ -62,7 +81,10 @@ def test_a_run_of_the_same_length_says_nothing(tmp_path):
     assert done.steps == 4 and rates == {4: whole[4]} and not said
 
 
-@pytest.mark.parametrize("rows, schedule", [(9, {"epochs": 2.5}), (1, {"epochs": 0.1}), (9, {"epochs": 1, "accumulation": 2}), (7, {"max_steps": 3})])
+@pytest.mark.parametrize(
+    "rows, schedule",
+    [(9, {"epochs": 2.5}), (1, {"epochs": 0.1}), (9, {"epochs": 1, "accumulation": 2}), (7, {"max_steps": 3})],
+)
 def test_steps_are_counted_as_the_trainer_counts_them(rows, schedule, tmp_path):
     done, _ = run(tmp_path / "run", rows, **schedule)
     planned = Schedule(batch_size=4, **schedule)
@@ -72,7 +94,10 @@ def test_steps_are_counted_as_the_trainer_counts_them(rows, schedule, tmp_path):
 
 
 def finished(data, out, steps=2):
-    assert main(["train", "--data", str(data / "train.json"), "--output", str(out), "--max-steps", str(steps), *FLAGS]) == 0
+    assert (
+        main(["train", "--data", str(data / "train.json"), "--output", str(out), "--max-steps", str(steps), *FLAGS])
+        == 0
+    )
     return out
 
 
@@ -89,11 +114,28 @@ def test_a_finished_run_goes_on_and_what_it_had_made_is_kept(data, tmp_path, cap
     assert main(["doctor", "--resume", "--output", str(out)]) == 2 and "this run is finished" in capsys.readouterr().out
     assert resume(out, "--max-steps", "4") == 0
     said = capsys.readouterr().out
-    assert "Planned for 2 steps, and 2 are done; now it is 4" in said and "goes from 0 to" in said and str(out / "finished-2") in said
-    assert json.loads((out / "report.json").read_text())["steps"] == 4 and json.loads((out / "job.json").read_text())["schedule"]["max_steps"] == 4
-    assert read_provenance(out / "adapter")["metrics"]["steps"] == 4 and read_provenance(out / "finished-2" / "adapter")["metrics"]["steps"] == 2
-    assert (out / "finished-2" / "adapter" / "adapter_model.safetensors").read_bytes() == first != (out / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert json.loads((out / "finished-2" / "report.json").read_text())["steps"] == 2 and (out / "finished-2" / "loss.png").is_file()
+    assert (
+        "Planned for 2 steps, and 2 are done; now it is 4" in said
+        and "goes from 0 to" in said
+        and str(out / "finished-2") in said
+    )
+    assert (
+        json.loads((out / "report.json").read_text())["steps"] == 4
+        and json.loads((out / "job.json").read_text())["schedule"]["max_steps"] == 4
+    )
+    assert (
+        read_provenance(out / "adapter")["metrics"]["steps"] == 4
+        and read_provenance(out / "finished-2" / "adapter")["metrics"]["steps"] == 2
+    )
+    assert (
+        (out / "finished-2" / "adapter" / "adapter_model.safetensors").read_bytes()
+        == first
+        != (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    )
+    assert (
+        json.loads((out / "finished-2" / "report.json").read_text())["steps"] == 2
+        and (out / "finished-2" / "loss.png").is_file()
+    )
 
 
 def test_a_longer_run_is_the_same_run_and_nothing_else(data, tmp_path, capsys):
@@ -119,11 +161,20 @@ def test_a_stopped_run_can_be_given_more_steps_or_an_early_end(data, tmp_path, c
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("vlm_lora_lab.job.LivePlot", _stops_at(1))
-        assert main(["train", "--data", str(data / "train.json"), "--output", str(out), *FLAGS, "--max-steps", "4"]) == 130  # after the step that follows
-    assert resume(out, "--max-steps", "1") == 2 and "max_steps is 1, and 2 steps are done. Write --max-steps 2 to end here" in capsys.readouterr().err
+        # after the step that follows
+        assert (
+            main(["train", "--data", str(data / "train.json"), "--output", str(out), *FLAGS, "--max-steps", "4"]) == 130
+        )
+    assert (
+        resume(out, "--max-steps", "1") == 2
+        and "max_steps is 1, and 2 steps are done. Write --max-steps 2 to end here" in capsys.readouterr().err
+    )
     assert resume(out, "--max-steps", "2") == 0
     assert "Planned for 4 steps, and 2 are done; now it is 2. The run ends here." in capsys.readouterr().out
-    assert json.loads((out / "report.json").read_text())["steps"] == 2 and (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert (
+        json.loads((out / "report.json").read_text())["steps"] == 2
+        and (out / "adapter" / "adapter_model.safetensors").is_file()
+    )
     assert resume(out, "--max-steps", "-1", "--epochs", "2") == 0  # four rows, two at a time
     report = json.loads((out / "report.json").read_text())
     assert report["steps"] == 4 and math.isfinite(report["loss"]["last"])

@@ -91,7 +91,9 @@ def twice(folder):
         file.unlink()
     (folder / "model.safetensors.index.json").unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file({"llm.lm_head.weight": tensors["llm.lm_head.weight"]}, folder / "older.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"llm.lm_head.weight": tensors["llm.lm_head.weight"]}, folder / "older.safetensors", metadata={"format": "pt"}
+    )
     return "the tensor llm.lm_head.weight is in model.safetensors, too"
 
 
@@ -157,8 +159,26 @@ def not_in_4_bit(folder):
     return "none of them is"
 
 
-MISTAKES = [truncate, garbage, lose_file, lose_tensor, unexpected, twice, integers, wrong_shape, other_version, unknown_version, unknown_family,
-            broken_config, broken_index, gptq, not_in_4_bit, no_index, adapter_inside, impossible_size]  # fmt: skip
+MISTAKES = [
+    truncate,
+    garbage,
+    lose_file,
+    lose_tensor,
+    unexpected,
+    twice,
+    integers,
+    wrong_shape,
+    other_version,
+    unknown_version,
+    unknown_family,
+    broken_config,
+    broken_index,
+    gptq,
+    not_in_4_bit,
+    no_index,
+    adapter_inside,
+    impossible_size,
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.__name__)
@@ -175,7 +195,11 @@ def test_damage_is_found_before_any_training_starts(tmp_path, capsys):
     data = Path(__file__).parent.parent / "data_samples" / "handwriting" / "train.json"
     assert main(["train", "--model", str(lab), "--data", str(data), "--output", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
-    assert "model.safetensors: this file is truncated" in message and "Traceback" not in message and not (tmp_path / "out").exists()
+    assert (
+        "model.safetensors: this file is truncated" in message
+        and "Traceback" not in message
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder):
@@ -188,16 +212,31 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
 def test_4_bit_takes_the_language_model_and_nothing_else(original):
     model = load_vlm(original, four_bit=True)
     assert sorted(check_nf4(model)) == sorted(linear_layers(model)["language"])
-    assert {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)} == set(linear_layers(model)["language"])
+    assert {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)} == set(
+        linear_layers(model)["language"]
+    )
     wish = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     with pytest.raises(RuntimeError, match="vpm.encoder"):
-        check_nf4(MiniCPMV.from_pretrained(original, config=model_config(json.loads((original / "config.json").read_text())), quantization_config=wish))
+        check_nf4(
+            MiniCPMV.from_pretrained(
+                original,
+                config=model_config(json.loads((original / "config.json").read_text())),
+                quantization_config=wish,
+            )
+        )
 
 
-@pytest.mark.parametrize("skip", [["out_proj", "kv_proj", "lm_head"], ["vpm", "resampler", "lm_head"]], ids=["openbmb", "parts"])
+@pytest.mark.parametrize(
+    "skip", [["out_proj", "kv_proj", "lm_head"], ["vpm", "resampler", "lm_head"]], ids=["openbmb", "parts"]
+)
 def test_a_published_int4_checkpoint_is_loaded_as_it_was_packed(original, tmp_path, skip):
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=skip,
-                                      bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=skip,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
     config = model_config(json.loads((original / "config.json").read_text()))
     packed = MiniCPMV.from_pretrained(original, config=config, quantization_config=quantization, dtype=torch.bfloat16)
     packed.save_pretrained(tmp_path / "int4")
@@ -216,8 +255,15 @@ def test_a_published_int4_checkpoint_is_loaded_as_it_was_packed(original, tmp_pa
 
 def test_a_packed_weight_without_its_scales_is_named(original, tmp_path):
     config = model_config(json.loads((original / "config.json").read_text()))
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["vpm", "resampler", "lm_head"])
-    MiniCPMV.from_pretrained(original, config=config, quantization_config=quantization).save_pretrained(tmp_path / "int4")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["vpm", "resampler", "lm_head"],
+    )
+    MiniCPMV.from_pretrained(original, config=config, quantization_config=quantization).save_pretrained(
+        tmp_path / "int4"
+    )
     rewrite(tmp_path / "int4", lambda t: t.pop("llm.model.layers.0.mlp.up_proj.weight.absmax"))
     with pytest.raises(InputError, match="llm.model.layers.0.mlp.up_proj.weight is in 4 bit, but absmax is missing"):
         load_vlm(tmp_path / "int4")
@@ -262,13 +308,19 @@ class Evil:
 
 def test_a_pickle_with_a_program_is_refused_and_leaves_nothing(pickled, tmp_path):
     folder, state = pickled
-    torch.save({"llm.lm_head.weight": state["llm.lm_head.weight"], "x": Evil(tmp_path / "ran")}, folder / "pytorch_model-00002-of-00002.bin")
+    torch.save(
+        {"llm.lm_head.weight": state["llm.lm_head.weight"], "x": Evil(tmp_path / "ran")},
+        folder / "pytorch_model-00002-of-00002.bin",
+    )
     with pytest.raises(InputError, match="pytorch_model-00002-of-00002.bin: this pickle holds more than tensors"):
         load_vlm(folder, allow_pickle=True)
     assert not (tmp_path / "ran").exists() and not list(folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("content, message", [(b"", "truncated or damaged|more than tensors"), (b"PK\x03\x04 broken", "truncated or damaged|more than tensors")])
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "truncated or damaged|more than tensors"), (b"PK\x03\x04 broken", "truncated or damaged|more than tensors")],
+)
 def test_damaged_pickles(pickled, content, message):
     folder, _ = pickled
     (folder / "pytorch_model-00001-of-00002.bin").write_bytes(content)
@@ -279,8 +331,20 @@ def test_damaged_pickles(pickled, content, message):
         convert_pickles(folder)
 
 
-@pytest.mark.parametrize("field, value", [("hidden_size", -1), ("num_attention_heads", 0), ("torch_dtype", "bf16"), ("model_type", ["x"]), ("vision_config", 3), ("query_num", 2.5),
-                                          ("quantization_config", "none"), ("vocab_size", None), ("rope_theta", "big")])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("hidden_size", -1),
+        ("num_attention_heads", 0),
+        ("torch_dtype", "bf16"),
+        ("model_type", ["x"]),
+        ("vision_config", 3),
+        ("query_num", 2.5),
+        ("quantization_config", "none"),
+        ("vocab_size", None),
+        ("rope_theta", "big"),
+    ],
+)
 def test_strange_values_in_a_configuration_never_show_a_traceback(folder, field, value, capsys):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -316,18 +380,22 @@ def test_a_tied_head_comes_back(tmp_path):
 
 def test_a_conversion_that_is_killed_can_be_done_again(pickled):
     folder, _ = pickled
-    code = ("import os, sys, pathlib; from vlm_lora_lab.models import files\n"
-            "save = files.save_file\n"
-            "def once(*a, **k):\n    save(*a, **k); os._exit(9)\n"
-            "files.save_file = once\n"
-            "files.convert_pickles(pathlib.Path(sys.argv[1]))")  # fmt: skip
+    code = (
+        "import os, sys, pathlib; from vlm_lora_lab.models import files\n"
+        "save = files.save_file\n"
+        "def once(*a, **k):\n    save(*a, **k); os._exit(9)\n"
+        "files.save_file = once\n"
+        "files.convert_pickles(pathlib.Path(sys.argv[1]))"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(folder)]).returncode == 9
     assert not list(folder.glob("*.safetensors"))
     load_vlm(folder, allow_pickle=True)
 
 
 def test_generation_settings_of_the_checkpoint_are_heard(folder):
-    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"max_new_tokens": 3, "do_sample": False, "eos_token_id": None})
+    )
     answer = load_vlm(folder).generate(input_ids=torch.arange(3, 20)[None])
     assert answer.shape[1] <= 3
 
@@ -344,27 +412,41 @@ def test_names_that_are_no_model(tmp_path):
         model_config({"model_type": "qwen", "hidden_size": 64})
 
 
-RUN = "import sys; from vlm_lora_lab.models.load import load_vlm; from vlm_lora_lab.errors import InputError\n" \
-      "try: print(sum(p.numel() for p in load_vlm('owner/tiny').parameters()))\n" \
-      "except InputError as e: sys.exit(str(e))"  # fmt: skip
+RUN = (
+    "import sys; from vlm_lora_lab.models.load import load_vlm; from vlm_lora_lab.errors import InputError\n"
+    "try: print(sum(p.numel() for p in load_vlm('owner/tiny').parameters()))\n"
+    "except InputError as e: sys.exit(str(e))"
+)
 
 
 def in_a_process(environment, tmp_path):
     import os
 
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run([sys.executable, "-c", RUN], env=clean | environment, capture_output=True, text=True, timeout=120)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", RUN], env=clean | environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_offline_and_not_in_the_cache_is_one_sentence(tmp_path):
     done = in_a_process({"HF_HUB_OFFLINE": "1"}, tmp_path)
-    assert done.returncode == 1 and "owner/tiny is not on this machine and could not be fetched" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "owner/tiny is not on this machine and could not be fetched" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_hub_is_asked_for_weights_and_configuration_and_never_for_code(original, tmp_path):
     "A real server that speaks the hub's protocol; then the same model offline, from the cache."
     commit, asked = "0" * 40, []
-    files = {f.name: f.read_bytes() for f in original.iterdir()} | {"modeling_minicpmv.py": b"raise SystemExit", "weights.bin": b"\0" * 10}
+    files = {f.name: f.read_bytes() for f in original.iterdir()} | {
+        "modeling_minicpmv.py": b"raise SystemExit",
+        "weights.bin": b"\0" * 10,
+    }
 
     class Hub(BaseHTTPRequestHandler):
         def answer(self, body=True):
@@ -376,9 +458,18 @@ def test_a_hub_is_asked_for_weights_and_configuration_and_never_for_code(origina
                 self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             elif path.startswith("/api/models/owner/tiny"):
                 if "/tree/" in path:
-                    listed = [{"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in files.items()]
+                    listed = [
+                        {"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                        for n, c in files.items()
+                    ]
                 else:
-                    listed = {"id": "owner/tiny", "modelId": "owner/tiny", "sha": commit, "siblings": [{"rfilename": n} for n in files], "tags": []}
+                    listed = {
+                        "id": "owner/tiny",
+                        "modelId": "owner/tiny",
+                        "sha": commit,
+                        "siblings": [{"rfilename": n} for n in files],
+                        "tags": [],
+                    }
                 content = json.dumps(listed).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -401,7 +492,9 @@ def test_a_hub_is_asked_for_weights_and_configuration_and_never_for_code(origina
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        done = in_a_process({"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1"}, tmp_path)
+        done = in_a_process(
+            {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1"}, tmp_path
+        )
     finally:
         server.shutdown()
     expected = str(sum(p.numel() for p in tiny_model("minicpmv-2.6", **FEW_WORDS).parameters()))
@@ -440,7 +533,10 @@ def test_a_stand_in_takes_the_place_of_a_name_and_says_so(tmp_path, monkeypatch,
     monkeypatch.setenv("VLM_LORA_LAB_STAND_IN", f"some/model={lab_folder()}{os.pathsep}other/model={tmp_path}")
     assert model_folder("some/model") == lab_folder() and model_folder("some/model", weights=False) == lab_folder()
     said = capsys.readouterr().err
-    assert said.count("VLM_LORA_LAB_STAND_IN is set: some/model is not the model of that name") == 1 and str(lab_folder()) in said
+    assert (
+        said.count("VLM_LORA_LAB_STAND_IN is set: some/model is not the model of that name") == 1
+        and str(lab_folder()) in said
+    )
     assert load_vlm("some/model").config.model_type == "minicpmv"
     with pytest.raises(InputError, match="no config.json"):  # a stand-in is looked at as any folder is
         model_folder("other/model")

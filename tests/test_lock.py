@@ -1,4 +1,5 @@
-"""One writer in a folder at a time: the second is refused by the name of the first, and what a killed process left is taken over."""
+"""One writer in a folder at a time: the second is refused by the name of the first, and what a killed process left is
+taken over."""
 
 import json
 import os
@@ -33,7 +34,19 @@ def wait_for(file, process, seconds=120):
 def under_way(tmp_path):
     "A training in another process, which goes on for long."
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "vlm_lora_lab", "train", *FLAGS, "--max-steps", "5000", "--save-every", "1", "--output", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "vlm_lora_lab",
+        "train",
+        *FLAGS,
+        "--max-steps",
+        "5000",
+        "--save-every",
+        "1",
+        "--output",
+        str(out),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(out / LOCK, process)
     wait_for(out / "checkpoints" / "checkpoint-1", process)
@@ -48,17 +61,24 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_is_taken_over(under_wa
         assert main(["train", *FLAGS, "--max-steps", "5000", "--save-every", "1", "--output", str(out), *more]) == 2
         said = capsys.readouterr().err
         assert f"process {process.pid} on {os.uname().nodename}, since 20" in said and str(out) in said
-        assert main(["doctor", *FLAGS, "--output", str(out), *more]) == 2 and f"process {process.pid} " in capsys.readouterr().out
+        assert (
+            main(["doctor", *FLAGS, "--output", str(out), *more]) == 2
+            and f"process {process.pid} " in capsys.readouterr().out
+        )
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (out / LOCK).exists()
     check_free(out / LOCK, out)
 
     saved = json.loads((out / "job.json").read_text())
-    saved["schedule"]["max_steps"] = int(last_checkpoint(out / "checkpoints").name.split("-")[1]) + 1  # a short way to the end
+    # a short way to the end
+    saved["schedule"]["max_steps"] = int(last_checkpoint(out / "checkpoints").name.split("-")[1]) + 1
     (out / "job.json").write_text(json.dumps(saved))
     assert main(["train", "--resume", "--output", str(out)]) == 0
-    assert f"left by a process that is gone (process {process.pid} " in capsys.readouterr().out and not (out / LOCK).exists()
+    assert (
+        f"left by a process that is gone (process {process.pid} " in capsys.readouterr().out
+        and not (out / LOCK).exists()
+    )
 
 
 def test_the_lock_goes_when_a_run_ends_well_or_badly(tmp_path, monkeypatch):
@@ -87,7 +107,10 @@ with complete_or_nothing({str(tmp_path / "merged")!r}) as partial:
 """
     first = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "there\n"
-    with pytest.raises(InputError, match=f"process {first.pid} on .* since .* is writing here") as error, complete_or_nothing(tmp_path / "merged"):
+    with (
+        pytest.raises(InputError, match=f"process {first.pid} on .* since .* is writing here") as error,
+        complete_or_nothing(tmp_path / "merged"),
+    ):
         raise AssertionError("two at once")
     assert error.value.remedy and error.value.where == str(tmp_path / "merged")
     first.communicate("\n")
@@ -104,12 +127,18 @@ def test_every_command_that_writes_a_folder_respects_it(command, tmp_path, capsy
     model = apply_plan(load_vlm("lab"), plan)
     for p in model.parameters():
         p.data += 0.01 * p.requires_grad
-    save = lambda folder: save_adapter(model, folder, plan, "lab", load_tokenizer("lab"), four_bit=False)  # noqa: E731
+
+    def save(folder):
+        return save_adapter(model, folder, plan, "lab", load_tokenizer("lab"), four_bit=False)
+
     adapter, out = save(tmp_path / "adapter"), tmp_path / "out"
     if command == "rescue":
         (adapter / "provenance.json").unlink()
-    argv = {"merge": ["merge", str(adapter), "--output", str(out)], "export": ["export", str(adapter), str(out), "--for", "vllm"],
-            "rescue": ["rescue", str(adapter), "--base", "lab", "--output", str(out)]}.get(command)  # fmt: skip
+    argv = {
+        "merge": ["merge", str(adapter), "--output", str(out)],
+        "export": ["export", str(adapter), str(out), "--for", "vllm"],
+        "rescue": ["rescue", str(adapter), "--base", "lab", "--output", str(out)],
+    }.get(command)
     with complete_or_nothing(out) as partial:
         (partial / "mine").write_text("")
         if argv:
@@ -154,7 +183,10 @@ print([f.name for f in files.convert_pickles(pathlib.Path({str(tmp_path)!r}))])
         time.sleep(0.5)
         assert second.poll() is None  # it waits
         (tmp_path / "model.safetensors").write_bytes(b"written by the first")
-    assert second.communicate()[0] == "['model.safetensors']\n" and (tmp_path / "model.safetensors").read_bytes() == b"written by the first"
+    assert (
+        second.communicate()[0] == "['model.safetensors']\n"
+        and (tmp_path / "model.safetensors").read_bytes() == b"written by the first"
+    )
     (tmp_path / "model.safetensors").unlink()
     assert convert_pickles(tmp_path) == [tmp_path / "model.safetensors"] and list(stored_in(tmp_path)) == ["a.weight"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "pytorch_model.bin"]
@@ -201,7 +233,12 @@ def test_what_a_dead_process_left_is_taken_over_with_a_word(tmp_path):
 
 @pytest.mark.parametrize(
     "who, free",
-    [("process 4194304999 on {host}, since then", True), ("process 4194304999 on elsewhere, since then", False), ("process {pid} on {host}, since then", False), ("", True)],
+    [
+        ("process 4194304999 on {host}, since then", True),
+        ("process 4194304999 on elsewhere, since then", False),
+        ("process {pid} on {host}, since then", False),
+        ("", True),
+    ],
 )
 def test_a_file_system_without_locks_asks_for_the_process(who, free, tmp_path, monkeypatch):
     monkeypatch.setattr("vlm_lora_lab.errors._flock", lambda file, kind: None)

@@ -25,7 +25,9 @@ def one_layer(kind, bias):
     if kind == "bfloat16":
         fc = fc.bfloat16()
     if kind == "nf4":
-        four = bnb.nn.Linear4bit(WIDE, OUT, bias=bias, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
+        four = bnb.nn.Linear4bit(
+            WIDE, OUT, bias=bias, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True
+        )
         four.load_state_dict(fc.state_dict())
         fc = four.to("cpu")
         assert fc.weight.dtype == torch.uint8 and fc.weight.quant_state is not None
@@ -153,7 +155,12 @@ def test_the_start_changes_nothing_and_the_first_gradient_of_a_is_zero():
     layer, x = LoRALinear(copy.deepcopy(base), 4, 8), torch.randn(7, WIDE)
     assert torch.equal(layer(x), base(x))
     layer(x).square().sum().backward()
-    assert not layer.down.weight.grad.any() and layer.up.weight.grad.any() and layer.base.weight.grad is None and layer.base.bias.grad is None
+    assert (
+        not layer.down.weight.grad.any()
+        and layer.up.weight.grad.any()
+        and layer.base.weight.grad is None
+        and layer.base.bias.grad is None
+    )
     assert layer.down.weight.abs().max() <= WIDE**-0.5 and layer.down.weight.std() > 0.5 * WIDE**-0.5
 
 
@@ -162,7 +169,9 @@ def test_inputs_of_any_number_of_dimensions(shape):
     layer = LoRALinear(nn.Linear(WIDE, OUT), 4, 8)
     nn.init.normal_(layer.up.weight)
     x = torch.randn(*shape)
-    torch.testing.assert_close(layer(x), x @ (layer.base.weight + layer.delta).T + layer.base.bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        layer(x), x @ (layer.base.weight + layer.delta).T + layer.base.bias, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -170,21 +179,37 @@ def test_gradients_are_those_of_finite_differences():
     layer = LoRALinear(nn.Linear(5, 4), 2, 3).double()
     nn.init.normal_(layer.up.weight)
     x = torch.randn(3, 5, dtype=torch.double, requires_grad=True)
-    run = lambda x, a, b: torch.func.functional_call(layer, {"down.weight": a, "up.weight": b}, x)  # noqa: E731
+
+    def run(x, a, b):
+        return torch.func.functional_call(layer, {"down.weight": a, "up.weight": b}, x)
+
     assert torch.autograd.gradcheck(run, (x, layer.down.weight, layer.up.weight))
 
 
 def test_the_scale():
-    assert LoRALinear(nn.Linear(8, 8), 4, 8).scale == 2 and LoRALinear(nn.Linear(8, 8), 16, 8, rank_stabilized=True).scale == 2
+    assert (
+        LoRALinear(nn.Linear(8, 8), 4, 8).scale == 2
+        and LoRALinear(nn.Linear(8, 8), 16, 8, rank_stabilized=True).scale == 2
+    )
     assert LoRALinear(nn.Linear(8, 8), 2, 3, rank_stabilized=True).scale == 3 / math.sqrt(2)
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(rank=0), "rank is 0"), (dict(rank=1.5), "rank is 1.5"), (dict(rank=True), "rank is True"), (dict(alpha=0), "alpha is 0"),
-    (dict(alpha=math.nan), "alpha is nan"), (dict(alpha="16"), "alpha is '16'"), (dict(dropout=1.0), "dropout is 1.0"), (dict(dropout=-0.1), "dropout is -0.1"),
-    (dict(base=nn.Conv1d(4, 4, 1)), "Conv1d is no linear layer"), (dict(base=nn.MultiheadAttention(8, 2).out_proj), "never calls it"),
-    (dict(base=LoRALinear(nn.Linear(8, 8), 2, 2)), "LoRALinear is no linear layer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(rank=0), "rank is 0"),
+        (dict(rank=1.5), "rank is 1.5"),
+        (dict(rank=True), "rank is True"),
+        (dict(alpha=0), "alpha is 0"),
+        (dict(alpha=math.nan), "alpha is nan"),
+        (dict(alpha="16"), "alpha is '16'"),
+        (dict(dropout=1.0), "dropout is 1.0"),
+        (dict(dropout=-0.1), "dropout is -0.1"),
+        (dict(base=nn.Conv1d(4, 4, 1)), "Conv1d is no linear layer"),
+        (dict(base=nn.MultiheadAttention(8, 2).out_proj), "never calls it"),
+        (dict(base=LoRALinear(nn.Linear(8, 8), 2, 2)), "LoRALinear is no linear layer"),
+    ],
+)
 def test_what_cannot_work_is_refused(settings, message):
     with pytest.raises(InputError, match=message) as caught:
         LoRALinear(**dict(base=nn.Linear(8, 8), rank=4, alpha=8) | settings)
@@ -192,7 +217,9 @@ def test_what_cannot_work_is_refused(settings, message):
 
 
 def four_bit_in_16_bit_storage():
-    layer = bnb.nn.Linear4bit(WIDE, OUT, compute_dtype=torch.float32, quant_type="nf4", quant_storage=torch.bfloat16).to("cpu")
+    layer = bnb.nn.Linear4bit(
+        WIDE, OUT, compute_dtype=torch.float32, quant_type="nf4", quant_storage=torch.bfloat16
+    ).to("cpu")
     assert layer.weight.is_floating_point()  # looks like a whole weight
     return layer
 
@@ -254,14 +281,20 @@ def test_adapters_go_to_peft_and_come_back():
     back = add_lora(one_layer("float32", True), ["1"], 4, 12)
     load_adapter_state(back, get_peft_model_state_dict(theirs))
     x = torch.randn(5, WIDE)
-    assert torch.equal(back(x), ours(x)) and torch.equal(theirs(x), ours(x)) and not torch.equal(ours(x), ours[1].base(x))
+    assert (
+        torch.equal(back(x), ours(x)) and torch.equal(theirs(x), ours(x)) and not torch.equal(ours(x), ours[1].base(x))
+    )
 
 
 def test_an_adapter_of_another_model_is_refused_and_changes_nothing():
     model = add_lora(one_layer("float32", True), ["1"], 4, 8)
     state, before = adapter_state(model), {n: t.clone() for n, t in adapter_state(model).items()}
     a, b = state
-    for wrong in ({a: state[a] + 1}, state | {"base_model.model.2.lora_A.weight": state[a]}, {a: state[a] + 1, b: state[b][:, :2]}):
+    for wrong in (
+        {a: state[a] + 1},
+        state | {"base_model.model.2.lora_A.weight": state[a]},
+        {a: state[a] + 1, b: state[b][:, :2]},
+    ):
         with pytest.raises(InputError, match="disagree in 1 tensors"):
             load_adapter_state(model, wrong)
     model[1].merge()
@@ -272,9 +305,16 @@ def test_an_adapter_of_another_model_is_refused_and_changes_nothing():
         adapter_state(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("names, message", [
-    (["2"], "no layer '2'"), ([""], "no layer ''"), ([], r"names is \[\]"), ("1", "names is '1'"), (["1", "0"], "Identity is no linear layer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["2"], "no layer '2'"),
+        ([""], "no layer ''"),
+        ([], r"names is \[\]"),
+        ("1", "names is '1'"),
+        (["1", "0"], "Identity is no linear layer"),
+    ],
+)
 def test_add_lora_refuses_names_and_changes_nothing(names, message):
     model = one_layer("float32", True)
     with pytest.raises(InputError, match=message):
@@ -294,7 +334,9 @@ def test_exact_names_never_mean_the_resampler():
     names = [n for n in linear_layers(model)["language"] if n.endswith(".v_proj")]
     add_lora(model, names, 4, 8)
     assert type(model.resampler.kv_proj) is nn.Linear
-    assert {n.rpartition(".down")[0] or n.rpartition(".up")[0] for n, p in model.named_parameters() if p.requires_grad} == set(names)
+    assert {
+        n.rpartition(".down")[0] or n.rpartition(".up")[0] for n, p in model.named_parameters() if p.requires_grad
+    } == set(names)
 
 
 def test_the_real_shapes_on_the_meta_device():

@@ -16,7 +16,15 @@ from families import FAMILIES, batch_of, tiny_model
 from safetensors.torch import load_file, save_file
 
 from vlm_lora_lab.checkpoint import merge
-from vlm_lora_lab.checkpoint.merge import CHUNK, Reader, merge_adapter, merge_into, merge_memory, noise_checkpoint, save_merged
+from vlm_lora_lab.checkpoint.merge import (
+    CHUNK,
+    Reader,
+    merge_adapter,
+    merge_into,
+    merge_memory,
+    noise_checkpoint,
+    save_merged,
+)
 from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance, save_adapter, seal
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.files import INDEX, stored_in, weight_files
@@ -69,7 +77,9 @@ def lab(tmp_path_factory):
 
 
 # Each family meets one plan, each plan several families; all 120 pairs hold, and take minutes.
-PAIRS = [(f, list(PLANS)[i % len(PLANS)]) for i, f in enumerate(FAMILIES)] + [(f, p) for f in ("minicpmv-2.6", "qwen", "gemma3") for p in PLANS]
+PAIRS = [(f, list(PLANS)[i % len(PLANS)]) for i, f in enumerate(FAMILIES)] + [
+    (f, p) for f in ("minicpmv-2.6", "qwen", "gemma3") for p in PLANS
+]
 
 
 @pytest.mark.parametrize("family, name", sorted(set(PAIRS)), ids=["-".join(p) for p in sorted(set(PAIRS))])
@@ -79,10 +89,15 @@ def test_merged_is_peft_s_merge_to_the_bit_and_the_trained_model(family, name, t
     tiny_model(family).bfloat16().save_pretrained(base, max_shard_size="300KB")
     model, adapter = made(base, tmp_path / "adapter", plan, four_bit)
     merged = merge_adapter(adapter)
-    theirs = load_adapter(adapter, model=rounded(base) if four_bit else load_vlm(base, dtype=torch.float32)).merge_and_unload(safe_merge=True).state_dict()
+    theirs = (
+        load_adapter(adapter, model=rounded(base) if four_bit else load_vlm(base, dtype=torch.float32))
+        .merge_and_unload(safe_merge=True)
+        .state_dict()
+    )
     ours = merged.state_dict()
     tied = getattr(on_meta(base), "all_tied_weights_keys", None) or {}
-    wrong_in_peft = set(tied) if plan.embeddings == "lora" else set()  # it writes into the memory that head and embeddings share
+    # it writes into the memory that head and embeddings share
+    wrong_in_peft = set(tied) if plan.embeddings == "lora" else set()
     assert set(ours) == set(theirs)
     assert {n for n in ours if not torch.equal(ours[n], theirs[n])} == wrong_in_peft
     batch = batch_of(family, model)
@@ -92,8 +107,13 @@ def test_merged_is_peft_s_merge_to_the_bit_and_the_trained_model(family, name, t
 
 def test_rows_give_the_same_up_to_the_last_rounding(lab, tmp_path, monkeypatch):
     plan = TuningPlan(variant="dora", language="lora", head="lora", vision="lora", connector="full", rank=4)
-    for i, (adapter, four_bit) in enumerate([(lab, True), (made("lab", tmp_path / "dora", plan, True)[1], True),
-                                             (made("lab", tmp_path / "words", TuningPlan(embeddings="lora"), False)[1], False)]):  # fmt: skip
+    for i, (adapter, _four_bit) in enumerate(
+        [
+            (lab, True),
+            (made("lab", tmp_path / "dora", plan, True)[1], True),
+            (made("lab", tmp_path / "words", TuningPlan(embeddings="lora"), False)[1], False),
+        ]
+    ):
         whole = tensors(merge_into(adapter, tmp_path / f"whole{i}", dtype=torch.float32).folder)
         monkeypatch.setattr(merge, "CHUNK", 20_000)
         cut = tensors(merge_into(adapter, tmp_path / f"cut{i}", dtype=torch.float32).folder)
@@ -120,10 +140,17 @@ def test_a_tied_head_is_what_it_was_in_training(family, word, tmp_path):
         [head] = set(after) - set(before)
         assert torch.equal(after[head], before[embeddings].float())
     else:
-        assert set(after) == set(before) and model_again.get_output_embeddings().weight is model_again.get_input_embeddings().weight
-    assert config.get("tie_word_embeddings", True) and json.loads((done.folder / "config.json").read_text()).get("tie_word_embeddings", True) == (word == "full")
+        assert (
+            set(after) == set(before)
+            and model_again.get_output_embeddings().weight is model_again.get_input_embeddings().weight
+        )
+    assert config.get("tie_word_embeddings", True) and json.loads((done.folder / "config.json").read_text()).get(
+        "tie_word_embeddings", True
+    ) == (word == "full")
     batch = batch_of(family, model)
-    torch.testing.assert_close(logits(model_again, batch), logits(model, batch), rtol=0, atol=1e-4 * logits(model, batch).std().item())
+    torch.testing.assert_close(
+        logits(model_again, batch), logits(model, batch), rtol=0, atol=1e-4 * logits(model, batch).std().item()
+    )
     again = save_merged(model_again, tmp_path / "again", base)  # the whole-model way knows it, too
     torch.testing.assert_close(logits(load_vlm(again), batch), logits(model_again, batch), rtol=0, atol=0)
 
@@ -133,14 +160,20 @@ def test_a_tied_base_that_stores_its_head_as_well_gets_both(tmp_path):
     tiny_model("gemma3").save_pretrained(base)
     stored = load_file(base / "model.safetensors")
     embeddings = next(n for n in stored if "embed_tokens" in n)
-    save_file(stored | {"lm_head.weight": stored[embeddings].clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        stored | {"lm_head.weight": stored[embeddings].clone()}, base / "model.safetensors", metadata={"format": "pt"}
+    )
     model, adapter = made(base, tmp_path / "adapter", plan, False)
     done = merge_into(adapter, tmp_path / "merged", dtype=torch.float32)
     after = tensors(done.folder)
-    assert torch.equal(after["lm_head.weight"], after[embeddings]) and not torch.equal(after[embeddings], stored[embeddings])
+    assert torch.equal(after["lm_head.weight"], after[embeddings]) and not torch.equal(
+        after[embeddings], stored[embeddings]
+    )
     batch = batch_of("gemma3", model)
     want = logits(model, batch)
-    torch.testing.assert_close(logits(load_vlm(done.folder, dtype=torch.float32), batch), want, rtol=0, atol=1e-4 * want.std().item())
+    torch.testing.assert_close(
+        logits(load_vlm(done.folder, dtype=torch.float32), batch), want, rtol=0, atol=1e-4 * want.std().item()
+    )
 
 
 def test_tied_embeddings_unfrozen_by_hand_stay_one_tensor(tmp_path):
@@ -155,7 +188,9 @@ def test_tied_embeddings_unfrozen_by_hand_stay_one_tensor(tmp_path):
     batch = batch_of("gemma3", model)
     want = logits(model, batch)
     assert not done.apart
-    torch.testing.assert_close(logits(load_vlm(done.folder, dtype=torch.float32), batch), want, rtol=0, atol=1e-4 * want.std().item())
+    torch.testing.assert_close(
+        logits(load_vlm(done.folder, dtype=torch.float32), batch), want, rtol=0, atol=1e-4 * want.std().item()
+    )
 
 
 def test_a_head_trained_alone_leaves_tied_embeddings_alone(tmp_path):
@@ -171,7 +206,9 @@ def test_a_head_trained_alone_leaves_tied_embeddings_alone(tmp_path):
     done = merge_into(adapter, tmp_path / "merged", dtype=torch.float32)
     model = load_vlm(done.folder)
     assert done.apart and torch.equal(model.lm_head.weight, new)
-    assert torch.equal(model.get_input_embeddings().weight, load_vlm(base, dtype=torch.float32).get_input_embeddings().weight)
+    assert torch.equal(
+        model.get_input_embeddings().weight, load_vlm(base, dtype=torch.float32).get_input_embeddings().weight
+    )
 
 
 def test_layout_types_names_and_files_are_the_base_s(tmp_path):
@@ -181,7 +218,9 @@ def test_layout_types_names_and_files_are_the_base_s(tmp_path):
     _, adapter = made(base, tmp_path / "adapter", TuningPlan(rank=4), False)
     done = merge_into(adapter, tmp_path / "merged", max_shard_size=2e5)
     was, now = stored_in(base), stored_in(done.folder)
-    assert {n: (s.shape, s.dtype) for n, s in was.items()} == {n: (s.shape, s.dtype) for n, s in now.items()} and any(n.startswith("visual.") for n in now)
+    assert {n: (s.shape, s.dtype) for n, s in was.items()} == {n: (s.shape, s.dtype) for n, s in now.items()} and any(
+        n.startswith("visual.") for n in now
+    )
     assert done.shards > 1 and (done.folder / INDEX).is_file() and (done.folder / "preprocessor_config.json").is_file()
     assert all(f.stat().st_size < 2.2e5 for f in weight_files(done.folder))
     before, after = tensors(base), tensors(done.folder)
@@ -221,7 +260,9 @@ def first(weights, part):
 
 
 def config(**values):
-    return lambda w, d: (d / "adapter_config.json").write_text(json.dumps(json.loads((d / "adapter_config.json").read_text()) | values))
+    return lambda w, d: (d / "adapter_config.json").write_text(
+        json.dumps(json.loads((d / "adapter_config.json").read_text()) | values)
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +277,10 @@ def config(**values):
         (lambda w, d: w.update({"base_model.model.nobody": torch.zeros(3)}), "no place"),
         (lambda w, d: w.update({"something": torch.zeros(3)}), "means nothing here"),
         (lambda w, d: w.update({first(w, "lora_A").replace("lora_A", "lora_C"): torch.zeros(3)}), "means nothing here"),
-        (lambda w, d: w.update({first(w, "lora_A").replace(".lora_A", ""): torch.zeros(128, 128)}), "both replaced and added|the base has"),
+        (
+            lambda w, d: w.update({first(w, "lora_A").replace(".lora_A", ""): torch.zeros(128, 128)}),
+            "both replaced and added|the base has",
+        ),
         (config(r=8), "rank 8, and the file 16"),
         (config(init_lora_weights="olora"), "not merged here"),
         (config(lora_bias=True), "not merged here"),
@@ -350,7 +394,9 @@ def test_killed_at_any_time_it_is_whole_or_not_there(lab, tmp_path):
         if out.exists():
             finished += 1
             again = tensors(out)
-            assert all(torch.equal(whole[n], again[n]) for n in whole) and {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "reference").iterdir()}
+            assert all(torch.equal(whole[n], again[n]) for n in whole) and {p.name for p in out.iterdir()} == {
+                p.name for p in (tmp_path / "reference").iterdir()
+            }
             shutil.rmtree(out)
     assert killed > 0
     merge_into(lab, tmp_path / "merged")  # what the killed ones left beside it is no hindrance
@@ -362,10 +408,18 @@ def test_random_plans(tmp_path):
     import random
 
     draw, seen = random.Random(0), 0
-    words = dict(vision=["freeze", "lora", "full"], connector=["freeze", "lora", "full"], language=["freeze", "lora", "lora on 0-1, full on 3", "lora(rank=3) on mlp"],
-                 embeddings=["freeze", "lora", "full"], head=["freeze", "lora", "full"])  # fmt: skip
+    words = dict(
+        vision=["freeze", "lora", "full"],
+        connector=["freeze", "lora", "full"],
+        language=["freeze", "lora", "lora on 0-1, full on 3", "lora(rank=3) on mlp"],
+        embeddings=["freeze", "lora", "full"],
+        head=["freeze", "lora", "full"],
+    )
     for i in range(6):
-        values = {k: draw.choice(v) for k, v in words.items()} | {"variant": draw.choice(["lora", "rslora", "dora", "pissa"]), "rank": draw.choice([1, 4, 16])}
+        values = {k: draw.choice(v) for k, v in words.items()} | {
+            "variant": draw.choice(["lora", "rslora", "dora", "pissa"]),
+            "rank": draw.choice([1, 4, 16]),
+        }
         if "lora" not in " ".join(str(values[k]) for k in words):
             continue
         model, adapter = made("lab", tmp_path / f"adapter{i}", TuningPlan(**values), False, seed=i)
@@ -379,22 +433,42 @@ def test_random_plans(tmp_path):
 
 def peak(adapter, out):
     "High-water mark of memory before and after a merge, in a process of its own, bytes."
-    code = ("import re, sys, torch, bitsandbytes\nfrom vlm_lora_lab.checkpoint.merge import merge_into\n"
-            "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
-            "before = peak()\nmerge_into(sys.argv[1], sys.argv[2])\nprint(before, peak())")  # fmt: skip
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(adapter), str(out)], capture_output=True, text=True)
+    code = (
+        "import re, sys, torch, bitsandbytes\nfrom vlm_lora_lab.checkpoint.merge import merge_into\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        "before = peak()\nmerge_into(sys.argv[1], sys.argv[2])\nprint(before, peak())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(adapter), str(out)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return map(int, done.stdout.split()[-2:])
 
 
 def noise(width, layers, vocab):
-    return dict(model_type="minicpmv", version=2.6, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=2,
-                vocab_size=vocab, query_num=16, resampler_num_heads=8,
-                vision_config=dict(hidden_size=112, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=224))  # fmt: skip
+    return dict(
+        model_type="minicpmv",
+        version=2.6,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=vocab,
+        query_num=16,
+        resampler_num_heads=8,
+        vision_config=dict(
+            hidden_size=112, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=224
+        ),
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the high-water mark")
-@pytest.mark.parametrize("width, layers, vocab", [(512, 24, 8000), pytest.param(2048, 28, 32000, marks=pytest.mark.slow)], ids=["0.2 GB", "2.4 GB"])
+@pytest.mark.parametrize(
+    "width, layers, vocab",
+    [(512, 24, 8000), pytest.param(2048, 28, 32000, marks=pytest.mark.slow)],
+    ids=["0.2 GB", "2.4 GB"],
+)
 def test_the_peak_of_memory_is_below_the_model_s_size(width, layers, vocab, tmp_path):
     values = noise(width, layers, vocab)
     base, adapter = noise_checkpoint(tmp_path, values, TuningPlan())

@@ -9,10 +9,21 @@ from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMV26Config, MiniCPMVCon
 from vlm_lora_lab.models.resampler import Resampler
 
 TINY = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128, query_num=4,
-    resampler_num_heads=4, pad_token_id=0, eos_token_id=1, initializer_range=0.2,
-    vision_config=dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, image_size=70, patch_size=14),
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=128,
+    query_num=4,
+    resampler_num_heads=4,
+    pad_token_id=0,
+    eos_token_id=1,
+    initializer_range=0.2,
+    vision_config=dict(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, image_size=70, patch_size=14
+    ),
+)
 
 
 @pytest.fixture
@@ -34,7 +45,9 @@ def test_generate_pads_on_the_left_without_changing_answers(model):
     short, long = picture_row(length=9, row=1), picture_row(length=14, row=2)
     alone = [model.generate(**row, max_new_tokens=6, do_sample=False) for row in (short, long)]
     batch = {
-        "input_ids": torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short["input_ids"]], 1), long["input_ids"]]),
+        "input_ids": torch.cat(
+            [torch.cat([torch.zeros(1, 5, dtype=torch.long), short["input_ids"]], 1), long["input_ids"]]
+        ),
         "attention_mask": torch.tensor([[0] * 5 + [1] * 9, [1] * 14]),
         "pixel_values": torch.cat([short["pixel_values"], long["pixel_values"]]),
         "tgt_sizes": torch.cat([short["tgt_sizes"], long["tgt_sizes"]]),
@@ -68,7 +81,11 @@ def test_generate_equals_greedy_decoding_by_hand(model):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_any_number_of_pictures_in_a_row(model, count):
     bounds = torch.tensor([[1, 1 + 5 * i, 5 + 5 * i] for i in range(count)]).reshape(-1, 3)
-    pictures = dict(pixel_values=torch.randn(count, 3, 14, 28), tgt_sizes=torch.tensor([[1, 2]] * count), image_bound=bounds) if count else {}
+    pictures = (
+        dict(pixel_values=torch.randn(count, 3, 14, 28), tgt_sizes=torch.tensor([[1, 2]] * count), image_bound=bounds)
+        if count
+        else {}
+    )
     out = model(input_ids=torch.randint(2, 128, (2, 20)), **pictures)
     assert out.logits.shape == (2, 20, 128) and out.logits.isfinite().all()
 
@@ -92,7 +109,10 @@ def test_reload_is_exact_and_positions_are_not_loaded(model, tmp_path):
     assert not any(report.values())
     row = picture_row()
     assert torch.equal(again.eval()(**row).logits, model(**row).logits)
-    plain = lambda m: {k: v for k, v in m.config.to_dict()["vision_config"].items() if k != "dtype"}  # noqa: E731
+
+    def plain(m):
+        return {k: v for k, v in m.config.to_dict()["vision_config"].items() if k != "dtype"}
+
     assert plain(again) == plain(model)
     assert not any("pos_embed" in key for key in again.state_dict())
 
@@ -156,7 +176,8 @@ def test_the_lab_model_is_what_the_course_says():
 
 
 def test_evaluating_a_4_bit_model_first_changes_no_gradient():
-    """bitsandbytes 0.50 repacks weights for inference on CPUs with AVX512-BF16, and the packed layers have no backward pass."""
+    """bitsandbytes 0.50 repacks weights for inference on CPUs with AVX512-BF16, and the packed layers have no backward
+    pass."""
     import bitsandbytes as bnb
 
     grads = []
@@ -165,7 +186,11 @@ def test_evaluating_a_4_bit_model_first_changes_no_gradient():
         if evaluate:
             with torch.no_grad():
                 model(input_ids=ids)
-        assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+        assert not any(
+            getattr(m.weight.quant_state, "packing_format_for_cpu", False)
+            for m in model.modules()
+            if isinstance(m, bnb.nn.Linear4bit)
+        )
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
         model.train()(inputs_embeds=embeds, labels=ids).loss.backward()
         grads.append(embeds.grad)

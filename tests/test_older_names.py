@@ -1,4 +1,5 @@
-"""Checkpoints that transformers and bitsandbytes saved in 4 bit, under older names; packed copies known by their names; experts that a plan does not reach."""
+"""Checkpoints that transformers and bitsandbytes saved in 4 bit, under older names; packed copies known by their names;
+experts that a plan does not reach."""
 
 import json
 import shutil
@@ -22,14 +23,22 @@ from vlm_lora_lab.preview import Preview
 from vlm_lora_lab.quant.memory import estimate
 
 PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "minicpmv4_6")
-OLDER = {"qwen2_vl": "model.layers.0.self_attn.q_proj", "qwen2_5_vl": "visual.blocks.0.attn.qkv", "llava": "language_model.model.layers.0.self_attn.q_proj"}
+OLDER = {
+    "qwen2_vl": "model.layers.0.self_attn.q_proj",
+    "qwen2_5_vl": "visual.blocks.0.attn.qkv",
+    "llava": "language_model.model.layers.0.self_attn.q_proj",
+}
 NOT_PACKED = ["lm_head", "modality_projection", "multi_modal_projector"]
 
 
 def pack(whole, folder, **options):
     "What transformers' own `save_pretrained` writes of a model that it loaded in 4 bit."
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, **options)
-    AutoModelForImageTextToText.from_pretrained(whole, quantization_config=four, dtype=torch.float32).save_pretrained(folder)
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, **options
+    )
+    AutoModelForImageTextToText.from_pretrained(whole, quantization_config=four, dtype=torch.float32).save_pretrained(
+        folder
+    )
     for file in whole.iterdir():
         if ".safetensors" not in file.name and not (folder / file.name).exists():
             shutil.copy(file, folder)
@@ -66,7 +75,11 @@ def test_what_transformers_packed_is_read_under_its_older_names(family, folders)
     packed = {n.removesuffix(".weight") for n, s in stored.items() if s.dtype == "NF4"}
     model = load_vlm(folder, dtype=torch.float32)
     here = {n.removesuffix(".weight") for n, p in model.named_parameters() if hasattr(p, "quant_state")}
-    assert len(here) == len(packed) > 10 and {layout_of(model).part_of(n) for n in here} >= {"vision", "connector", "language"}
+    assert len(here) == len(packed) > 10 and {layout_of(model).part_of(n) for n in here} >= {
+        "vision",
+        "connector",
+        "language",
+    }
     names = model_names(on_meta(folder), stored)
     assert {names[f"{n}.weight"].removesuffix(".weight") for n in packed} == here
     if family in OLDER:
@@ -85,13 +98,18 @@ def test_what_transformers_packed_is_read_under_its_older_names(family, folders)
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "minicpmv4_6"])
 def test_the_whole_road_on_a_packed_base(family, folders, tmp_path, capsys):
-    "The default plan trains the connector in full, which transformers packed: plan, doctor and train say so alike; with LoRA there all goes through."
+    """The default plan trains the connector in full, which transformers packed: plan, doctor and train say so alike;
+    with LoRA there all goes through."""
     base, data = folders(family), tmp_path / "six.json"
     data.write_text(json.dumps(json.loads((samples_folder() / "handwriting" / "train.json").read_text())[:6]))
     job = ["--model", base, "--data", data, "--image-root", samples_folder() / "handwriting"]
     for command in (["plan", base], ["doctor", *job], ["train", *job, "--max-steps", "2", "--output", tmp_path / "no"]):
         status, said = run(capsys, *command)
-        assert status == 2 and "is stored in 4 bit and should be whole, to be trained in full: integers have no gradient" in said and "connector: lora" in said, said
+        assert (
+            status == 2
+            and "is stored in 4 bit and should be whole, to be trained in full: integers have no gradient" in said
+            and "connector: lora" in said
+        ), said
     assert not (tmp_path / "no").exists()
     assert run(capsys, "plan", base, "--connector", "lora")[0] == 0
     status, said = run(capsys, "train", *job, "--max-steps", "2", "--connector", "lora", "--output", tmp_path / "run")
@@ -114,7 +132,9 @@ def test_a_packed_layer_that_is_not_the_models_is_named(folders, tmp_path):
     config["text_config"]["num_hidden_layers"] = 1
     config["text_config"]["layer_types"] = config["text_config"]["layer_types"][:1]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="model.layers.1.* is stored in 4 bit under a name that the model does not have"):
+    with pytest.raises(
+        InputError, match="model.layers.1.* is stored in 4 bit under a name that the model does not have"
+    ):
         load_vlm(folder)
 
 
@@ -123,17 +143,25 @@ def test_a_packed_layer_that_is_not_the_models_is_named(folders, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "of", "by"),
-    [("openbmb/MiniCPM-V-2_6-int4", "openbmb/MiniCPM-V-2_6", "bitsandbytes"), ("openbmb/MiniCPM-Llama3-V-2_5-int4", "openbmb/MiniCPM-Llama3-V-2_5", "bitsandbytes"),
-     ("openbmb/MiniCPM-o-2_6-int4", "openbmb/MiniCPM-o-2_6", "GPTQ"), ("Qwen/Qwen-VL-Chat-Int4", "Qwen/Qwen-VL-Chat", "GPTQ"),
-     ("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "Qwen/Qwen2.5-VL-7B-Instruct", "AWQ"), ("Qwen/Qwen2-VL-7B-Instruct-GPTQ-Int8", "Qwen/Qwen2-VL-7B-Instruct", "GPTQ"),
-     ("unsloth/Qwen2.5-VL-7B-Instruct-bnb-4bit", "Qwen/Qwen2.5-VL-7B-Instruct", "bitsandbytes"), ("unsloth/Qwen3-VL-8B-Instruct-unsloth-bnb-4bit", "Qwen/Qwen3-VL-8B-Instruct", "bitsandbytes"),
-     ("Qwen/Qwen3-VL-8B-Instruct-FP8", "Qwen/Qwen3-VL-8B-Instruct", "FP8")],
-)  # fmt: skip
+    [
+        ("openbmb/MiniCPM-V-2_6-int4", "openbmb/MiniCPM-V-2_6", "bitsandbytes"),
+        ("openbmb/MiniCPM-Llama3-V-2_5-int4", "openbmb/MiniCPM-Llama3-V-2_5", "bitsandbytes"),
+        ("openbmb/MiniCPM-o-2_6-int4", "openbmb/MiniCPM-o-2_6", "GPTQ"),
+        ("Qwen/Qwen-VL-Chat-Int4", "Qwen/Qwen-VL-Chat", "GPTQ"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "Qwen/Qwen2.5-VL-7B-Instruct", "AWQ"),
+        ("Qwen/Qwen2-VL-7B-Instruct-GPTQ-Int8", "Qwen/Qwen2-VL-7B-Instruct", "GPTQ"),
+        ("unsloth/Qwen2.5-VL-7B-Instruct-bnb-4bit", "Qwen/Qwen2.5-VL-7B-Instruct", "bitsandbytes"),
+        ("unsloth/Qwen3-VL-8B-Instruct-unsloth-bnb-4bit", "Qwen/Qwen3-VL-8B-Instruct", "bitsandbytes"),
+        ("Qwen/Qwen3-VL-8B-Instruct-FP8", "Qwen/Qwen3-VL-8B-Instruct", "FP8"),
+    ],
+)
 def test_a_packed_copy_answers_with_the_shapes_of_the_whole_model(name, of, by, capsys):
     copy = packed_copy(name)
     assert (copy.of, copy.by, copy.read) == (of, by, by == "bitsandbytes")
     if copy.read:
-        assert {n: t.shape for n, t in on_meta(name).state_dict().items()} == {n: t.shape for n, t in on_meta(of).state_dict().items()}
+        assert {n: t.shape for n, t in on_meta(name).state_dict().items()} == {
+            n: t.shape for n, t in on_meta(of).state_dict().items()
+        }
     else:
         with pytest.raises(InputError, match=f"is packed by {by}, and that is not read here. Give {of}"):
             model_folder(name)
@@ -157,20 +185,47 @@ def on_shapes(model_type, **values):
 
 
 MOE = dict(
-    text_config=dict(hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=16, vocab_size=320, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}),
-    vision_config=dict(depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=4, deepstack_visual_indexes=[0], num_position_embeddings=16),
-)  # fmt: skip
+    text_config=dict(
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=320,
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    ),
+    vision_config=dict(
+        depth=2,
+        hidden_size=32,
+        out_hidden_size=64,
+        intermediate_size=48,
+        num_heads=4,
+        deepstack_visual_indexes=[0],
+        num_position_embeddings=16,
+    ),
+)
 
 
 def test_experts_that_a_plan_does_not_reach_are_counted_aloud(tmp_path):
     experts = 2 * 4 * (64 * 2 * 32 + 32 * 64)  # layers, experts, gate and up, down
     model = on_shapes("qwen3_vl_moe", **MOE)
     said = experts_left(model, TuningPlan())
-    assert said.startswith(f"{experts:,} of {sum(p.numel() for p in model.parameters()):,} weights are experts") and "gate_up_proj" in said and "in 16 bit also" in said
+    assert (
+        said.startswith(f"{experts:,} of {sum(p.numel() for p in model.parameters()):,} weights are experts")
+        and "gate_up_proj" in said
+        and "in 16 bit also" in said
+    )
     assert said in repr(Preview.of(model, TuningPlan()))
-    assert experts_left(model, TuningPlan(language="full")) == "" and experts_left(on_meta("Qwen/Qwen3-VL-2B-Instruct"), TuningPlan()) == ""
-    assert experts_left(on_meta(tiny_config("minicpmv4_6")), TuningPlan()) == ""  # a kernel of a convolution has three dimensions, too
+    assert (
+        experts_left(model, TuningPlan(language="full")) == ""
+        and experts_left(on_meta("Qwen/Qwen3-VL-2B-Instruct"), TuningPlan()) == ""
+    )
+    # a kernel of a convolution has three dimensions, too
+    assert experts_left(on_meta(tiny_config("minicpmv4_6")), TuningPlan()) == ""
     live = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen3_vl_moe", **MOE)).float()
     live.config.save_pretrained(tmp_path)
     check, wrapped = check_plan(live, TuningPlan(rank=4))  # as the doctor does
@@ -186,9 +241,12 @@ def test_a_kernel_is_no_expert_under_lora():
 
 @pytest.mark.parametrize(
     ("model_type", "why"),
-    [("qwen2_5_omni_thinker", "'model.audio_tower' is no connector: it reads sound of its own"), ("janus", "'model.vqmodel' is no connector: it reads pictures of its own"),
-     ("pi0", "has its own list of layers, and none of them takes the 1152 numbers")],
-)  # fmt: skip
+    [
+        ("qwen2_5_omni_thinker", "'model.audio_tower' is no connector: it reads sound of its own"),
+        ("janus", "'model.vqmodel' is no connector: it reads pictures of its own"),
+        ("pi0", "has its own list of layers, and none of them takes the 1152 numbers"),
+    ],
+)
 def test_a_tower_that_is_no_connector_is_refused_with_the_reason(model_type, why):
     with pytest.raises(InputError, match=f"{why}.*Register it"):
         infer_layout(on_shapes(model_type))
@@ -196,7 +254,9 @@ def test_a_tower_that_is_no_connector_is_refused_with_the_reason(model_type, why
 
 def test_a_second_eye_is_vision_and_a_q_former_a_connector():
     layout = infer_layout(on_shapes("video_llava"))
-    assert set(layout.vision) == {"model.video_tower", "model.image_tower"} and layout.connector == ("model.multi_modal_projector",)
+    assert set(layout.vision) == {"model.video_tower", "model.image_tower"} and layout.connector == (
+        "model.multi_modal_projector",
+    )
     assert infer_layout(on_shapes("blip-2")).connector == ("qformer", "language_projection")
 
 
@@ -206,4 +266,8 @@ def test_a_linear_layer_can_read_patches():
     gemma = infer_layout(on_shapes("gemma4", vision_config={"model_type": "gemma4_vision"}, audio_config=None))
     assert (gemma.vision, gemma.connector) == (("model.vision_tower",), ("model.embed_vision",))
     with pytest.raises(InputError, match="'model.audio_tower' is no connector"):
-        infer_layout(on_shapes("gemma4", vision_config={"model_type": "gemma4_vision"}, audio_config={"model_type": "gemma4_audio"}))
+        infer_layout(
+            on_shapes(
+                "gemma4", vision_config={"model_type": "gemma4_vision"}, audio_config={"model_type": "gemma4_audio"}
+            )
+        )

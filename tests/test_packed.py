@@ -27,7 +27,9 @@ class Packed(nn.MultiheadAttention):
     "PyTorch's own attention in the place of ours, as in the published MiniCPM-V 2.0 and 4.5."
 
     def forward(self, query, key, value, mask):
-        return super().forward(query.expand(len(key), -1, -1), key, value, key_padding_mask=~mask, need_weights=False)[0]
+        return super().forward(query.expand(len(key), -1, -1), key, value, key_padding_mask=~mask, need_weights=False)[
+            0
+        ]
 
 
 def with_pytorchs(family):
@@ -54,14 +56,16 @@ def test_only_what_was_promised_moves_and_it_comes_back(family, dtype, line, tmp
     assert {r[0]: r[3] for r in Preview.of(base, plan).rows} == count(model, trainable=True)
     assert {m.r["default"] for m in model.modules() if hasattr(m, "lora_A")} == {4}
     batch = batch_of(family, model)
-    assert torch.equal(logits(model, batch), logits(base, batch)) or dtype == torch.bfloat16  # an autocast around it is another sum
+    # an autocast around it is another sum
+    assert torch.equal(logits(model, batch), logits(base, batch)) or dtype == torch.bfloat16
     promised = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(promised) == (6 if line == ALL else 2)
     with mixed_precision(model):
         assert step(model.train(), batch, plan) == promised
     trained = logits(model, batch)
     assert not torch.equal(trained, logits(base, batch))
-    if dtype == torch.float32:  # plain PEFT reloads it; in 16 bit it would round LoRA, which is why load_adapter does not leave it at that
+    # plain PEFT reloads it; in 16 bit it would round LoRA, which is why load_adapter does not leave it at that
+    if dtype == torch.float32:
         model.save_pretrained(tmp_path, save_embedding_layers=False)
         with no_false_warning():
             again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
@@ -71,14 +75,24 @@ def test_only_what_was_promised_moves_and_it_comes_back(family, dtype, line, tmp
         assert set(dict(base.named_parameters())) == set(dict(folded.named_parameters()))
 
 
-@pytest.mark.parametrize("four_bit, dtype", [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)], ids=["whole", "nf4", "bf16"])
+@pytest.mark.parametrize(
+    "four_bit, dtype",
+    [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)],
+    ids=["whole", "nf4", "bf16"],
+)
 def test_saved_reloaded_and_merged_by_our_own_means(four_bit, dtype, tmp_path):
     torch.manual_seed(0)
     plan = TuningPlan(connector=ALL, rank=8, alpha=16)
     model = apply_plan(load_vlm("lab", four_bit=four_bit, dtype=dtype), plan)
     ids = torch.randint(20, 400, (2, 30))
-    batch = dict(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, 8, 12 * 8), tgt_sizes=torch.tensor([[3, 4]]),
-                 image_bound=torch.tensor([[0, 2, 18]]))  # fmt: skip
+    batch = dict(
+        input_ids=ids,
+        labels=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.randn(1, 3, 8, 12 * 8),
+        tgt_sizes=torch.tensor([[3, 4]]),
+        image_bound=torch.tensor([[0, 2, 18]]),
+    )
     with mixed_precision(model):
         moved = step(model.train(), batch, plan)
     assert "base_model.model.resampler.attn.lora_B.default.weight" in moved
@@ -93,7 +107,11 @@ def test_saved_reloaded_and_merged_by_our_own_means(four_bit, dtype, tmp_path):
 def test_pytorchs_own_attention_is_reached_by_its_parameter_and_refused_by_its_out_proj(tmp_path):
     base = with_pytorchs("minicpmv-2.6")
     assert packed_projections(base)["connector"] == ["resampler.attn.in_proj_weight"]
-    with pytest.raises(InputError, match="out_proj is no linear layer there that is called .*borrows the weight of resampler.attn.out_proj.*Choose among kv_proj, in_proj_weight"):
+    with pytest.raises(
+        InputError,
+        match="out_proj is no linear layer there that is called .*borrows the weight of "
+        "resampler.attn.out_proj.*Choose among kv_proj, in_proj_weight",
+    ):
         lora_layers(base, TuningPlan(connector=ALL))
     plan = TuningPlan(connector="lora(targets=kv_proj+in_proj_weight)", language="freeze")
     model = apply_plan(copy.deepcopy(base), plan)
@@ -106,12 +124,21 @@ def test_pytorchs_own_attention_is_reached_by_its_parameter_and_refused_by_its_o
     torch.testing.assert_close(logits(fold_lora(again), batch), trained, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(connector=ALONE, dropout=0.05), "dropout: 0.05.*Write dropout: 0"), (dict(connector=ALONE, variant="dora"), "variant: dora"), (dict(connector=ALONE, variant="pissa"), "variant: pissa"),
-    (dict(connector=f"{ALONE}, full on out_proj"), "another rule speaks of resampler.attn.out_proj.weight"),
-    (dict(connector=f"full, {ALONE} on in_proj_weight"), "Give all of resampler.attn one rule, such as: lora.targets=in_proj_weight. on attn"),
-    (dict(vision="lora(targets=in_proj_weight)"), "in_proj_weight is no linear layer there"), (dict(connector="lora(targets=in_proj)"), "Choose among kv_proj, out_proj, in_proj_weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(connector=ALONE, dropout=0.05), "dropout: 0.05.*Write dropout: 0"),
+        (dict(connector=ALONE, variant="dora"), "variant: dora"),
+        (dict(connector=ALONE, variant="pissa"), "variant: pissa"),
+        (dict(connector=f"{ALONE}, full on out_proj"), "another rule speaks of resampler.attn.out_proj.weight"),
+        (
+            dict(connector=f"full, {ALONE} on in_proj_weight"),
+            "Give all of resampler.attn one rule, such as: lora.targets=in_proj_weight. on attn",
+        ),
+        (dict(vision="lora(targets=in_proj_weight)"), "in_proj_weight is no linear layer there"),
+        (dict(connector="lora(targets=in_proj)"), "Choose among kv_proj, out_proj, in_proj_weight"),
+    ],
+)
 def test_what_cannot_be_is_refused_with_what_to_write(options, message):
     with pytest.raises(InputError, match=message):
         lora_layers(tiny_model("minicpmv-2.6"), TuningPlan(**options))
@@ -119,15 +146,29 @@ def test_what_cannot_be_is_refused_with_what_to_write(options, message):
 
 def test_the_remedy_of_a_refusal_works():
     plan = TuningPlan(connector="full, lora(targets=in_proj_weight) on attn", language="freeze")
-    with pytest.raises(InputError, match="query"):  # a bare parameter beside modules with another word: nothing that PEFT could keep
+    # a bare parameter beside modules with another word: nothing that PEFT could keep
+    with pytest.raises(InputError, match="query"):
         apply_plan(tiny_model("minicpmv-2.6"), plan)
-    model = apply_plan(tiny_model("minicpmv-2.6"), TuningPlan(connector="full on kv_proj, lora(targets=in_proj_weight) on attn", language="freeze"))
+    model = apply_plan(
+        tiny_model("minicpmv-2.6"),
+        TuningPlan(connector="full on kv_proj, lora(targets=in_proj_weight) on attn", language="freeze"),
+    )
     assert {n.rpartition("resampler.")[2] for n, p in model.named_parameters() if p.requires_grad} == {
-        "kv_proj.modules_to_save.default.weight", "attn.lora_A.default.weight", "attn.lora_B.default.weight"}  # fmt: skip
+        "kv_proj.modules_to_save.default.weight",
+        "attn.lora_A.default.weight",
+        "attn.lora_B.default.weight",
+    }
 
 
 def test_the_word_lora_says_what_it_does_not_reach():
     seen = Preview.of(tiny_model("minicpmv-2.6"), TuningPlan(connector="lora"))
-    assert set(seen.bare) == {"resampler.query", "resampler.proj", "resampler.attn.in_proj_weight"} and "name in_proj_weight as a target" in repr(seen)
-    assert set(Preview.of(tiny_model("minicpmv-2.6"), TuningPlan(connector=ALL)).bare) == {"resampler.query", "resampler.proj"}
+    assert set(seen.bare) == {
+        "resampler.query",
+        "resampler.proj",
+        "resampler.attn.in_proj_weight",
+    } and "name in_proj_weight as a target" in repr(seen)
+    assert set(Preview.of(tiny_model("minicpmv-2.6"), TuningPlan(connector=ALL)).bare) == {
+        "resampler.query",
+        "resampler.proj",
+    }
     assert not Preview.of(tiny_model("minicpmv-2.6"), TuningPlan()).bare

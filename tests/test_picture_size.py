@@ -26,8 +26,10 @@ def exif(n):
 
 def xmp(n, element=False):
     said = f"><tiff:Orientation>{n}</tiff:Orientation></rdf:Description>" if element else f' tiff:Orientation="{n}"/>'
-    return ('<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-            f'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/"{said}</rdf:RDF></x:xmpmeta>').encode()  # fmt: skip
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        f'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/"{said}</rdf:RDF></x:xmpmeta>'
+    ).encode()
 
 
 def saved(kind, image=WIDE, **more):
@@ -45,7 +47,13 @@ def png(before=(), behind=()):
     "A PNG with blocks in front of its pixels and behind them."
     data = saved("PNG")
     first, last = data.index(b"IDAT") - 4, data.index(b"IEND") - 4
-    return data[:first] + b"".join(block(*b) for b in before) + data[first:last] + b"".join(block(*b) for b in behind) + data[last:]
+    return (
+        data[:first]
+        + b"".join(block(*b) for b in before)
+        + data[first:last]
+        + b"".join(block(*b) for b in behind)
+        + data[last:]
+    )
 
 
 def raw_profile(n, kind=b"zTXt"):
@@ -74,7 +82,10 @@ def agree(data):
     "Both sizes; raises when they differ, in memory, in a file, or of a picture that Pillow has opened."
     by_header, decoded = picture_size(Inline(data)), load_image(Inline(data)).size
     lazy = Image.open(io.BytesIO(data))
-    assert by_header == decoded == picture_size(lazy) == load_image(lazy).size == picture_size(lazy), (by_header, decoded)
+    assert by_header == decoded == picture_size(lazy) == load_image(lazy).size == picture_size(lazy), (
+        by_header,
+        decoded,
+    )
     assert decoded == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
     return decoded
 
@@ -120,16 +131,32 @@ def test_words_that_disagree_are_settled_alike():
     for a, b in itertools.product((1, 3, 6, 8), (1, 5, 6)):
         e, x = (b"eXIf", exif(a)[6:]), png_xmp(b)
         late = (b"eXIf", exif(b)[6:])
-        for data in (png([e, x]), png([x, e]), png([e], [x]), png([x], [e]), png([e], [late]), png(behind=[e, x]), png([raw_profile(a)], [late]),
-                     saved("JPEG", exif=exif(a), xmp=xmp(b)), webp((b"EXIF", exif(a)), (b"XMP ", xmp(b))), saved("TIFF", tiffinfo={274: a, 700: xmp(b)}),
-                     saved("TIFF", tiffinfo={274: a}, exif=exif(b))):  # fmt: skip
+        for data in (
+            png([e, x]),
+            png([x, e]),
+            png([e], [x]),
+            png([x], [e]),
+            png([e], [late]),
+            png(behind=[e, x]),
+            png([raw_profile(a)], [late]),
+            saved("JPEG", exif=exif(a), xmp=xmp(b)),
+            webp((b"EXIF", exif(a)), (b"XMP ", xmp(b))),
+            saved("TIFF", tiffinfo={274: a, 700: xmp(b)}),
+            saved("TIFF", tiffinfo={274: a}, exif=exif(b)),
+        ):
             agree(data)
 
 
 def test_moving_pictures_and_pages():
     other = WIDE.transpose(Image.Transpose.ROTATE_90).resize(WIDE.size)
     for n in (1, 6):
-        for kind, more in (("GIF", {}), ("WEBP", {"exif": exif(n)}), ("PNG", {"exif": exif(n)}), ("TIFF", {"tiffinfo": {274: n}}), ("MPO", {"exif": exif(n)})):
+        for kind, more in (
+            ("GIF", {}),
+            ("WEBP", {"exif": exif(n)}),
+            ("PNG", {"exif": exif(n)}),
+            ("TIFF", {"tiffinfo": {274: n}}),
+            ("MPO", {"exif": exif(n)}),
+        ):
             agree(saved(kind, save_all=True, append_images=[other, WIDE], **more))
 
 
@@ -144,10 +171,24 @@ def test_values_that_mean_nothing():
 def test_random_files(seed):
     "Blocks in random order and number, also cut off or with changed bytes: both sizes, or both refused."
     rng = random.Random(seed)
-    makers = [lambda n: (b"eXIf", exif(n)[6:]), png_xmp, raw_profile, lambda n: raw_profile(n, b"tEXt"), lambda n: (b"tEXt", b"Comment\0Orientation"), lambda n: (b"tIME", bytes(7))]
-    some = lambda: [rng.choice(makers)(rng.randrange(10)) for _ in range(rng.randrange(4))]  # noqa: E731
+    makers = [
+        lambda n: (b"eXIf", exif(n)[6:]),
+        png_xmp,
+        raw_profile,
+        lambda n: raw_profile(n, b"tEXt"),
+        lambda n: (b"tEXt", b"Comment\0Orientation"),
+        lambda n: (b"tIME", bytes(7)),
+    ]
+
+    def some():
+        return [rng.choice(makers)(rng.randrange(10)) for _ in range(rng.randrange(4))]
+
     for _ in range(40):
-        data = png(some(), some()) if rng.random() < 0.7 else PLACES[rng.choice([p for p in PLACES if p[:4] not in ("AVIF", "MPO")])](rng.randrange(1, 9))
+        data = (
+            png(some(), some())
+            if rng.random() < 0.7
+            else PLACES[rng.choice([p for p in PLACES if p[:4] not in ("AVIF", "MPO")])](rng.randrange(1, 9))
+        )
         if rng.random() < 0.3:
             data = bytearray(data)
             for _ in range(rng.randrange(1, 4)):
@@ -162,7 +203,10 @@ def test_random_files(seed):
 
 def test_the_header_decodes_nothing_where_nothing_stands_behind(monkeypatch):
     "A comment behind the pixels, as many programs write it, costs no decoding."
-    data = png([(b"eXIf", exif(6)[6:])], [(b"tEXt", b"date:create\0today"), (b"zTXt", b"Comment\0\0" + zlib.compress(b"Raw profile type exif"))])
+    data = png(
+        [(b"eXIf", exif(6)[6:])],
+        [(b"tEXt", b"date:create\0today"), (b"zTXt", b"Comment\0\0" + zlib.compress(b"Raw profile type exif"))],
+    )
     assert agree(data) == (8, 20)
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("decoded"))
     assert picture_size(Inline(data)) == (8, 20)

@@ -37,8 +37,13 @@ def test_a_plan_trains_what_it_says_and_nothing_else(plan, four_bit):
     model = apply_plan(load_vlm("lab", four_bit=four_bit), plan)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     ids = torch.randint(20, 400, (2, 30))
-    batch = dict(input_ids=ids, labels=ids, pixel_values=torch.randn(1, 3, 8, 12 * 8), tgt_sizes=torch.tensor([[3, 4]]),
-                 image_bound=torch.tensor([[0, 2, 18]]))  # fmt: skip
+    batch = dict(
+        input_ids=ids,
+        labels=ids,
+        pixel_values=torch.randn(1, 3, 8, 12 * 8),
+        tgt_sizes=torch.tensor([[3, 4]]),
+        image_bound=torch.tensor([[0, 2, 18]]),
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):  # LoRA's first matrix only moves once the second has left zero
         model(**batch).loss.backward()
@@ -62,12 +67,17 @@ def test_full_training_needs_no_wrapper_and_refuses_four_bit():
 
 
 def test_tune_llm_with_lora_cannot_be_written():
-    "A parameter has one word: whatever is said of it, the last rule counts, and the model holds either LoRA or a copy that is trained, never both."
+    """A parameter has one word: whatever is said of it, the last rule counts, and the model holds either LoRA or a copy
+    that is trained, never both."""
     model = apply_plan(load_vlm("lab"), TuningPlan(language="lora, full on 3-4", connector="freeze"))
     lora = {plain_name(n) for n, p in model.named_parameters() if ".lora_" in n}
-    full = {plain_name(n).rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    full = {
+        plain_name(n).rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n
+    }
     assert lora and full and not lora & full
-    assert {int(re.search(r"layers.(\d+)", n)[1]) for n in lora} == {0, 1, 2} and {int(re.search(r"layers.(\d+)", n)[1]) for n in full} == {3, 4}
+    assert {int(re.search(r"layers.(\d+)", n)[1]) for n in lora} == {0, 1, 2} and {
+        int(re.search(r"layers.(\d+)", n)[1]) for n in full
+    } == {3, 4}
 
 
 def test_lora_never_reaches_the_resampler_by_accident():

@@ -21,7 +21,18 @@ from vlm_lora_lab.models.published import PUBLISHED, on_meta
 from vlm_lora_lab.plan import TuningPlan, apply_plan
 from vlm_lora_lab.preview import Preview
 from vlm_lora_lab.quant.nf4 import NF4, bits_per_weight, dynamic_levels, nf4_levels
-from vlm_lora_lab.quant.policy import BARE, IN_FULL, PAINT, Packing, Weights, four_bit_bytes, plan_bytes, plan_picture, read_bare, upcast_bytes
+from vlm_lora_lab.quant.policy import (
+    BARE,
+    IN_FULL,
+    PAINT,
+    Packing,
+    Weights,
+    four_bit_bytes,
+    plan_bytes,
+    plan_picture,
+    read_bare,
+    upcast_bytes,
+)
 from vlm_lora_lab.train.run import Schedule, fit
 
 F = bnb.functional
@@ -63,12 +74,18 @@ def test_double_quantisation_is_read_as_bitsandbytes_reads_it(shape):
 def test_double_quantisation_is_written_as_bitsandbytes_writes_it_but_where_two_levels_are_as_good():
     w = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(2))
     mine, (theirs, state) = NF4.of(w), quantised(w, True)
-    assert torch.equal(mine.packed, theirs.view(-1)) and torch.equal(mine.outer, state.state2.absmax) and torch.equal(mine.mean, state.offset)
+    assert (
+        torch.equal(mine.packed, theirs.view(-1))
+        and torch.equal(mine.outer, state.state2.absmax)
+        and torch.equal(mine.mean, state.offset)
+    )
     differ = mine.scales != state.absmax
     value = (NF4.of(w, double=False).scales - mine.mean) / mine.outer.repeat_interleave(256)
     off = [(value - dynamic_levels()[codes.long()]).abs() for codes in (mine.scales, state.absmax)]
     assert differ.float().mean() < 5e-3 and (off[1] - off[0])[differ].min() > -1e-6 and (off[1] - off[0]).max() < 5e-5
-    apart = (dynamic_levels()[mine.scales.long()] - dynamic_levels()[state.absmax.long()]).abs().max() * mine.outer.max()
+    apart = (
+        dynamic_levels()[mine.scales.long()] - dynamic_levels()[state.absmax.long()]
+    ).abs().max() * mine.outer.max()
     assert (mine.dequantize() - F.dequantize_4bit(theirs, state)).abs().max() <= 1.001 * apart
 
 
@@ -85,7 +102,11 @@ def test_zeros_come_back_as_zeros():
     assert (back[1] == 0).all() and (back[2, ::2] == 0).all() and back[0].any()
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([1.0, math.nan]), torch.tensor([math.inf]), torch.arange(4), torch.empty(0)], ids=["nan", "inf", "integers", "empty"])
+@pytest.mark.parametrize(
+    "bad",
+    [torch.tensor([1.0, math.nan]), torch.tensor([math.inf]), torch.arange(4), torch.empty(0)],
+    ids=["nan", "inf", "integers", "empty"],
+)
 def test_what_cannot_be_quantised_is_refused(bad):
     with pytest.raises(InputError, match="finite"):
         NF4.of(bad)
@@ -94,14 +115,18 @@ def test_what_cannot_be_quantised_is_refused(bad):
 def test_bits_per_weight_are_what_memory_shows():
     assert round(bits_per_weight(), 4) == 4.127
     for block, double in ((64, True), (64, False), (128, True)):
-        assert NF4.of(torch.randn(1024, 1024), block, double).nbytes * 8 / 2**20 == pytest.approx(bits_per_weight(block, double), abs=1e-3)
+        assert NF4.of(torch.randn(1024, 1024), block, double).nbytes * 8 / 2**20 == pytest.approx(
+            bits_per_weight(block, double), abs=1e-3
+        )
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 80), (33, 7), (1000, 130), (2, 1)], ids=str)
 def test_bytes_of_a_layer_are_those_that_bitsandbytes_keeps(shape):
     p = bnb.nn.Params4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True).to("cpu")
     state = p.quant_state
-    assert four_bit_bytes(math.prod(shape)) == sum(t.numel() * t.element_size() for t in (p, state.absmax, state.offset, state.code, state.state2.absmax))
+    assert four_bit_bytes(math.prod(shape)) == sum(
+        t.numel() * t.element_size() for t in (p, state.absmax, state.offset, state.code, state.state2.absmax)
+    )
 
 
 # --- what goes into 4 bit ---
@@ -113,14 +138,17 @@ def test_every_family_packs_its_decoder_and_reads_no_weight_behind_a_layers_back
     packing, layout = Packing.of(model, TuningPlan()), layout_of(model)
     assert packing.take and {layout.part_of(n) for n in packing.take} == {"language"}
     assert set(packing.take) | set(packing.keep) == {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert {n for n, why in packing.keep.items() if why == IN_FULL} == {n for n in packing.keep if layout.part_of(n) == "connector"}
+    assert {n for n, why in packing.keep.items() if why == IN_FULL} == {
+        n for n in packing.keep if layout.part_of(n) == "connector"
+    }
     assert set(read_bare(model, batch_of(family, model))) & set(packing.take) == set()
 
 
 def test_a_weight_that_is_read_behind_a_layers_back_is_found_and_kept_whole():
     model = on_meta("lab")
     attention = nn.MultiheadAttention(8, 2, device="meta")
-    attention.out_proj = nn.Linear(8, 8, device="meta")  # a plain one, as in MiniCPM-V's own code; bitsandbytes would take it
+    # a plain one, as in MiniCPM-V's own code; bitsandbytes would take it
+    attention.out_proj = nn.Linear(8, 8, device="meta")
     model.llm.model.layers[0].extra = attention
     name = "llm.model.layers.0.extra.out_proj"
     assert Packing.of(model, TuningPlan()).keep[name] == BARE
@@ -151,9 +179,13 @@ def test_a_plan_with_layers_in_full_trains_them_in_a_4_bit_model():
 
 @pytest.mark.parametrize(
     ("plan", "message"),
-    [(dict(language="full", vision="lora"), "nothing is left"), (dict(language="freeze"), "no part gets LoRA"), (dict(variant="pissa"), "PiSSA"),
-     (dict(language="full"), "no part gets LoRA")],
-)  # fmt: skip
+    [
+        (dict(language="full", vision="lora"), "nothing is left"),
+        (dict(language="freeze"), "no part gets LoRA"),
+        (dict(variant="pissa"), "PiSSA"),
+        (dict(language="full"), "no part gets LoRA"),
+    ],
+)
 def test_contradictions_are_said_before_loading(plan, message):
     with pytest.raises(InputError, match=message):
         Packing.of(on_meta("openbmb/MiniCPM-V-2_6"), TuningPlan(**plan))
@@ -163,7 +195,14 @@ def test_pissa_on_layers_that_stay_whole_is_no_contradiction():
     assert Packing.of(on_meta("lab"), TuningPlan(vision="lora", language="freeze", variant="pissa")).take
 
 
-@pytest.mark.parametrize(("whole", "message"), [(["visual"], "no module 'visual'"), (["layers"], "such as llm.model.layers"), (["llm.model.layers"], "nothing is left")])
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        (["visual"], "no module 'visual'"),
+        (["layers"], "such as llm.model.layers"),
+        (["llm.model.layers"], "nothing is left"),
+    ],
+)
 def test_a_name_that_keeps_nothing_whole_is_an_error(whole, message):
     with pytest.raises(InputError, match=message):
         load_vlm("lab", four_bit=True, whole=whole)
@@ -179,16 +218,28 @@ def test_a_layer_that_the_file_holds_in_4_bit_cannot_be_asked_for_whole(tmp_path
 def test_the_loaded_layers_are_looked_at():
     skip = nf4_config(on_meta("lab"), torch.bfloat16).llm_int8_skip_modules
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip)
-    load = lambda **k: MiniCPMV.from_pretrained(lab_folder(), dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**nf4 | k))  # noqa: E731
+
+    def load(**k):
+        return MiniCPMV.from_pretrained(
+            lab_folder(), dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**nf4 | k)
+        )
+
     double = dict(bnb_4bit_use_double_quant=True)
     assert check_nf4(load(**double, bnb_4bit_compute_dtype=torch.bfloat16), compute=torch.bfloat16)
-    for options, message in ((double, "multiplied in torch.float32"), (dict(), "not NF4 with double"), (double | dict(bnb_4bit_quant_type="fp4"), "not NF4"),
-                             (double | dict(llm_int8_skip_modules=["visual"]), "should not be"), (dict(load_in_4bit=False, load_in_8bit=True), "not NF4")):  # fmt: skip
+    for options, message in (
+        (double, "multiplied in torch.float32"),
+        (dict(), "not NF4 with double"),
+        (double | dict(bnb_4bit_quant_type="fp4"), "not NF4"),
+        (double | dict(llm_int8_skip_modules=["visual"]), "should not be"),
+        (dict(load_in_4bit=False, load_in_8bit=True), "not NF4"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             check_nf4(load(**options), compute=torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLISHED if n in ("openbmb/MiniCPM-V-2_6", "Qwen/Qwen-VL", "google/gemma-3-4b-it")])
+@pytest.mark.parametrize(
+    "name", [n for n in PUBLISHED if n in ("openbmb/MiniCPM-V-2_6", "Qwen/Qwen-VL", "google/gemma-3-4b-it")]
+)
 def test_published_shapes_are_weighed_without_their_weights(name):
     model = on_meta(name)
     take = packable(model)
@@ -204,14 +255,27 @@ def test_published_shapes_are_weighed_without_their_weights(name):
 
 @pytest.mark.parametrize(
     ("capability", "card", "half", "scaler", "kernel"),
-    [((7, 0), "V100", torch.float16, True, "memory-efficient"), ((7, 5), "T4", torch.float16, True, "memory-efficient"),
-     ((8, 0), "A100", torch.bfloat16, False, "flash"), ((8, 6), "RTX 3090", torch.bfloat16, False, "flash"), ((8, 9), "RTX 4090", torch.bfloat16, False, "flash"),
-     ((8, 9), "L4", torch.bfloat16, False, "flash"), ((9, 0), "H100", torch.bfloat16, False, "flash"), ((9, 0), "H200", torch.bfloat16, False, "flash"),
-     ((12, 0), "RTX 5090", torch.bfloat16, False, "flash")],
-)  # fmt: skip
+    [
+        ((7, 0), "V100", torch.float16, True, "memory-efficient"),
+        ((7, 5), "T4", torch.float16, True, "memory-efficient"),
+        ((8, 0), "A100", torch.bfloat16, False, "flash"),
+        ((8, 6), "RTX 3090", torch.bfloat16, False, "flash"),
+        ((8, 9), "RTX 4090", torch.bfloat16, False, "flash"),
+        ((8, 9), "L4", torch.bfloat16, False, "flash"),
+        ((9, 0), "H100", torch.bfloat16, False, "flash"),
+        ((9, 0), "H200", torch.bfloat16, False, "flash"),
+        ((12, 0), "RTX 5090", torch.bfloat16, False, "flash"),
+    ],
+)
 def test_every_row(capability, card, half, scaler, kernel):
     p = precision_for(capability)
-    assert precision_for(card) == p and (p.stored, p.autocast, p.scaler, p.attention, p.trained) == (half, half, scaler, kernel, torch.float32)
+    assert precision_for(card) == p and (p.stored, p.autocast, p.scaler, p.attention, p.trained) == (
+        half,
+        half,
+        scaler,
+        kernel,
+        torch.float32,
+    )
 
 
 def test_the_cpu_computes_as_before():
@@ -221,7 +285,15 @@ def test_the_cpu_computes_as_before():
     assert load_vlm("lab").dtype == torch.float32
 
 
-@pytest.mark.parametrize(("capability", "bf16", "half"), [((7, 5), False, torch.float16), ((8, 0), True, torch.bfloat16), ((9, 0), True, torch.bfloat16), ((9, 0), False, torch.float16)])
+@pytest.mark.parametrize(
+    ("capability", "bf16", "half"),
+    [
+        ((7, 5), False, torch.float16),
+        ((8, 0), True, torch.bfloat16),
+        ((9, 0), True, torch.bfloat16),
+        ((9, 0), False, torch.float16),
+    ],
+)
 def test_a_device_is_asked_and_pytorchs_word_counts(monkeypatch, capability, bf16, half):
     from contextlib import nullcontext
 
@@ -234,7 +306,19 @@ def test_a_device_is_asked_and_pytorchs_word_counts(monkeypatch, capability, bf1
     assert precision_for("cuda:0").stored == half
 
 
-@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "Tesla T4", "NVIDIA L4", "NVIDIA GeForce RTX 3090 Ti", "RTX 4070 Ti SUPER", "NVIDIA H200", "4090"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A100-SXM4-80GB",
+        "NVIDIA A100 80GB PCIe",
+        "Tesla T4",
+        "NVIDIA L4",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "RTX 4070 Ti SUPER",
+        "NVIDIA H200",
+        "4090",
+    ],
+)
 def test_names_as_drivers_write_them(name):
     assert precision_for(name).autocast == (torch.float16 if "T4" in name else torch.bfloat16)
 
@@ -267,10 +351,14 @@ def samples():
 def test_training_a_model_in_bfloat16_on_a_cpu_keeps_what_is_trained_in_32_bit(tmp_path):
     model = apply_plan(load_vlm("lab", four_bit=True, dtype=torch.bfloat16), TuningPlan(rank=4, alpha=8))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    run = fit(model, samples(), Schedule(max_steps=2, batch_size=4, learning_rate=1e-3), tmp_path, log_every=1, save=False)
+    run = fit(
+        model, samples(), Schedule(max_steps=2, batch_size=4, learning_rate=1e-3), tmp_path, log_every=1, save=False
+    )
     assert all(math.isfinite(v) for v in run.losses)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved and all(model.get_parameter(n).dtype == torch.float32 and model.get_parameter(n).requires_grad for n in moved)
+    assert moved and all(
+        model.get_parameter(n).dtype == torch.float32 and model.get_parameter(n).requires_grad for n in moved
+    )
 
 
 def test_training_in_float16_on_a_cpu_is_refused(tmp_path):
@@ -283,10 +371,17 @@ def test_training_in_float16_on_a_cpu_is_refused(tmp_path):
 def test_a_step_of_q_lora_as_each_row_says_is_finite_and_an_overflow_is_left_out(card):
     p = precision_for(card)
     model = apply_plan(load_vlm("lab", four_bit=True, dtype=p.stored), TuningPlan(rank=4, alpha=8)).train()
-    check_nf4(model.base_model.model, compute=p.stored, meant=[n for n, m in model.base_model.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)])
+    check_nf4(
+        model.base_model.model,
+        compute=p.stored,
+        meant=[n for n, m in model.base_model.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)],
+    )
     trained = [q for q in model.parameters() if q.requires_grad]
     assert {q.dtype for q in trained} == {torch.float32}
-    optimizer, scaler = torch.optim.AdamW(trained, lr=1e-3), torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=p.scaler)
+    optimizer, scaler = (
+        torch.optim.AdamW(trained, lr=1e-3),
+        torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=p.scaler),
+    )
     batch = {"input_ids": torch.arange(20, 40)[None], "labels": torch.arange(20, 40)[None]}
 
     def step(factor):
@@ -310,7 +405,11 @@ def test_a_step_of_q_lora_as_each_row_says_is_finite_and_an_overflow_is_left_out
 
 # --- the picture of a plan ---
 
-PLANS = (TuningPlan(), TuningPlan(vision="lora", connector="lora", rank=4, variant="dora"), TuningPlan(embeddings="full", head="lora", language="lora on 0-1, full on 2"))
+PLANS = (
+    TuningPlan(),
+    TuningPlan(vision="lora", connector="lora", rank=4, variant="dora"),
+    TuningPlan(embeddings="full", head="lora", language="lora on 0-1, full on 2"),
+)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.vision} {p.connector} {p.language}")

@@ -1,4 +1,5 @@
-"""What other scripts wrote is read without losing a tensor, what they lost is named, and what is hostile or strange is refused."""
+"""What other scripts wrote is read without losing a tensor, what they lost is named, and what is hostile or strange is
+refused."""
 
 import json
 import random
@@ -14,7 +15,7 @@ from families import batch_of, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_golden_minicpmv import CASES as GOLDEN
-from test_golden_minicpmv import FORWARD, checkpoints  # noqa: F401  a fixture
+from test_golden_minicpmv import FORWARD, checkpoints  # noqa: F401
 from test_golden_minicpmv import batch_of as golden_batch
 
 import vlm_lora_lab.checkpoint.rescue as module
@@ -33,7 +34,11 @@ CASES = {
     "minicpmv-2024": ("minicpmv-2024", "minicpmv-2.6", lambda d, b: foreign.minicpmv(d, b, "nothing")),
     "minicpmv-side": ("minicpmv-side", "minicpmv-2.6", lambda d, b: foreign.minicpmv(d, b, "side")),
     "minicpmv": ("minicpmv", "minicpmv-2.6", foreign.minicpmv),
-    "minicpmv-frozen-eyes": ("minicpmv-side", "minicpmv-2.6", lambda d, b: foreign.minicpmv(d, b, "side", torch.float32, tune_vision=False)),
+    "minicpmv-frozen-eyes": (
+        "minicpmv-side",
+        "minicpmv-2.6",
+        lambda d, b: foreign.minicpmv(d, b, "side", torch.float32, tune_vision=False),
+    ),
     "minicpmv-dump": ("minicpmv", "minicpmv-2.6", foreign.dump),
     "qwenvl": ("qwenvl", "qwen", foreign.qwenvl),
     "qwenvl-chat": ("qwenvl", "qwen", lambda d, b: foreign.qwenvl(d, b, q_lora=True)),
@@ -49,7 +54,11 @@ CASES = {
     "llamafactory-freeze": ("whole", "qwen2_vl", foreign.llamafactory_freeze),
     "recipe": ("recipe", "qwen", foreign.recipe),
 }
-LOST = {"minicpmv-2024": {"vision", "connector", "embeddings"}, "qwenvl": {"embeddings", "head"}, "llamafactory-zero3": {"embeddings", "head"}}
+LOST = {
+    "minicpmv-2024": {"vision", "connector", "embeddings"},
+    "qwenvl": {"embeddings", "head"},
+    "llamafactory-zero3": {"embeddings", "head"},
+}
 FOLDED = {"2u1-vision-lora"}  # LoRA and weight were trained side by side; their sum is rounded once
 
 
@@ -67,7 +76,8 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(bases, tmp_path_factory):
-    "Every re-enacted folder, made once: (folder, base, logits of what was trained, logits of it with the lost parts as in the base)."
+    """Every re-enacted folder, made once: (folder, base, logits of what was trained, logits of it with the lost parts
+    as in the base)."""
     made = {}
 
     def make(name):
@@ -101,7 +111,9 @@ def test_what_is_in_the_files_comes_back_to_the_last_bit_and_what_is_not_is_name
     assert {x.part for x in report.lost} == LOST.get(name, set()), report
     again = load_adapter(report.written) if report.plan else load_vlm(report.written)
     if report.plan:
-        assert set(load_file(report.written / "adapter_model.safetensors")) and not [k for k, t in load_file(report.written / "adapter_model.safetensors").items() if t.dtype != torch.float32]
+        assert set(load_file(report.written / "adapter_model.safetensors")) and not [
+            k for k, t in load_file(report.written / "adapter_model.safetensors").items() if t.dtype != torch.float32
+        ]
     difference = (foreign.logits(again, family) - without).abs().max().item()
     assert difference < 2e-5 if name in FOLDED else difference == 0
     lost = (trained - without).abs().max().item()
@@ -123,7 +135,9 @@ def test_every_tensor_of_every_file_is_accounted_for(name, written):
         keys |= {f"{file.name}: {k}" for k in tensors}
     assert keys == set(report.fates) and report.written is None
     text = repr(report)
-    assert all(str(x.part) in text and x.link in text for x in report.lost) and ("Nothing is known to be lost" in text) == (not report.lost)
+    assert all(str(x.part) in text and x.link in text for x in report.lost) and (
+        "Nothing is known to be lost" in text
+    ) == (not report.lost)
     assert "<table>" in report._repr_html_()
 
 
@@ -136,25 +150,39 @@ def test_the_table_of_formats_says_what_the_files_show(fmt, written):
         kind, _, name = fate.partition(": ")
         if kind in ("LoRA", "in full"):
             file = side.get(key.partition(":")[0], "beside")
-            measured.setdefault(layout_of(on_meta(base)).part_of(name.rpartition(" of ")[2]), set()).add(("lora" if kind == "LoRA" else "full", file))
+            measured.setdefault(layout_of(on_meta(base)).part_of(name.rpartition(" of ")[2]), set()).add(
+                ("lora" if kind == "LoRA" else "full", file)
+            )
     measured |= {x.part: {(x.word, "lost")} for x in report.lost}
     assert measured == {p: {kept} for p, kept in FORMATS[fmt].keeps.items()}
     assert all(link.startswith("https://") for link in FORMATS[fmt].sources)
 
 
 @pytest.mark.parametrize("name", ["finetune_py_default", "finetune_lora_sh"])
-def test_an_adapter_of_the_original_script_and_model(name, golden_root, checkpoints, tmp_path):  # noqa: F811
-    "Independent of the re-enactments: names, loss and merged weight as upstream's code and PEFT 0.15.2 gave them. Of modules_to_save nothing is in the reference's file."
+def test_an_adapter_of_the_original_script_and_model(name, golden_root, checkpoints, tmp_path):
+    """Independent of the re-enactments: names, loss and merged weight as upstream's code and PEFT 0.15.2 gave them.
+
+    Of modules_to_save nothing is in the reference's file."""
     root, base = golden_root / "minicpmv26_lora", checkpoints(GOLDEN[3])
     reference, outputs = json.loads((root / "lora.json").read_text())[name], load_file(root / "outputs.safetensors")
-    state = {k.removeprefix(f"{name}."): v for k, v in load_file(root / "lora_weights.safetensors").items() if k.startswith(f"{name}.")}
+    state = {
+        k.removeprefix(f"{name}."): v
+        for k, v in load_file(root / "lora_weights.safetensors").items()
+        if k.startswith(f"{name}.")
+    }
     (tmp_path / "run").mkdir()
     save_file(state, tmp_path / "run" / "adapter_model.safetensors")
     fields = {k: reference[k] for k in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")}
-    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(fields | {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "openbmb/MiniCPM-V-2_6"}))
+    (tmp_path / "run" / "adapter_config.json").write_text(
+        json.dumps(
+            fields | {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "openbmb/MiniCPM-V-2_6"}
+        )
+    )
     report = rescue(tmp_path / "run", base, tmp_path / "out")
     assert report.found.format == "minicpmv" and len(report.fates) == len(state)
-    assert {x.part for x in report.lost} == {"connector", "embeddings"} | ({"vision"} if "vpm" in reference["modules_to_save"] else set())
+    assert {x.part for x in report.lost} == {"connector", "embeddings"} | (
+        {"vision"} if "vpm" in reference["modules_to_save"] else set()
+    )
     batch = {k: v for k, v in golden_batch(golden_root, GOLDEN[3]).items()}
     model = load_adapter(report.written)
     with torch.no_grad():
@@ -180,14 +208,19 @@ def test_flags_that_the_user_knows_settle_what_the_files_do_not_tell(written):
 def test_what_the_trainer_kept_in_between_is_pointed_at_and_the_rest_explained(copied, bases, tmp_path):
     folder, base = copied("qwenvl")
     report = rescue(folder, base, allow_pickle=True)
-    assert {x.part: "checkpoint-2 still holds 1 tensors" in x.elsewhere for x in report.lost} == {"embeddings": True, "head": True} and "lost for good" not in repr(report)
+    assert {x.part: "checkpoint-2 still holds 1 tensors" in x.elsewhere for x in report.lost} == {
+        "embeddings": True,
+        "head": True,
+    } and "lost for good" not in repr(report)
     between = rescue(folder / "checkpoint-2", base, tmp_path / "out")
     assert between.ok and between.plan.words["embeddings"] == between.plan.words["head"] == "full"
     assert "no weights" in recognise(folder / "checkpoint-2").others["optimizer.pt"]
     shutil.rmtree(folder / "checkpoint-2")
     assert "lost for good" in repr(rescue(folder, base, allow_pickle=True))
     (folder / "global_step2").mkdir()
-    assert "zero_to_fp32" in repr(rescue(folder, base, allow_pickle=True)) and "DeepSpeed or FSDP left may hold it" in repr(rescue(folder, base, allow_pickle=True))
+    assert "zero_to_fp32" in repr(
+        rescue(folder, base, allow_pickle=True)
+    ) and "DeepSpeed or FSDP left may hold it" in repr(rescue(folder, base, allow_pickle=True))
 
 
 def test_an_idle_adapter_an_untrained_part_and_nan_are_suspicious(copied):
@@ -206,14 +239,24 @@ def test_an_idle_adapter_an_untrained_part_and_nan_are_suspicious(copied):
 
 def test_a_run_in_four_bit_with_the_base_packed_beside_it(tmp_path):
     torch.manual_seed(0)
-    model = get_peft_model(load_vlm("lab", four_bit=True), LoraConfig(r=4, target_modules=foreign.MINICPMV, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        load_vlm("lab", four_bit=True),
+        LoraConfig(r=4, target_modules=foreign.MINICPMV, task_type="CAUSAL_LM"),
+        autocast_adapter_dtype=False,
+    )
     model.base_model.model.resampler.requires_grad_(True)
     for p in model.parameters():
         p.data = p.data + 0.01 * torch.randn_like(p) if p.requires_grad else p.data
     model.save_pretrained(tmp_path / "run")
-    torch.save({n: p.detach() for n, p in model.named_parameters() if "lora_" not in n}, tmp_path / "run" / "non_lora_state_dict.bin")
+    torch.save(
+        {n: p.detach() for n, p in model.named_parameters() if "lora_" not in n},
+        tmp_path / "run" / "non_lora_state_dict.bin",
+    )
     report = rescue(tmp_path / "run", "lab", tmp_path / "out", four_bit=True, allow_pickle=True)
-    assert sum(f.startswith("packed base") for f in report.fates.values()) > 10 and read_provenance(report.written)["four_bit"]
+    assert (
+        sum(f.startswith("packed base") for f in report.fates.values()) > 10
+        and read_provenance(report.written)["four_bit"]
+    )
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         assert torch.equal(load_adapter(report.written)(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
@@ -222,19 +265,41 @@ def test_a_run_in_four_bit_with_the_base_packed_beside_it(tmp_path):
     assert read_provenance(again.written)["four_bit"] and not any("4 bit" in n for n in again.notes)
 
 
-@pytest.mark.parametrize("option", [dict(use_rslora=True), dict(use_dora=True), dict(rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 32}), dict(layers_to_transform=[1])], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [
+        dict(use_rslora=True),
+        dict(use_dora=True),
+        dict(rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 32}),
+        dict(layers_to_transform=[1]),
+    ],
+    ids=str,
+)
 def test_variants_and_patterns_of_peft(option, bases, tmp_path):
     base = bases("minicpmv-2.6")
     names = ["q_proj", "v_proj"]
-    model = get_peft_model(load_vlm(base), LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM", **option), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        load_vlm(base),
+        LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM", **option),
+        autocast_adapter_dtype=False,
+    )
     foreign.train(model, "minicpmv-2.6").save_pretrained(tmp_path / "run")
     report = rescue(tmp_path / "run", base, tmp_path / "out")
-    assert report.ok and torch.equal(foreign.logits(load_adapter(report.written), "minicpmv-2.6"), foreign.logits(model, "minicpmv-2.6"))
+    assert report.ok and torch.equal(
+        foreign.logits(load_adapter(report.written), "minicpmv-2.6"), foreign.logits(model, "minicpmv-2.6")
+    )
 
 
 @pytest.mark.parametrize(
     "change",
-    [dict(bias="all"), dict(peft_type="IA3"), dict(init_lora_weights="pissa"), dict(layer_replication=[[0, 2]]), dict(use_dora=True, use_rslora=True), dict(lora_alpha=None)],
+    [
+        dict(bias="all"),
+        dict(peft_type="IA3"),
+        dict(init_lora_weights="pissa"),
+        dict(layer_replication=[[0, 2]]),
+        dict(use_dora=True, use_rslora=True),
+        dict(lora_alpha=None),
+    ],
     ids=str,
 )
 def test_what_a_plan_cannot_say_is_refused(change, copied):
@@ -254,7 +319,9 @@ class Bomb:
         return Path.touch, (self.trace,)
 
 
-@pytest.mark.parametrize("file", ["adapter_model.bin", "vpm_resampler_embedtokens.pt", "non_lora_state_dict.bin", "lora_adapter_model.pth"])
+@pytest.mark.parametrize(
+    "file", ["adapter_model.bin", "vpm_resampler_embedtokens.pt", "non_lora_state_dict.bin", "lora_adapter_model.pth"]
+)
 def test_a_pickle_with_a_program_is_refused_and_not_run(file, copied, tmp_path):
     folder, base = copied("minicpmv")
     Bomb.trace = tmp_path / "BOOM"
@@ -268,7 +335,14 @@ def test_a_pickle_with_a_program_is_refused_and_not_run(file, copied, tmp_path):
     assert not Bomb.trace.exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name,file", [("minicpmv-side", "adapter_model.safetensors"), ("minicpmv-side", "vpm_resampler_embedtokens.pt"), ("qwenvl", "adapter_model.bin")])
+@pytest.mark.parametrize(
+    "name,file",
+    [
+        ("minicpmv-side", "adapter_model.safetensors"),
+        ("minicpmv-side", "vpm_resampler_embedtokens.pt"),
+        ("qwenvl", "adapter_model.bin"),
+    ],
+)
 def test_a_truncated_file_is_refused_wherever_it_ends(name, file, copied, tmp_path):
     folder, base = copied(name)
     whole = (folder / file).read_bytes()
@@ -281,13 +355,17 @@ def test_a_truncated_file_is_refused_wherever_it_ends(name, file, copied, tmp_pa
 
 def test_another_base_and_another_family_are_refused_by_name(written, bases, tmp_path):
     folder, base, *_ = written("minicpmv")
-    with pytest.raises(InputError, match=r"(?s)no place in .*\(Qwen-VL\).*look like MiniCPM-V.*adapter_config.json names"):
+    with pytest.raises(
+        InputError, match=r"(?s)no place in .*\(Qwen-VL\).*look like MiniCPM-V.*adapter_config.json names"
+    ):
         rescue(folder, bases("qwen"), tmp_path / "out")
     wider = tiny_model("minicpmv-2.6").config
     rows = wider.vocab_size
     wider.vocab_size = rows + 32
     type(tiny_model("minicpmv-2.6"))(wider).save_pretrained(tmp_path / "wider")
-    with pytest.raises(InputError, match=rf"embed_tokens.weight is {rows} × 64, but .* is {rows + 32} × 64.*words were added"):
+    with pytest.raises(
+        InputError, match=rf"embed_tokens.weight is {rows} × 64, but .* is {rows + 32} × 64.*words were added"
+    ):
         rescue(folder, tmp_path / "wider", tmp_path / "out")
     other = written("2u1")[0]
     with pytest.raises(InputError, match="Qwen2-VL or later"):
@@ -326,12 +404,19 @@ def test_folders_that_are_not_what_they_seem(copied, bases, tmp_path):
     save_file(half, folder / "adapter_model.safetensors")
     with pytest.raises(InputError, match="has lora_A and should have lora_A, lora_B"):
         rescue(folder, base)
-    save_file(state | {k.replace("lora_A.weight", "lora_A.second.weight"): v.clone() for k, v in state.items() if "lora_A" in k}, folder / "adapter_model.safetensors")
+    save_file(
+        state
+        | {k.replace("lora_A.weight", "lora_A.second.weight"): v.clone() for k, v in state.items() if "lora_A" in k},
+        folder / "adapter_model.safetensors",
+    )
     with pytest.raises(InputError, match="another value|several adapters"):
         rescue(folder, base)
     save_file(state, folder / "adapter_model.safetensors")
     torch.save({"resampler.query": torch.zeros(16, 64)}, folder / "non_lora_state_dict.bin")
-    with pytest.raises(InputError, match="resampler.query has another value in non_lora_state_dict.bin than in adapter_model.safetensors"):
+    with pytest.raises(
+        InputError,
+        match="resampler.query has another value in non_lora_state_dict.bin than in adapter_model.safetensors",
+    ):
         rescue(folder, base, allow_pickle=True)
     (folder / "non_lora_state_dict.bin").unlink()
     spoil(folder, adapter_config__json='{"peft_type": ')
@@ -383,7 +468,11 @@ def test_rules_give_lora_to_exactly_the_layers_that_have_it(seed, bases):
     dice, family = random.Random(seed), ["minicpmv-2.6", "qwen", "qwen3_vl", "minicpmv-4.5"][seed % 4]
     m = module._Model(bases(family))
     layers = sorted(m.adaptable)
-    chosen = dice.sample(layers, dice.randint(1, len(layers))) if seed % 3 else [n for n in layers if n.endswith(dice.choice(["proj", "c_proj", "attn", "1"]))] or layers[:1]
+    chosen = (
+        dice.sample(layers, dice.randint(1, len(layers)))
+        if seed % 3
+        else [n for n in layers if n.endswith(dice.choice(["proj", "c_proj", "attn", "1"]))] or layers[:1]
+    )
     sizes = {n: dice.choice([(4, 8.0), (8, 8.0)] if seed % 2 else [(4, 8.0)]) for n in chosen}
     plan = module._plan_of(m, sizes, [], {"dropout": 0.0, "variant": "lora"})
     plan = TuningPlan.of(json.loads(json.dumps(plan.to_dict())))
@@ -394,14 +483,22 @@ def test_one_rule_is_enough_where_one_can_say_it():
     every = [f"model.layers.{i}.{n}" for i in range(12) for n in ("attn.q_proj", "attn.c_proj", "mlp.c_proj")]
     size = (8, 16.0)
     assert [str(r) for r in lora_rules(dict.fromkeys(every, size), every, size)] == ["lora"]
-    assert [str(r) for r in lora_rules({n: size for n in every if "attn.c_proj" in n}, every, size)] == ["lora(targets=attn.c_proj)"]
-    assert [str(r) for r in lora_rules({every[3]: (4, 4.0)}, every, size)] == ["lora(rank=4, alpha=4.0, targets=1.attn.q_proj)"]
+    assert [str(r) for r in lora_rules({n: size for n in every if "attn.c_proj" in n}, every, size)] == [
+        "lora(targets=attn.c_proj)"
+    ]
+    assert [str(r) for r in lora_rules({every[3]: (4, 4.0)}, every, size)] == [
+        "lora(rank=4, alpha=4.0, targets=1.attn.q_proj)"
+    ]
 
 
 @pytest.mark.parametrize(
     "key,name,kind",
     [
-        ("base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A.weight", "llm.model.layers.0.self_attn.q_proj", "lora_A"),
+        (
+            "base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "llm.model.layers.0.self_attn.q_proj",
+            "lora_A",
+        ),
         ("module.base_model.model.lm_head.lora_B.default.weight", "lm_head", "lora_B"),
         ("base_model.model.transformer.wte.lora_embedding_A", "transformer.wte", "lora_embedding_A"),
         ("base_model.model.transformer.wte.lora_embedding_B.default", "transformer.wte", "lora_embedding_B"),
@@ -420,7 +517,10 @@ def test_places_of_older_names():
     names = set(on_meta("Qwen/Qwen2.5-VL-7B-Instruct").state_dict())
     assert place("visual.merger.mlp.0.weight", names) == "model.visual.merger.mlp.0.weight"
     assert place("model.layers.3.mlp.up_proj.weight", names) == "model.language_model.layers.3.mlp.up_proj.weight"
-    assert place("model.visual.merger.mlp.0.weight", names) == "model.visual.merger.mlp.0.weight" and place("resampler.query", names) is None
+    assert (
+        place("model.visual.merger.mlp.0.weight", names) == "model.visual.merger.mlp.0.weight"
+        and place("resampler.query", names) is None
+    )
     with pytest.raises(InputError, match="language_model.a could be a or model.language_model.a"):
         place("language_model.a", {"a", "model.language_model.a"})
 
@@ -428,23 +528,37 @@ def test_places_of_older_names():
 def test_modules_are_as_small_as_peft_allows(bases):
     model = on_meta(bases("minicpmv-2.6"))
     assert modules_around(model, {n for n, _ in model.resampler.named_parameters(prefix="resampler")}) == ["resampler"]
-    assert modules_around(model, {"resampler.query"}) == ["resampler"]  # bare: PEFT keeps the whole module, and the rest comes from the base
-    assert modules_around(model, {"vpm.encoder.layers.1.mlp.fc1.weight", "llm.lm_head.weight"}) == ["vpm.encoder.layers.1.mlp.fc1", "llm.lm_head"]
+    # bare: PEFT keeps the whole module, and the rest comes from the base
+    assert modules_around(model, {"resampler.query"}) == ["resampler"]
+    assert modules_around(model, {"vpm.encoder.layers.1.mlp.fc1.weight", "llm.lm_head.weight"}) == [
+        "vpm.encoder.layers.1.mlp.fc1",
+        "llm.lm_head",
+    ]
     qwen = on_meta(bases("qwen"))
-    assert modules_around(qwen, {"transformer.visual.positional_embedding"}) == ["transformer.visual"]  # takes the connector inside it along
+    # takes the connector inside it along
+    assert modules_around(qwen, {"transformer.visual.positional_embedding"}) == ["transformer.visual"]
     with pytest.raises(InputError, match="image_newline was trained in full"):
         modules_around(on_meta(bases("llava_onevision")), {"model.image_newline"})
 
 
 def test_a_single_bare_parameter_is_kept_with_its_module(bases, tmp_path):
     base = bases("minicpmv-2.6")
-    model = get_peft_model(load_vlm(base), LoraConfig(r=4, target_modules=foreign.MINICPMV, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        load_vlm(base),
+        LoraConfig(r=4, target_modules=foreign.MINICPMV, task_type="CAUSAL_LM"),
+        autocast_adapter_dtype=False,
+    )
     model.base_model.model.resampler.query.requires_grad_(True)
     foreign.train(model, "minicpmv-2.6").save_pretrained(tmp_path / "run")
-    save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}, tmp_path / "run" / "vit.safetensors")
+    save_file(
+        {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n},
+        tmp_path / "run" / "vit.safetensors",
+    )
     report = rescue(tmp_path / "run", base, tmp_path / "out")
     assert any("12 tensors that were not trained come from the base" in n for n in report.notes)
-    assert torch.equal(foreign.logits(load_adapter(report.written), "minicpmv-2.6"), foreign.logits(model, "minicpmv-2.6"))
+    assert torch.equal(
+        foreign.logits(load_adapter(report.written), "minicpmv-2.6"), foreign.logits(model, "minicpmv-2.6")
+    )
 
 
 def test_the_command_line(copied, tmp_path, capsys):
@@ -453,10 +567,29 @@ def test_the_command_line(copied, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "issues/222" in said and "Nothing was written" in said
     folder, base = copied("minicpmv-side")
-    held = len(load_file(folder / "adapter_model.safetensors")) + len(torch.load(folder / "vpm_resampler_embedtokens.pt", weights_only=True))
+    held = len(load_file(folder / "adapter_model.safetensors")) + len(
+        torch.load(folder / "vpm_resampler_embedtokens.pt", weights_only=True)
+    )
     assert main(["rescue", str(folder), "--base", str(base), "--output", str(tmp_path / "out")]) == 2
     assert "--allow-pickle" in capsys.readouterr().err
-    assert main(["rescue", str(folder), "--base", str(base), "--output", str(tmp_path / "out"), "--allow-pickle", "--flags", "minicpmv", "use_lora=true", "tune_llm=false"]) == 0
+    assert (
+        main(
+            [
+                "rescue",
+                str(folder),
+                "--base",
+                str(base),
+                "--output",
+                str(tmp_path / "out"),
+                "--allow-pickle",
+                "--flags",
+                "minicpmv",
+                "use_lora=true",
+                "tune_llm=false",
+            ]
+        )
+        == 0
+    )
     assert "Nothing is known to be lost" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "rescue.json").read_text())
     assert report["format"] == "minicpmv-side" and report["lost"] == [] and len(report["tensors"]) == held
@@ -472,12 +605,19 @@ def test_an_embedding_that_left_its_tie_is_refused_and_one_that_stayed_comes_bac
     tiny_model("gemma3").save_pretrained(base)
     for tying in (False, True):
         torch.manual_seed(0)
-        config = LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=".*vision.*", modules_to_save=["embed_tokens"], ensure_weight_tying=tying, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=2,
+            target_modules=["q_proj"],
+            exclude_modules=".*vision.*",
+            modules_to_save=["embed_tokens"],
+            ensure_weight_tying=tying,
+            task_type="CAUSAL_LM",
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT speaks of the tie
             model = get_peft_model(load_vlm(base, dtype=torch.float32), config)
         with torch.no_grad():
-            for name, p in model.named_parameters():
+            for _name, p in model.named_parameters():
                 if p.requires_grad:
                     p += 0.05 * torch.randn(p.shape)
         folder = tmp_path / f"trained-{tying}"

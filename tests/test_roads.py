@@ -1,4 +1,5 @@
-"""The whole road on stand-ins of the published checkpoints: `pytest -m slow tests/test_roads.py` walks all of them and writes ROADS.md; the rest holds a few to it."""
+"""The whole road on stand-ins of the published checkpoints: `pytest -m slow tests/test_roads.py` walks all of them and
+writes ROADS.md; the rest holds a few to it."""
 
 import json
 
@@ -16,7 +17,10 @@ from vlm_lora_lab.plan import TuningPlan
 from vlm_lora_lab.preview import Preview
 from vlm_lora_lab.quant.memory import estimate
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.*stay on the disk"), pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*stay on the disk"),
+    pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings"),
+]
 
 
 def test_the_table_is_what_the_rows_say_and_has_no_gap():
@@ -45,14 +49,18 @@ def test_every_road(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["OpenGVLab/InternVL3-1B-hf", "google/gemma-3-4b-it"])
 def test_a_rope_that_depends_on_the_length_changes_no_estimate(name, tmp_path):
-    "InternVL3 asks how long a text is, to compute its frequencies anew; Gemma 3 has one kind of frequencies for each kind of layer."
+    """InternVL3 asks how long a text is, to compute its frequencies anew; Gemma 3 has one kind of frequencies for each
+    kind of layer."""
     values, plain = shrunk(name), shrunk(name)
     text = plain["text_config"]
     text["rope_scaling"] = None
     for folder, config in (("scaled", values), ("plain", plain)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(json.dumps(config))
-    assert values["text_config"]["rope_scaling"] and estimate(str(tmp_path / "scaled"), tokens=64).rows == estimate(str(tmp_path / "plain"), tokens=64).rows
+    assert (
+        values["text_config"]["rope_scaling"]
+        and estimate(str(tmp_path / "scaled"), tokens=64).rows == estimate(str(tmp_path / "plain"), tokens=64).rows
+    )
 
 
 def test_a_family_without_data_here_is_told_by_name_and_its_tokenizer_needs_no_template(tmp_path):
@@ -77,15 +85,24 @@ def test_embeddings_that_are_the_head_are_counted_once_and_lie_on_the_disk_twice
     trained, copy = rows["embeddings", "in full"], rows["head", "tied copy"]
     assert copy.weights == 0 and copy.nbytes == trained.nbytes == 4 * trained.weights
     seen = Preview.of(on_meta(road.base), TuningPlan(**TIED_PLANS[0]))
-    assert sum(r.weights for r in rows.values()) == seen.trained and seen.adapter_bytes == 4 * (seen.trained + trained.weights)
-    assert Preview.of(on_meta(road.base), TuningPlan()).copied == 0 == Preview.of(on_meta("Qwen/Qwen3-VL-8B-Instruct"), TuningPlan(embeddings="full")).copied
+    assert sum(r.weights for r in rows.values()) == seen.trained and seen.adapter_bytes == 4 * (
+        seen.trained + trained.weights
+    )
+    assert (
+        Preview.of(on_meta(road.base), TuningPlan()).copied
+        == 0
+        == Preview.of(on_meta("Qwen/Qwen3-VL-8B-Instruct"), TuningPlan(embeddings="full")).copied
+    )
 
 
 def test_a_bare_parameter_beside_embeddings_says_which_words_train_them():
     model = on_meta("llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
     with pytest.raises(InputError, match="model.image_newline is a bare parameter.*embeddings: full on embed_tokens"):
         Preview.of(model, TuningPlan(embeddings="full"))
-    assert Preview.of(model, TuningPlan(embeddings="full on embed_tokens")).trained > model.get_input_embeddings().weight.numel()
+    assert (
+        Preview.of(model, TuningPlan(embeddings="full on embed_tokens")).trained
+        > model.get_input_embeddings().weight.numel()
+    )
 
 
 def test_a_rule_that_does_not_hold_names_the_folder_that_is_there(tmp_path):

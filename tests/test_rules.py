@@ -14,22 +14,54 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import PARTS, count, layout_of, linear_layers, plain_name
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import VARIANTS, Rule, TuningPlan, apply_plan, full_modules, layer_pattern, lora_layers, packed_projections, read_rules
+from vlm_lora_lab.plan import (
+    VARIANTS,
+    Rule,
+    TuningPlan,
+    apply_plan,
+    full_modules,
+    layer_pattern,
+    lora_layers,
+    packed_projections,
+    read_rules,
+)
 from vlm_lora_lab.preview import Preview
 from vlm_lora_lab.train.run import PartTrainer
 
 SIX = ["minicpmv-2.0", "minicpmv-2.6", "minicpmv-4.5", "qwen", "qwen2_vl", "idefics3"]
 
 
-@pytest.mark.parametrize("text", ["freeze", "full", "lora", "lora(rank=8, lr=0.001)", "lora(rank=8) on 0-15, full(lr=1e-05) on 16-23", "lora(targets=q_proj+v_proj) on *.self_attn.*",
-                                  "full, freeze on 3", "lora(rank=4, alpha=9.0) on mlp"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "freeze",
+        "full",
+        "lora",
+        "lora(rank=8, lr=0.001)",
+        "lora(rank=8) on 0-15, full(lr=1e-05) on 16-23",
+        "lora(targets=q_proj+v_proj) on *.self_attn.*",
+        "full, freeze on 3",
+        "lora(rank=4, alpha=9.0) on mlp",
+    ],
+)
 def test_rules_are_read_as_they_are_written(text):
     assert ", ".join(map(str, read_rules(text))) == text
 
 
-@pytest.mark.parametrize("text, message", [("both", "'both' is not a way"), ("", "is not a way"), ("lora(rank=eight)", "rank is 'eight'"), ("lora(rnk=8)", "may stand: rank"),
-                                           ("full(rank=8)", "may stand: lr"), ("freeze(lr=1)", "may stand: nothing"), ("lora(rank=-1)", "not above 0"),
-                                           ("lora on 0-3 and 5", "is not a way"), ("lora(rank=8", "is not a way")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("both", "'both' is not a way"),
+        ("", "is not a way"),
+        ("lora(rank=eight)", "rank is 'eight'"),
+        ("lora(rnk=8)", "may stand: rank"),
+        ("full(rank=8)", "may stand: lr"),
+        ("freeze(lr=1)", "may stand: nothing"),
+        ("lora(rank=-1)", "not above 0"),
+        ("lora on 0-3 and 5", "is not a way"),
+        ("lora(rank=8", "is not a way"),
+    ],
+)
 def test_mistakes_in_rules(text, message):
     with pytest.raises(InputError, match=re.escape(message)):
         TuningPlan(language=text)
@@ -45,7 +77,10 @@ def test_a_rule_that_means_nothing_says_what_there_is():
 
 
 def test_patterns_hit_what_is_meant_and_nothing_else():
-    names = [f"m.layers.{i}.{k}" for i in range(30) for k in ("q_proj", "kv_proj", "v_proj")] + ["m.v_proj", "x.layers.3.v_proj"]
+    names = [f"m.layers.{i}.{k}" for i in range(30) for k in ("q_proj", "kv_proj", "v_proj")] + [
+        "m.v_proj",
+        "x.layers.3.v_proj",
+    ]
     generator = random.Random(0)
     for _ in range(300):
         some = generator.sample(names, generator.randint(1, len(names)))
@@ -53,7 +88,8 @@ def test_patterns_hit_what_is_meant_and_nothing_else():
 
 
 def random_line(part, layers, generator, packed=()):
-    "One to three rules, now and then for layers by number or by name, or with targets, among them a packed `in_proj_weight`."
+    """One to three rules, now and then for layers by number or by name, or with targets, among them a packed
+    `in_proj_weight`."""
     numbers = sorted({int(m[1]) for n in layers if (m := re.search(r"\.(\d+)\.", n))})
     rules = []
     for i in range(generator.choice([1, 1, 1, 2, 3])):
@@ -73,7 +109,11 @@ def random_line(part, layers, generator, packed=()):
 
 def random_plan(model, generator):
     layers, packed = linear_layers(model), packed_projections(model)
-    return TuningPlan(**{part: random_line(part, layers[part], generator, packed[part]) for part in PARTS}, rank=generator.choice([2, 4]), variant=generator.choice(["lora", "lora", "rslora"]))
+    return TuningPlan(
+        **{part: random_line(part, layers[part], generator, packed[part]) for part in PARTS},
+        rank=generator.choice([2, 4]),
+        variant=generator.choice(["lora", "lora", "rslora"]),
+    )
 
 
 def step(model, batch, plan):
@@ -89,7 +129,8 @@ def step(model, batch, plan):
 
 @pytest.mark.parametrize("family", SIX)
 def test_two_hundred_random_plans(family):
-    "1,200 in all: what is applied is what was previewed and written; every tenth also trains, and exactly the promised tensors move."
+    """1,200 in all: what is applied is what was previewed and written; every tenth also trains, and exactly the
+    promised tensors move."""
     generator, applied, refused, trained, reached = random.Random(family), 0, 0, 0, 0
     template = tiny_model(family)
     state, empty = template.state_dict(), on_meta(tiny_config(family))
@@ -116,7 +157,8 @@ def test_two_hundred_random_plans(family):
         if applied % 10 == 0:
             promised = {n for n, p in model.named_parameters() if p.requires_grad}
             moved = step(model, batch_of(family, model), plan)
-            unseen = {n for n in promised - moved if "embed" in n or "wte" in n}  # LoRA on tokens that the batch does not hold
+            # LoRA on tokens that the batch does not hold
+            unseen = {n for n in promised - moved if "embed" in n or "wte" in n}
             assert moved <= promised and promised - moved == unseen, (plan, promised ^ moved)
             trained += 1
     assert trained == 20 and (reached >= 10) == any(packed_projections(template).values())
@@ -125,7 +167,9 @@ def test_two_hundred_random_plans(family):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("four_bit", [False, True], ids=["whole", "nf4"])
 def test_variants_train_and_come_back(variant, four_bit, tmp_path):
-    plan = TuningPlan(variant=variant, language="lora(rank=8) on 0-2, lora(rank=4) on 3-4", connector="full", rank=8, alpha=16)
+    plan = TuningPlan(
+        variant=variant, language="lora(rank=8) on 0-2, lora(rank=4) on 3-4", connector="full", rank=8, alpha=16
+    )
     if variant == "pissa" and four_bit:
         with pytest.raises(InputError, match="PiSSA"):
             apply_plan(load_vlm("lab", four_bit=True), plan)
@@ -133,12 +177,16 @@ def test_variants_train_and_come_back(variant, four_bit, tmp_path):
     torch.manual_seed(0)
     model = apply_plan(load_vlm("lab", four_bit=four_bit), plan)
     assert {m.r["default"] for n, m in model.named_modules() if hasattr(m, "lora_A")} == {4, 8}
-    assert {m.scaling["default"] for n, m in model.named_modules() if hasattr(m, "lora_A")} == ({2.0} if variant != "rslora" else {16 / 8**0.5, 8 / 4**0.5})
+    assert {m.scaling["default"] for n, m in model.named_modules() if hasattr(m, "lora_A")} == (
+        {2.0} if variant != "rslora" else {16 / 8**0.5, 8 / 4**0.5}
+    )
     ids = torch.randint(20, 400, (2, 30))
     step(model.train(), dict(input_ids=ids, labels=ids), plan)
     folder = save_adapter(model, tmp_path / "adapter", plan, "lab", load_tokenizer("lab"), four_bit)
     with torch.no_grad():
-        torch.testing.assert_close(load_adapter(folder)(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            load_adapter(folder)(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_some_layers_in_full_beside_others_in_4_bit(tmp_path):
@@ -158,15 +206,31 @@ def test_some_layers_in_full_beside_others_in_4_bit(tmp_path):
 def test_learning_rates_reach_the_optimizer(tmp_path):
     plan = TuningPlan(vision="lora(lr=7e-5)", connector="full(lr=5e-4)", language="lora, full on 4", lora_plus=16)
     model = apply_plan(load_vlm("lab"), plan)
-    trainer = PartTrainer(model=model, args=TrainingArguments(tmp_path, learning_rate=1e-3, use_cpu=True, report_to="none"), full_rate=1e-4, plan=plan)
+    trainer = PartTrainer(
+        model=model,
+        args=TrainingArguments(tmp_path, learning_rate=1e-3, use_cpu=True, report_to="none"),
+        full_rate=1e-4,
+        plan=plan,
+    )
     found, names = {}, {id(p): n for n, p in model.named_parameters()}
     for group in trainer.create_optimizer().param_groups:
         for p in group["params"]:
             name = names[id(p)]
-            found.setdefault((layout_of(model).part_of(name), "B" if ".lora_B." in name else "A" if ".lora_A." in name else "full"), set()).add(group["lr"])
-    assert found == {("vision", "A"): {7e-5}, ("vision", "B"): {16 * 7e-5}, ("connector", "full"): {5e-4}, ("language", "A"): {1e-3}, ("language", "B"): {16e-3},
-                     ("language", "full"): {1e-4}}  # fmt: skip
-    assert sum(len(g["params"]) for g in trainer.optimizer.param_groups) == sum(p.requires_grad for p in model.parameters())
+            found.setdefault(
+                (layout_of(model).part_of(name), "B" if ".lora_B." in name else "A" if ".lora_A." in name else "full"),
+                set(),
+            ).add(group["lr"])
+    assert found == {
+        ("vision", "A"): {7e-5},
+        ("vision", "B"): {16 * 7e-5},
+        ("connector", "full"): {5e-4},
+        ("language", "A"): {1e-3},
+        ("language", "B"): {16e-3},
+        ("language", "full"): {1e-4},
+    }
+    assert sum(len(g["params"]) for g in trainer.optimizer.param_groups) == sum(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 def test_lora_plus_is_pefts():

@@ -40,7 +40,10 @@ def complete(folder, base=lab_folder()):
         shutil.copytree(base, folder)
     values = json.loads((folder / "config.json").read_text())
     if values["model_type"] in ("minicpmv", "minicpmo", "qwen"):
-        values["auto_map"] = {"AutoConfig": "configuration_minicpm.MiniCPMVConfig", "AutoModel": "openbmb/MiniCPM-V-2_6--modeling_minicpmv.MiniCPMV"}
+        values["auto_map"] = {
+            "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
+            "AutoModel": "openbmb/MiniCPM-V-2_6--modeling_minicpmv.MiniCPMV",
+        }
         for name in ("configuration_minicpm.py", "modeling_minicpmv.py"):
             (folder / name).write_text("raise SystemExit('remote code ran')")
     (folder / "config.json").write_text(json.dumps(values))
@@ -64,7 +67,17 @@ def served(tmp_path_factory):
     [
         (TuningPlan(), True),
         (TuningPlan(language="lora(rank=4, alpha=9) on 0-1, lora(rank=7) on mlp, full on 4", connector="full"), False),
-        (TuningPlan(variant="rslora", language="lora(rank=4) on 0-1, lora on 2-4", vision="lora", connector="lora", embeddings="lora", head="lora"), True),
+        (
+            TuningPlan(
+                variant="rslora",
+                language="lora(rank=4) on 0-1, lora on 2-4",
+                vision="lora",
+                connector="lora",
+                embeddings="lora",
+                head="lora",
+            ),
+            True,
+        ),
         (TuningPlan(variant="pissa", language="lora(rank=4) on 0-1, lora on 2-4", vision="lora on 0"), False),
     ],
     ids=["default", "by layer", "rslora everywhere", "pissa"],
@@ -78,9 +91,14 @@ def test_lora_alone_on_the_folded_base_is_the_trained_model(plan, four_bit, tmp_
     without = logits(load_vlm(tmp_path / "out" / "model"), dict(input_ids=IDS))
     assert ((want - without).abs().max() / want.std()).item() > 1e-2  # the adapter does something
     config = LoraConfig.from_pretrained(tmp_path / "out" / "adapter")
-    assert not (config.modules_to_save or config.rank_pattern or config.alpha_pattern or config.use_rslora or config.use_dora)
+    assert not (
+        config.modules_to_save or config.rank_pattern or config.alpha_pattern or config.use_rslora or config.use_dora
+    )
     part = layout_of(model).part_of
-    assert {part(k.removeprefix("base_model.model.")) for k in load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")} == {"language"}
+    assert {
+        part(k.removeprefix("base_model.model."))
+        for k in load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    } == {"language"}
     assert all(r.ok for r in done.rules[:10])
 
 
@@ -105,7 +123,10 @@ def test_nothing_is_written_when_nothing_has_to_be_folded(tmp_path):
     assert f"vllm serve {base} --trust-remote-code" in done.commands and "--max-lora-rank 16" in done.commands
 
 
-@pytest.mark.parametrize("plan, says", [(TuningPlan(variant="dora"), "DoRA"), (TuningPlan(language="freeze", vision="lora"), "no adapter is left")])
+@pytest.mark.parametrize(
+    "plan, says",
+    [(TuningPlan(variant="dora"), "DoRA"), (TuningPlan(language="freeze", vision="lora"), "no adapter is left")],
+)
 def test_what_vllm_cannot_be_given_is_refused_before_anything_is_written(plan, says, tmp_path):
     _, adapter = made("lab", tmp_path / "adapter", plan)
     with pytest.raises(InputError, match=says):
@@ -135,17 +156,24 @@ SPOIL = {
     "lora_alpha and target": lambda d: json_edit(d / "adapter/adapter_config.json", lora_alpha=...),
     "can be read": lambda d: (d / "adapter/adapter_model.safetensors").write_bytes(b"nothing"),
     "linear layers of the language": lambda d: weights_edit(
-        d / "adapter/adapter_model.safetensors", lambda t: t.update({f"base_model.model.resampler.kv_proj.lora_{m}.weight": torch.zeros(16, 16) for m in "AB"})
+        d / "adapter/adapter_model.safetensors",
+        lambda t: t.update({f"base_model.model.resampler.kv_proj.lora_{m}.weight": torch.zeros(16, 16) for m in "AB"}),
     ),
-    "shapes of their layer": lambda d: weights_edit(d / "adapter/adapter_model.safetensors", lambda t: t.pop(next(iter(t)))),
-    "every key": lambda d: weights_edit(d / "adapter/adapter_model.safetensors", lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)})),
+    "shapes of their layer": lambda d: weights_edit(
+        d / "adapter/adapter_model.safetensors", lambda t: t.pop(next(iter(t)))
+    ),
+    "every key": lambda d: weights_edit(
+        d / "adapter/adapter_model.safetensors", lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)})
+    ),
     "Python files": lambda d: (d / "model/modeling_minicpmv.py").unlink(),
     "auto_map, through": lambda d: json_edit(d / "model/config.json", auto_map=...),
     "preprocessor_config": lambda d: (d / "model/preprocessor_config.json").unlink(),
     "architecture": lambda d: json_edit(d / "model/config.json", architectures=...),
     "with its point": lambda d: json_edit(d / "model/config.json", version="2.60"),
     "tokenizer": lambda d: (d / "model/tokenizer.json").unlink(),
-    "files and configuration": lambda d: weights_edit(d / "model/model.safetensors", lambda t: t.pop("resampler.query")),
+    "files and configuration": lambda d: weights_edit(
+        d / "model/model.safetensors", lambda t: t.pop("resampler.query")
+    ),
     "no tensor is in 4 bit": lambda d: json_edit(d / "model/config.json", quantization_config={}),
     "adapter beside": lambda d: (d / "model/adapter_config.json").write_text("{}"),
 }
@@ -183,10 +211,16 @@ def test_llama_cpp_s_rules_hold_on_a_whole_merge_and_can_be_broken(tmp_path):
     assert "--minicpmv_version 3" in done.commands and (done.folder / "SERVE.md").read_text().strip() == done.commands
     vision = json.loads((done.folder / "model/config.json").read_text())["vision_config"]
     for asks, spoil in {
-        "the tower that the script builds": lambda d: json_edit(d / "config.json", vision_config={k: v for k, v in vision.items() if k != "hidden_size"}),
+        "the tower that the script builds": lambda d: json_edit(
+            d / "config.json", vision_config={k: v for k, v in vision.items() if k != "hidden_size"}
+        ),
         "a number for this version": lambda d: json_edit(d / "config.json", version="4.6"),
-        "query_num and hidden_size": lambda d: weights_edit(d / "model.safetensors", lambda t: t.update({"resampler.query": torch.zeros(7, 64)})),
-        "below llm, vpm or resampler": lambda d: weights_edit(d / "model.safetensors", lambda t: t.update({"extra.weight": torch.zeros(3)})),
+        "query_num and hidden_size": lambda d: weights_edit(
+            d / "model.safetensors", lambda t: t.update({"resampler.query": torch.zeros(7, 64)})
+        ),
+        "below llm, vpm or resampler": lambda d: weights_edit(
+            d / "model.safetensors", lambda t: t.update({"extra.weight": torch.zeros(3)})
+        ),
         "Python files": lambda d: (d / "configuration_minicpm.py").unlink(),
     }.items():
         folder = shutil.copytree(done.folder / "model", tmp_path / "spoiled")
@@ -196,7 +230,10 @@ def test_llama_cpp_s_rules_hold_on_a_whole_merge_and_can_be_broken(tmp_path):
         assert broken and (any(asks in b for b in broken) or asks == "a number for this version"), (asks, broken)
 
 
-@pytest.mark.parametrize("family, known", [("qwen2_vl", True), ("minicpmv4_6", True), ("smolvlm", True), ("qwen", False), ("paligemma", False)])
+@pytest.mark.parametrize(
+    "family, known",
+    [("qwen2_vl", True), ("minicpmv4_6", True), ("smolvlm", True), ("qwen", False), ("paligemma", False)],
+)
 def test_llama_cpp_knows_some_architectures(family, known, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / "model")
     [rule] = [r for r in check_llama_cpp(tmp_path / "model") if "converters" in r.asks]
@@ -219,7 +256,16 @@ def test_the_command(served, tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", str(adapter), "--for", "vllm", str(tmp_path / "out"), "--check"]) == 1
     assert "NO  there is a preprocessor_config.json" in capsys.readouterr().out
-    assert main(["export", str(adapter), "--for", "vllm", str(tmp_path / "out")]) == 2 and "not empty" in capsys.readouterr().err
-    assert main(["export", str(adapter), "--for", "vllm", str(adapter), "--check"]) == 2 and "neither model nor adapter" in capsys.readouterr().err
-    assert main(["merge", str(adapter), "--output", str(tmp_path / "merged")]) == 0 and "tensors merged" in capsys.readouterr().out
+    assert (
+        main(["export", str(adapter), "--for", "vllm", str(tmp_path / "out")]) == 2
+        and "not empty" in capsys.readouterr().err
+    )
+    assert (
+        main(["export", str(adapter), "--for", "vllm", str(adapter), "--check"]) == 2
+        and "neither model nor adapter" in capsys.readouterr().err
+    )
+    assert (
+        main(["merge", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+        and "tensors merged" in capsys.readouterr().out
+    )
     assert load_adapter(adapter) is not None

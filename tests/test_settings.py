@@ -1,4 +1,5 @@
-"""What cannot be: numbers, words and names that no configuration class accepts, in Python, from a file, and in a changed copy."""
+"""What cannot be: numbers, words and names that no configuration class accepts, in Python, from a file, and in a
+changed copy."""
 
 import json
 import math
@@ -8,7 +9,6 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import pytest
-import yaml
 
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import Reading
@@ -20,8 +20,17 @@ from vlm_lora_lab.train.run import Schedule
 from vlm_lora_lab.train.stages import Stage
 from vlm_lora_lab.train.watch import Watch
 
-CLASSES = {TuningPlan: {}, Schedule: {}, Reading: {}, Watch: {}, Rule: {"word": "lora"}, Stage: {"plan": TuningPlan()}, Job: {"data": "d.json", "output": "o"}}
-NEVER = [math.nan, math.inf, -math.inf, 1e39, 10**5000, -(10**15), b"x", {"a": 1}, object(), [math.nan], 3 + 1j]  # no field of any class takes these
+CLASSES = {
+    TuningPlan: {},
+    Schedule: {},
+    Reading: {},
+    Watch: {},
+    Rule: {"word": "lora"},
+    Stage: {"plan": TuningPlan()},
+    Job: {"data": "d.json", "output": "o"},
+}
+# no field of any class takes these
+NEVER = [math.nan, math.inf, -math.inf, 1e39, 10**5000, -(10**15), b"x", {"a": 1}, object(), [math.nan], 3 + 1j]
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
@@ -41,7 +50,7 @@ def test_a_bool_is_no_number_a_number_no_bool_and_neither_is_text(cls):
     for f in fields(cls):
         value = getattr(cls(**CLASSES[cls]), f.name)
         if isinstance(value, (bool, int, float)):
-            for other in (["yes", "2e-4", None, 1, 0.5] if isinstance(value, bool) else ["2e-4", True, None, [1]]):
+            for other in ["yes", "2e-4", None, 1, 0.5] if isinstance(value, bool) else ["2e-4", True, None, [1]]:
                 with pytest.raises(InputError, match=f.name):
                     cls(**CLASSES[cls] | {f.name: other})
 
@@ -60,17 +69,26 @@ def test_a_bool_is_no_number_a_number_no_bool_and_neither_is_text(cls):
         (lambda: Job(data="d", output="o", eval_data=""), "eval_data is empty"),
         (lambda: Job(data="d", output="o", plan={"rank": 8}), "TuningPlan(…) in Python"),
         (lambda: Job(data="d", output="o", stages=[TuningPlan()]), "stages[0]"),
-        (lambda: Job(data="d", output="o", mix_share=1), "mix_share is 1. Write a number from 0 up to, not including, 1"),
+        (
+            lambda: Job(data="d", output="o", mix_share=1),
+            "mix_share is 1. Write a number from 0 up to, not including, 1",
+        ),
         (lambda: Job(data="d", output="o", watch=Watch(every=5)), "there is no evaluation data"),
         (lambda: Job(data="d", output="o", vision_cache="disk", plan=TuningPlan(vision="lora")), "vision: lora"),
-        (lambda: Job(data="d", output="o", schedule=Schedule(epochs=1), stages=(Stage(TuningPlan(), steps=1),)), "each stage says its own length"),
+        (
+            lambda: Job(data="d", output="o", schedule=Schedule(epochs=1), stages=(Stage(TuningPlan(), steps=1),)),
+            "each stage says its own length",
+        ),
         (lambda: TuningPlan(language="lora(lr=nan)"), "lr is nan"),
         (lambda: TuningPlan(language="lora(alpha=inf)"), "alpha is inf"),
         (lambda: TuningPlan(language="lora(rank=" + "9" * 5000 + ")"), "rank is '999"),
         (lambda: TuningPlan(language="lora(rank=1000000000)"), "rank is 1000000000"),
         (lambda: TuningPlan(language="lora(targets=)"), "targets"),
         (lambda: TuningPlan(language=Rule("lora", lr=0.1), vision=True), "True is not a way to train a part"),
-        (lambda: TuningPlan(alpha=math.nan), "alpha is nan. Write a number above 0, up to 1,000,000; twice the rank is usual"),
+        (
+            lambda: TuningPlan(alpha=math.nan),
+            "alpha is nan. Write a number above 0, up to 1,000,000; twice the rank is usual",
+        ),
         (lambda: TuningPlan(alpha=True), "alpha is True"),
         (lambda: TuningPlan(lora_plus=math.inf), "lora_plus is inf"),
         (lambda: TuningPlan(variant=["lora"]), "variant is ['lora']"),
@@ -105,15 +123,35 @@ def test_an_illegal_one_cannot_be_built(make, message):
 
 def test_what_was_allowed_still_is():
     assert Schedule(batch_size=8.0).batch_size == 8 and isinstance(Schedule(batch_size=8.0).batch_size, int)
-    assert Schedule(learning_rate=np.float32(0.5), seed=np.int64(3)) == Schedule(learning_rate=0.5, seed=3) and type(Schedule(seed=np.int64(3)).seed) is int
+    assert (
+        Schedule(learning_rate=np.float32(0.5), seed=np.int64(3)) == Schedule(learning_rate=0.5, seed=3)
+        and type(Schedule(seed=np.int64(3)).seed) is int
+    )
     assert Schedule(epochs=Fraction(1, 2)).epochs == 0.5 and Schedule(full_learning_rate=0).full_rate == 0
-    assert TuningPlan(targets=["q_proj"]).targets == ("q_proj",) and TuningPlan(language=Rule("lora", rank=4)).language == "lora(rank=4)"
+    assert (
+        TuningPlan(targets=["q_proj"]).targets == ("q_proj",)
+        and TuningPlan(language=Rule("lora", rank=4)).language == "lora(rank=4)"
+    )
     job = Job.of({"data": "d", "output": "o", "model": None, "plan": None, "stages": None, "vision_cache": False})
     assert job.vision_cache == "off" and job.model == "lab" and Job.of(json.loads(json.dumps(job.to_dict()))) == job
-    assert json.loads(json.dumps(TuningPlan().to_dict())) == {"vision": "freeze", "connector": "full", "language": "lora", "embeddings": "freeze", "head": "freeze", "rank": 16,
-                                                             "alpha": 32, "dropout": 0.0, "targets": None, "variant": "lora", "lora_plus": None}  # fmt: skip
+    assert json.loads(json.dumps(TuningPlan().to_dict())) == {
+        "vision": "freeze",
+        "connector": "full",
+        "language": "lora",
+        "embeddings": "freeze",
+        "head": "freeze",
+        "rank": 16,
+        "alpha": 32,
+        "dropout": 0.0,
+        "targets": None,
+        "variant": "lora",
+        "lora_plus": None,
+    }
     assert Job(data=__import__("pathlib").Path("a/b"), output="o").data == "a/b"
-    assert ", ".join(map(str, read_rules("lora(rank=4, alpha=9.0) on mlp, full(lr=1e-05) on 3"))) == "lora(rank=4, alpha=9.0) on mlp, full(lr=1e-05) on 3"
+    assert (
+        ", ".join(map(str, read_rules("lora(rank=4, alpha=9.0) on mlp, full(lr=1e-05) on 3")))
+        == "lora(rank=4, alpha=9.0) on mlp, full(lr=1e-05) on 3"
+    )
 
 
 def test_a_place_comes_from_the_outside_in():

@@ -19,7 +19,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage".split()
-CHAPTERS = sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+CHAPTERS = sorted(
+    p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+    for p in (ROOT / "nbs").rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in p.parts
+)
 LOOKED_AT = ("index", "33_unfreeze", "36_explorer")  # tables; figures and long lines; HTML with colours of its own
 CI = "CI" in os.environ
 browser_needed = pytest.mark.skipif(not CHROMIUM.exists() and not CI, reason=f"no {CHROMIUM}; CI does not skip this")
@@ -33,7 +37,12 @@ def site(tmp_path_factory):
     if not (find_spec("sphinx") and find_spec("myst_nb")) and not CI:
         pytest.skip("no Sphinx: pip install -c constraints.txt -e '.[docs]'")
     folder = tmp_path_factory.mktemp("site") / "html"
-    built = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "-c", "docs", "nbs", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    built = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "-c", "docs", "nbs", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert built.returncode == 0, built.stderr[-3000:]
     return folder
 
@@ -67,7 +76,11 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(site):
-    return {p.relative_to(site).as_posix(): Page(p.read_text(encoding="utf-8")) for p in site.rglob("*.html") if "_static" not in p.parts}
+    return {
+        p.relative_to(site).as_posix(): Page(p.read_text(encoding="utf-8"))
+        for p in site.rglob("*.html")
+        if "_static" not in p.parts
+    }
 
 
 def test_every_chapter_has_a_page_in_the_menu(pages):
@@ -96,23 +109,38 @@ def test_links_resolve_and_nothing_is_loaded_from_elsewhere(pages, site):
 def test_the_machinery_of_notebooks_stays_behind_the_scenes(pages):
     for name, page in pages.items():
         assert not re.search(r"^#\|", page.code, re.M) and "'google.colab' in sys.modules" not in page.code, name
-    assert "TuningPlan" in pages["32_plan.html"].code and "assert answer == question.answer" not in pages["index.html"].code
+    assert (
+        "TuningPlan" in pages["32_plan.html"].code
+        and "assert answer == question.answer" not in pages["index.html"].code
+    )
 
 
 def test_the_front_page_leads_to_every_name_and_to_the_other_language(pages):
-    assert {"genindex.html", "py-modindex.html", "index_zh.html"} <= {urldefrag(link)[0] for link in pages["index.html"].links}
+    assert {"genindex.html", "py-modindex.html", "index_zh.html"} <= {
+        urldefrag(link)[0] for link in pages["index.html"].links
+    }
     assert "index.html" in {urldefrag(link)[0] for link in pages["index_zh.html"].links}
-    assert {f"{name}.html" for name in CHAPTERS if "/" not in name} <= {urldefrag(link)[0] for link in pages["index_zh.html"].links}
+    assert {f"{name}.html" for name in CHAPTERS if "/" not in name} <= {
+        urldefrag(link)[0] for link in pages["index_zh.html"].links
+    }
 
 
 def test_every_exported_name_has_an_entry_with_its_comments(pages, site):
     sys.path.insert(0, str(ROOT))
     from vlm_lora_lab._modidx import d
 
-    names = {name for module in d["syms"].values() for name in module if not any(part.startswith("_") for part in name.removeprefix("vlm_lora_lab.").split("."))}
+    names = {
+        name
+        for module in d["syms"].values()
+        for name in module
+        if not any(part.startswith("_") for part in name.removeprefix("vlm_lora_lab.").split("."))
+    }
     missing = names - set().union(*(page.names for page in pages.values()))
     assert len(names) > 300 and not missing, sorted(missing)[:10]
-    assert "not wrapped; the meta device is enough" in (site / "35_preview.html").read_text(encoding="utf-8").split('id="reference"')[1]
+    assert (
+        "not wrapped; the meta device is enough"
+        in (site / "35_preview.html").read_text(encoding="utf-8").split('id="reference"')[1]
+    )
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -149,7 +177,10 @@ def tab(browser, address):
         new.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
         new.on("pageerror", lambda e: complaints.append(str(e)))
         new.on("requestfailed", lambda r: complaints.append(f"failed: {r.url}"))
-        new.on("request", lambda r: None if r.url.startswith((address, "data:")) else complaints.append(f"from elsewhere: {r.url}"))
+        new.on(
+            "request",
+            lambda r: None if r.url.startswith((address, "data:")) else complaints.append(f"from elsewhere: {r.url}"),
+        )
         new.set_default_timeout(60_000)
         new.goto(f"{address}/{page}")
         return new
@@ -174,7 +205,13 @@ def test_three_pages_fit_and_can_be_read(tab, width, scheme, tmp_path):
         outside = """w => [...document.querySelectorAll('article h1, article p, article li, article .cell, article table, article img, article pre')]
             .filter(e => !e.parentElement.closest('.output, table, pre, .highlight') && e.getBoundingClientRect().right > w + 1).map(e => e.outerHTML.slice(0, 80))"""
         assert page.evaluate(outside, width) == [], name
-        assert page.evaluate("[...document.images].filter(i => i.complete && i.naturalWidth == 0 && i.loading != 'lazy').map(i => i.src)") == []
+        assert (
+            page.evaluate(
+                "[...document.images].filter(i => i.complete && i.naturalWidth == 0 && i.loading != 'lazy').map(i => "
+                "i.src)"
+            )
+            == []
+        )
         ink = page.locator("article p").first.evaluate(LUMINANCE.replace("{what}", "color"))
         paper = page.locator("body").evaluate(LUMINANCE.replace("{what}", "backgroundColor"))
         assert (ink < 0.3 and paper > 0.9) if scheme == "light" else (ink > 0.6 and paper < 0.2), (ink, paper)
@@ -189,7 +226,8 @@ def test_search_finds_the_resampler(tab):
     found.first.wait_for()
     page.wait_for_function("() => /found \\d+ pages?/.test(document.querySelector('#search-results').innerText)")
     targets = {urldefrag(a.get_attribute("href"))[0].split("?")[0] for a in found.all()}
-    assert {"11_models.resampler.html", "33_unfreeze.html", "13_models.qwenvl.html"} <= targets and len(targets) > 10  # by title, and by what they say
+    # by title, and by what they say
+    assert {"11_models.resampler.html", "33_unfreeze.html", "13_models.qwenvl.html"} <= targets and len(targets) > 10
 
 
 @browser_needed

@@ -47,18 +47,45 @@ from vlm_lora_lab.train.stages import (
 LORA = TuningPlan(language="lora", connector="freeze", rank=4, alpha=8)
 PAIRS = {
     "lora, then the connector in full": (Stage(LORA), Stage(TuningPlan(language="freeze", connector="full"))),
-    "merged, then the connector in full": (Stage(LORA, lora="merge"), Stage(TuningPlan(language="freeze", connector="full"))),
-    "merged, then new lora there": (Stage(LORA, lora="merge"), Stage(TuningPlan(language="lora", connector="freeze", rank=2))),
+    "merged, then the connector in full": (
+        Stage(LORA, lora="merge"),
+        Stage(TuningPlan(language="freeze", connector="full")),
+    ),
+    "merged, then new lora there": (
+        Stage(LORA, lora="merge"),
+        Stage(TuningPlan(language="lora", connector="freeze", rank=2)),
+    ),
     "lora, then the top layer in full": (Stage(LORA), Stage(TuningPlan(language="full on 1", connector="freeze"))),
-    "lora goes on, and eyes come in": (Stage(LORA), Stage(TuningPlan(language="lora", vision="lora(rank=2)", connector="full", rank=4, alpha=8))),
+    "lora goes on, and eyes come in": (
+        Stage(LORA),
+        Stage(TuningPlan(language="lora", vision="lora(rank=2)", connector="full", rank=4, alpha=8)),
+    ),
     "connector in full, then frozen": (Stage(TuningPlan(language="freeze", connector="full")), Stage(LORA)),
-    "connector in full, then lora": (Stage(TuningPlan(language="freeze", connector="full")), Stage(TuningPlan(language="lora", connector="freeze", vision="lora"))),
-    "layers one after the other": (Stage(TuningPlan(language="lora on 1", connector="freeze")), Stage(TuningPlan(language="lora on 0", connector="freeze"))),
-    "other layers of the same part": (Stage(TuningPlan(language="lora on 1", connector="freeze", rank=4)), Stage(TuningPlan(language="full on 0, lora on 1", connector="full", rank=4))),
-    "everything, then merged at the end": (Stage(LORA), Stage(TuningPlan(language="lora", connector="full", rank=4, alpha=8), lora="merge")),
-    "dora": (Stage(TuningPlan(language="lora", connector="freeze", rank=2, variant="dora"), lora="merge"), Stage(TuningPlan(language="full on 0", connector="full"))),
-    "rslora": (Stage(TuningPlan(language="lora", connector="freeze", rank=2, variant="rslora")), Stage(TuningPlan(language="full on 0", connector="full", variant="rslora"))),
-}  # fmt: skip
+    "connector in full, then lora": (
+        Stage(TuningPlan(language="freeze", connector="full")),
+        Stage(TuningPlan(language="lora", connector="freeze", vision="lora")),
+    ),
+    "layers one after the other": (
+        Stage(TuningPlan(language="lora on 1", connector="freeze")),
+        Stage(TuningPlan(language="lora on 0", connector="freeze")),
+    ),
+    "other layers of the same part": (
+        Stage(TuningPlan(language="lora on 1", connector="freeze", rank=4)),
+        Stage(TuningPlan(language="full on 0, lora on 1", connector="full", rank=4)),
+    ),
+    "everything, then merged at the end": (
+        Stage(LORA),
+        Stage(TuningPlan(language="lora", connector="full", rank=4, alpha=8), lora="merge"),
+    ),
+    "dora": (
+        Stage(TuningPlan(language="lora", connector="freeze", rank=2, variant="dora"), lora="merge"),
+        Stage(TuningPlan(language="full on 0", connector="full")),
+    ),
+    "rslora": (
+        Stage(TuningPlan(language="lora", connector="freeze", rank=2, variant="rslora")),
+        Stage(TuningPlan(language="full on 0", connector="full", variant="rslora")),
+    ),
+}
 SOME = ["minicpmv-2.6", "minicpmv-2.0", "qwen2_vl", "qwen3_vl", "gemma3", "idefics3", "qwen"]
 
 
@@ -95,10 +122,15 @@ def test_a_change_of_stage_keeps_the_model_and_trains_what_the_plan_says(i, name
             bound = bound_of(model, turn.folded, turn.stage.plan.variant)
             assert moved(before, logits(model, batch), bound, name) <= bound
             touched = {f"{n}.weight" for n in turn.folded}
-            same = [n for n in was.keys() & after.keys() if n not in touched and n.partition(".lora_")[0] not in turn.folded]
-            assert all(torch.equal(was[n], after[n]) for n in same) and len(same) > 20  # kept LoRA and weights, to the last bit
+            same = [
+                n for n in was.keys() & after.keys() if n not in touched and n.partition(".lora_")[0] not in turn.folded
+            ]
+            # kept LoRA and weights, to the last bit
+            assert all(torch.equal(was[n], after[n]) for n in same) and len(same) > 20
             asks = {tensor_name(n) for n, p in model.named_parameters() if p.requires_grad}
-            assert {n for n in asks if ".lora_" not in n} == turn.full and {n.partition(".lora_")[0] for n in asks if ".lora_" in n} == set(turn.trained)
+            assert {n for n in asks if ".lora_" not in n} == turn.full and {
+                n.partition(".lora_")[0] for n in asks if ".lora_" in n
+            } == set(turn.trained)
             few_steps(model, batch)
             now = state(model)
             assert {n for n in now if not torch.equal(now[n], after[n])} == asks
@@ -112,17 +144,22 @@ def test_a_change_of_stage_keeps_the_model_and_trains_what_the_plan_says(i, name
         base = state(tiny_model(family))
         off = {n for n, p in state(model).items() if n in base and not torch.equal(p, base[n])}
         beside = {n for n in way.changed if n.endswith(".bias") and n not in off}  # of a merged layer, saved with it
-        assert off == way.changed - beside and not beside & frozenset().union(*(t.full for t in way.turns)), (name, family)
+        assert off == way.changed - beside and not beside & frozenset().union(*(t.full for t in way.turns)), (
+            name,
+            family,
+        )
 
 
 def test_a_merge_is_peft_s():
     for variant in ("lora", "rslora", "dora"):
         for embeddings in ("freeze",) if variant == "dora" else ("freeze", "lora"):
             plan = TuningPlan(language="lora", embeddings=embeddings, connector="freeze", rank=3, variant=variant)
-            way = route(on_meta("lab"), [Stage(plan, lora="merge"), Stage(TuningPlan(language="freeze", connector="full"))])
+            way = route(
+                on_meta("lab"), [Stage(plan, lora="merge"), Stage(TuningPlan(language="freeze", connector="full"))]
+            )
             model = enter_stage(load_vlm("lab"), way.turns[0], {})
             torch.manual_seed(1)
-            for n, p in model.named_parameters():
+            for p in model.parameters():
                 p.data += 0.05 * torch.randn_like(p) if p.requires_grad else 0
             bare, lora = leave_stage(model)
             ours = state(enter_stage(bare, way.turns[1], lora))
@@ -135,7 +172,10 @@ def test_a_merge_is_peft_s():
 
 def test_a_merge_out_of_four_bit_is_the_layer_that_was_trained():
     "Dequantised, LoRA added, whole: the same logits, while what is not merged stays in 4 bit."
-    stages = (Stage(TuningPlan(language="lora on 0-2", connector="freeze", rank=4), lora="merge"), Stage(TuningPlan(language="lora on 3-4", connector="full", rank=4)))
+    stages = (
+        Stage(TuningPlan(language="lora on 0-2", connector="freeze", rank=4), lora="merge"),
+        Stage(TuningPlan(language="lora on 3-4", connector="full", rank=4)),
+    )
     way = route(on_meta("lab"), stages, four_bit=True)
     train = samples()
     model = enter_stage(load_vlm("lab", four_bit=True, whole=way.whole), way.turns[0], {})
@@ -144,12 +184,22 @@ def test_a_merge_out_of_four_bit_is_the_layer_that_was_trained():
     model, lora = leave_stage(model)
     model = enter_stage(model, way.turns[1], lora)
     assert 0 < moved(before, probe_logits(model, train), BOUND, "merge") < 1e-4
-    layer = lambda i: model.get_base_model().llm.model.layers[i].mlp.up_proj  # noqa: E731
-    assert type(layer(0)) is torch.nn.Linear and layer(0).weight.dtype == torch.float32 and hasattr(layer(3).weight, "quant_state")
+
+    def layer(i):
+        return model.get_base_model().llm.model.layers[i].mlp.up_proj
+
+    assert (
+        type(layer(0)) is torch.nn.Linear
+        and layer(0).weight.dtype == torch.float32
+        and hasattr(layer(3).weight, "quant_state")
+    )
 
 
 def test_over_16_bit_what_was_learned_stays_in_32():
-    stages = (Stage(TuningPlan(language="lora on 0-1", connector="full", rank=4), lora="merge"), Stage(TuningPlan(language="lora on 3", connector="freeze", rank=4)))
+    stages = (
+        Stage(TuningPlan(language="lora on 0-1", connector="full", rank=4), lora="merge"),
+        Stage(TuningPlan(language="lora on 3", connector="freeze", rank=4)),
+    )
     way, model, train = route(on_meta("lab"), stages), load_vlm("lab", dtype=torch.bfloat16), samples()
     model = enter_stage(model, way.turns[0], {})
     torch.manual_seed(0)
@@ -162,14 +212,22 @@ def test_over_16_bit_what_was_learned_stays_in_32():
     assert 0 < moved(before, probe_logits(model, train), bound_of(model, way.turns[1].folded), "stage 2") < BOUND_16
     base = model.get_base_model()
     folded = base.llm.model.layers[0].mlp.up_proj.weight
-    assert folded.dtype == torch.float32 and not torch.equal(folded, folded.bfloat16().float())  # 16 bit could not hold it
-    assert base.resampler.query.dtype == torch.float32 and torch.equal(base.resampler.query, query) and not base.resampler.query.requires_grad
+    # 16 bit could not hold it
+    assert folded.dtype == torch.float32 and not torch.equal(folded, folded.bfloat16().float())
+    assert (
+        base.resampler.query.dtype == torch.float32
+        and torch.equal(base.resampler.query, query)
+        and not base.resampler.query.requires_grad
+    )
     assert base.llm.model.layers[4].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 def samples(n=12):
     tokenizer = load_tokenizer("lab")
-    return Samples(read_conversations(samples_folder() / "handwriting" / "train.json")[:n], Processor.of(load_vlm("lab").config, tokenizer))
+    return Samples(
+        read_conversations(samples_folder() / "handwriting" / "train.json")[:n],
+        Processor.of(load_vlm("lab").config, tokenizer),
+    )
 
 
 def batch_for(train):
@@ -179,14 +237,35 @@ def batch_for(train):
 
 
 def test_random_stages_become_one_plan_that_says_exactly_what_was_trained():
-    "Route by route: the plan under which a result is saved names every layer that holds LoRA and every weight that changed, and nothing else."
+    """Route by route: the plan under which a result is saved names every layer that holds LoRA and every weight that
+    changed, and nothing else."""
     rng, models, routed = random.Random(0), {f: tiny_model(f).to("meta") for f in SOME}, 0
-    word = lambda: rng.choice(["freeze", "full", "lora", "lora(rank=2)", "full on 0", "lora on 1", "lora on 0, full on 1", "lora(targets=q_proj)"])  # noqa: E731
+
+    def word():
+        return rng.choice(
+            [
+                "freeze",
+                "full",
+                "lora",
+                "lora(rank=2)",
+                "full on 0",
+                "lora on 1",
+                "lora on 0, full on 1",
+                "lora(targets=q_proj)",
+            ]
+        )
+
     why = set()
     for _ in range(250):
         family = rng.choice(SOME)
         try:
-            stages = [Stage(TuningPlan(vision=word(), language=word(), connector=rng.choice(["freeze", "full", "lora"])), lora=rng.choice(["keep", "merge"])) for _ in range(rng.randint(1, 4))]
+            stages = [
+                Stage(
+                    TuningPlan(vision=word(), language=word(), connector=rng.choice(["freeze", "full", "lora"])),
+                    lora=rng.choice(["keep", "merge"]),
+                )
+                for _ in range(rng.randint(1, 4))
+            ]
             way = route(models[family], stages)
         except InputError as e:
             why.add(e.found.split()[0])
@@ -213,7 +292,17 @@ def staged(folder, stages=THREE, resume=False, callbacks=lambda number: (), four
     train = samples()
     way = route(on_meta("lab"), stages, four_bit)
     lines = []
-    done = fit_stages(load_vlm("lab", four_bit=four_bit, whole=way.whole), stages, train, schedule, folder, resume, callbacks, lines.append, log_every=1)
+    done = fit_stages(
+        load_vlm("lab", four_bit=four_bit, whole=way.whole),
+        stages,
+        train,
+        schedule,
+        folder,
+        resume,
+        callbacks,
+        lines.append,
+        log_every=1,
+    )
     return done, lines
 
 
@@ -251,17 +340,34 @@ def test_a_run_stopped_in_any_stage_ends_where_an_unbroken_one_ends(stage, step,
     a, b = state(unbroken.model), state(done.model)
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert losses(done) == losses(unbroken)
-    assert any(f"Stage {stage} of 3" in line for line in said) and not any(f"Stage {stage - 1} of 3" in line for line in said)
+    assert any(f"Stage {stage} of 3" in line for line in said) and not any(
+        f"Stage {stage - 1} of 3" in line for line in said
+    )
 
 
-BARE = (Stage(TuningPlan(language="freeze", connector="full"), steps=3), Stage(TuningPlan(language="lora", connector="lora", rank=2), steps=3))
-PACKED = (Stage(TuningPlan(language="lora on 0-2", rank=2), steps=3, lora="merge"), Stage(TuningPlan(language="lora", connector="freeze", rank=2), steps=3))
+BARE = (
+    Stage(TuningPlan(language="freeze", connector="full"), steps=3),
+    Stage(TuningPlan(language="lora", connector="lora", rank=2), steps=3),
+)
+PACKED = (
+    Stage(TuningPlan(language="lora on 0-2", rank=2), steps=3, lora="merge"),
+    Stage(TuningPlan(language="lora", connector="freeze", rank=2), steps=3),
+)
 
 
-@pytest.mark.parametrize("stages, four_bit, stage", [(BARE, False, 1), (BARE, False, 2), (PACKED, True, 2)], ids=["no wrapper", "after no wrapper", "merged out of 4 bit"])
+@pytest.mark.parametrize(
+    "stages, four_bit, stage",
+    [(BARE, False, 1), (BARE, False, 2), (PACKED, True, 2)],
+    ids=["no wrapper", "after no wrapper", "merged out of 4 bit"],
+)
 def test_a_resume_without_a_wrapper_and_in_four_bit(stages, four_bit, stage, tmp_path):
     whole, _ = staged(tmp_path / "a", stages, four_bit=four_bit)
-    assert staged(tmp_path / "b", stages, callbacks=lambda number: [At(2, terminate)] if number == stage else [], four_bit=four_bit)[0].stopped
+    assert staged(
+        tmp_path / "b",
+        stages,
+        callbacks=lambda number: [At(2, terminate)] if number == stage else [],
+        four_bit=four_bit,
+    )[0].stopped
     done, _ = staged(tmp_path / "b", stages, resume=True, four_bit=four_bit)
     a, b = state(whole.model), state(done.model)
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
@@ -297,7 +403,9 @@ def test_a_run_killed_at_a_boundary_or_after_the_last_stage_goes_on(unbroken, tm
 
     with pytest.raises(Killed):
         staged(tmp_path, callbacks=die)
-    assert where_stopped(tmp_path) == (1, tmp_path / "stage-1" / "end") and not list(tmp_path.glob("stage-1/checkpoint-*"))
+    assert where_stopped(tmp_path) == (1, tmp_path / "stage-1" / "end") and not list(
+        tmp_path.glob("stage-1/checkpoint-*")
+    )
     for _ in range(2):
         done, said = staged(tmp_path, resume=True)
         a, b = state(unbroken.model), state(done.model)
@@ -309,9 +417,11 @@ def test_a_run_killed_at_a_boundary_or_after_the_last_stage_goes_on(unbroken, tm
 
 
 def test_moments_are_carried_exactly_and_only_where_a_tensor_goes_on(tmp_path):
-    stages = (Stage(TuningPlan(language="lora", connector="full", rank=4), steps=3),
-              Stage(TuningPlan(language="lora on 0-2", vision="lora on 0", connector="full", rank=4), steps=3),
-              Stage(TuningPlan(language="lora", connector="freeze", rank=4), steps=3))  # fmt: skip
+    stages = (
+        Stage(TuningPlan(language="lora", connector="full", rank=4), steps=3),
+        Stage(TuningPlan(language="lora on 0-2", vision="lora on 0", connector="full", rank=4), steps=3),
+        Stage(TuningPlan(language="lora", connector="freeze", rank=4), steps=3),
+    )
     seen = {}
 
     class Look(TrainerCallback):
@@ -320,7 +430,9 @@ def test_moments_are_carried_exactly_and_only_where_a_tensor_goes_on(tmp_path):
 
         def note(self, when, model, optimizer):
             names = {p: tensor_name(n) for n, p in model.named_parameters()}
-            seen[self.number, when] = {names[p]: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items() if s}
+            seen[self.number, when] = {
+                names[p]: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items() if s
+            }
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             self.note("begin", model, optimizer)
@@ -347,7 +459,17 @@ def test_the_first_step_after_a_change_is_adamw_s_own(tmp_path):
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-            noted.update({tensor_name(n): (p.detach().clone(), p.grad.clone(), {k: v.clone() for k, v in optimizer.state[p].items()}) for n, p in model.named_parameters() if p.requires_grad})
+            noted.update(
+                {
+                    tensor_name(n): (
+                        p.detach().clone(),
+                        p.grad.clone(),
+                        {k: v.clone() for k, v in optimizer.state[p].items()},
+                    )
+                    for n, p in model.named_parameters()
+                    if p.requires_grad
+                }
+            )
 
     done, _ = staged(tmp_path, stages, callbacks=lambda number: [Look()] if number == 2 else [])
     after = state(done.model)
@@ -360,9 +482,11 @@ def test_the_first_step_after_a_change_is_adamw_s_own(tmp_path):
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_what_was_trained_in_any_stage_is_saved_loaded_and_merged(four_bit, tmp_path):
     "A connector that was full and then frozen, layers that were merged, LoRA that was kept: all of it is in the file."
-    stages = (Stage(TuningPlan(language="lora on 0-1", connector="full", rank=4), steps=3, lora="merge"),
-              Stage(TuningPlan(language="lora", vision="full on 2", connector="freeze", rank=4), steps=3),
-              Stage(TuningPlan(language="full on 4, lora(targets=q_proj) on 0", connector="freeze", rank=4), steps=3))  # fmt: skip
+    stages = (
+        Stage(TuningPlan(language="lora on 0-1", connector="full", rank=4), steps=3, lora="merge"),
+        Stage(TuningPlan(language="lora", vision="full on 2", connector="freeze", rank=4), steps=3),
+        Stage(TuningPlan(language="full on 4, lora(targets=q_proj) on 0", connector="freeze", rank=4), steps=3),
+    )
     done, _ = staged(tmp_path / "run", stages, four_bit=four_bit)
     train = samples()
     saved = save_adapter(done.model, tmp_path / "adapter", done.plan, "lab", load_tokenizer("lab"), four_bit)
@@ -373,8 +497,15 @@ def test_what_was_trained_in_any_stage_is_saved_loaded_and_merged(four_bit, tmp_
     names = set(json.loads((saved / "plan.json").read_text()))
     assert names == set(TuningPlan().to_dict())
     base = state(load_vlm("lab"))
-    learned = {n for n, p in state(again).items() if n in base and p.dtype == torch.float32 and not torch.equal(p, base[n])}
-    assert {"resampler.query", "vpm.encoder.layers.2.mlp.fc1.weight", "llm.model.layers.4.mlp.up_proj.weight", "llm.model.layers.0.self_attn.v_proj.weight"} <= learned
+    learned = {
+        n for n, p in state(again).items() if n in base and p.dtype == torch.float32 and not torch.equal(p, base[n])
+    }
+    assert {
+        "resampler.query",
+        "vpm.encoder.layers.2.mlp.fc1.weight",
+        "llm.model.layers.4.mlp.up_proj.weight",
+        "llm.model.layers.0.self_attn.v_proj.weight",
+    } <= learned
 
 
 def test_without_any_lora_the_model_is_whole(tmp_path):
@@ -393,8 +524,16 @@ def test_from_top_thaws_layer_by_layer():
     way = route(model, stages, four_bit=True)
     assert [sum(n.startswith("llm.") for n in t.trained) for t in way.turns] == [21, 7, 0]
     assert [len(t.folded) for t in way.turns] == [0, 14, 7] and way.plan.language == "full on 0-4"
-    assert from_top(model, TuningPlan(vision="freeze"), "vision", layers=1, word="lora", epochs=1)[0].plan.vision == "lora on 4"
-    for options in (dict(layers=0, steps=1), dict(layers=1, part="mouth"), dict(layers=1, word="freeze"), dict(layers=1, part="head")):
+    assert (
+        from_top(model, TuningPlan(vision="freeze"), "vision", layers=1, word="lora", epochs=1)[0].plan.vision
+        == "lora on 4"
+    )
+    for options in (
+        dict(layers=0, steps=1),
+        dict(layers=1, part="mouth"),
+        dict(layers=1, word="freeze"),
+        dict(layers=1, part="head"),
+    ):
         with pytest.raises(InputError):
             from_top(model, TuningPlan(), **options)
 
@@ -413,23 +552,37 @@ def test_resuming_from_the_very_last_checkpoint_takes_no_step_more(tmp_path):
 
 def test_stages_from_a_file_by_the_command_line(tmp_path, capsys):
     data = str(samples_folder() / "mixed.json")
-    stages = [{"plan": {"connector": "freeze"}, "steps": 2}, {"plan": {"language": "lora on 0-2, full on 3-4"}, "steps": 2, "learning_rate": 0.001}]
+    stages = [
+        {"plan": {"connector": "freeze"}, "steps": 2},
+        {"plan": {"language": "lora on 0-2, full on 3-4"}, "steps": 2, "learning_rate": 0.001},
+    ]
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     common = ["train", "--data", data, "--batch-size", "2", "--rank", "4"]
     assert main(["plan", "lab", "--rank", "4", "--stages", str(tmp_path / "stages.json")]) == 0
     told = capsys.readouterr().out
-    assert "stage 2 of 2: 2 steps, learning_rate 0.001" in told and "LoRA of 14 layers is merged first" in told and "full on 3-4" in told
+    assert (
+        "stage 2 of 2: 2 steps, learning_rate 0.001" in told
+        and "LoRA of 14 layers is merged first" in told
+        and "full on 3-4" in told
+    )
     assert main([*common, "--output", str(tmp_path / "a"), "--stages", str(tmp_path / "stages.json")]) == 0
     said = capsys.readouterr().out
     assert "Stage 1 of 2" in said and "14 layers took in their LoRA" in said
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["steps"] == 4 and [(s["steps"], s["folded"]) for s in report["stages"]] == [(2, 0), (2, 14)]
-    assert report["stages"][0]["words"]["connector"] == "freeze" and report["stages"][1]["carried"] > 0 < report["stages"][1]["fresh"]
+    assert (
+        report["stages"][0]["words"]["connector"] == "freeze"
+        and report["stages"][1]["carried"] > 0 < report["stages"][1]["fresh"]
+    )
     assert report["stages"][0]["moved"] == 0 and report["job"]["stages"][1]["plan"]["rank"] == 4
     assert json.loads((tmp_path / "a" / "adapter" / "plan.json").read_text())["language"] == "lora on 0-2, full on 3-4"
     assert main(["merge", str(tmp_path / "a" / "adapter"), "--output", str(tmp_path / "merged")]) == 0
-    (tmp_path / "job.yaml").write_text(json.dumps({"data": data, "output": str(tmp_path / "b"), "stages": stages, "schedule": {"max_steps": 9}}))
-    assert main(["train", str(tmp_path / "job.yaml")]) == 2 and "each stage says its own length" in capsys.readouterr().err
+    (tmp_path / "job.yaml").write_text(
+        json.dumps({"data": data, "output": str(tmp_path / "b"), "stages": stages, "schedule": {"max_steps": 9}})
+    )
+    assert (
+        main(["train", str(tmp_path / "job.yaml")]) == 2 and "each stage says its own length" in capsys.readouterr().err
+    )
     assert main(["train", "--resume", "--output", str(tmp_path / "a")]) == 2 and "finished" in capsys.readouterr().err
     assert main(["doctor", "--data", data, "--stages", str(tmp_path / "stages.json")]) == 0
     assert "The first of 2 stages is examined" in capsys.readouterr().out
@@ -439,10 +592,13 @@ def test_stages_from_a_file_by_the_command_line(tmp_path, capsys):
 
 
 def test_a_staged_job_goes_on_after_a_signal(tmp_path, monkeypatch, capsys):
-    "SIGTERM in the second stage of a job, and --resume; the report tells of both stages, and the file is that of an unbroken run."
+    """SIGTERM in the second stage of a job, and --resume; the report tells of both stages, and the file is that of an
+    unbroken run."""
     data = str(samples_folder() / "mixed.json")
     stages = [{"plan": {"connector": "freeze"}, "steps": 3}, {"plan": {}, "steps": 4}]
-    (tmp_path / "job.json").write_text(json.dumps({"data": data, "output": "", "stages": stages, "plan": {"rank": 4}, "schedule": {"batch_size": 2}}))
+    (tmp_path / "job.json").write_text(
+        json.dumps({"data": data, "output": "", "stages": stages, "plan": {"rank": 4}, "schedule": {"batch_size": 2}})
+    )
     flags = ["train", str(tmp_path / "job.json"), "--output"]
     assert main([*flags, str(tmp_path / "whole")]) == 0
     import vlm_lora_lab.job as job
@@ -495,11 +651,23 @@ def test_stages_that_cannot_be_are_refused_before_a_weight_is_loaded(stages, mes
 
 
 def test_a_stage_s_plan_starts_from_the_job_s():
-    first, second = read_stages([{"plan": {"connector": "freeze"}, "epochs": 2}, {"steps": 5, "warmup": 0.5}], {"rank": 4, "vision": "lora"})
-    assert (first.plan.rank, first.plan.vision, first.plan.connector, second.plan.connector) == (4, "lora", "freeze", "full")
+    first, second = read_stages(
+        [{"plan": {"connector": "freeze"}, "epochs": 2}, {"steps": 5, "warmup": 0.5}], {"rank": 4, "vision": "lora"}
+    )
+    assert (first.plan.rank, first.plan.vision, first.plan.connector, second.plan.connector) == (
+        4,
+        "lora",
+        "freeze",
+        "full",
+    )
     whole = Schedule(max_steps=50, learning_rate=1e-3, seed=7)
     a, b = first.schedule(whole, 0), second.schedule(whole, 1)
-    assert (a.epochs, a.max_steps, a.seed, a.warmup) == (2, -1, 7, whole.warmup) and (b.max_steps, b.seed, b.warmup, b.learning_rate) == (5, 8, 0.5, 1e-3)
+    assert (a.epochs, a.max_steps, a.seed, a.warmup) == (2, -1, 7, whole.warmup) and (
+        b.max_steps,
+        b.seed,
+        b.warmup,
+        b.learning_rate,
+    ) == (5, 8, 0.5, 1e-3)
     assert Stage(LORA).schedule(whole, 0) == whole  # no length of its own: the schedule's
     with pytest.raises(InputError, match="Write a list"):
         read_stages([])
@@ -507,7 +675,10 @@ def test_a_stage_s_plan_starts_from_the_job_s():
 
 def test_tied_embeddings_are_refused():
     model = tiny_model("gemma3")
-    for stages in ([Stage(TuningPlan(embeddings="full"))], [Stage(TuningPlan(embeddings="lora"), lora="merge"), Stage(LORA)]):
+    for stages in (
+        [Stage(TuningPlan(embeddings="full"))],
+        [Stage(TuningPlan(embeddings="lora"), lora="merge"), Stage(LORA)],
+    ):
         with pytest.raises(InputError, match="one tensor"):
             route(model, stages)
 

@@ -1,4 +1,5 @@
-"""The experiments: their files are whole and their statistics are right. (`test_claims.py` holds a small run of today to them.)"""
+"""The experiments: their files are whole and their statistics are right. (`test_claims.py` holds a small run of today
+to them.)"""
 
 import json
 import math
@@ -19,12 +20,19 @@ from vlm_lora_lab.study.shifts import SHIFTS, shift
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_result_file_holds_what_the_experiment_asks_for(name):
     experiment, found = EXPERIMENTS[name](), results(name)
-    assert (found.question, found.steps, list(found.arms), found.tasks) == (experiment.question, experiment.steps, list(experiment.arms), list(experiment.tasks))
+    assert (found.question, found.steps, list(found.arms), found.tasks) == (
+        experiment.question,
+        experiment.steps,
+        list(experiment.arms),
+        list(experiment.tasks),
+    )
     for task in experiment.tasks:
         for arm, how in experiment.arms.items():
             rows = [r for r in found.rows if (r["task"], r["arm"], r["split"]) == (task, arm, "test")]
             assert sorted(r["seed"] for r in rows) == list(range(experiment.seeds))
-            assert len({r["factor"] for r in rows}) == 1 and any(math.isclose(rows[0]["factor"], f) for f in how.factors)
+            assert len({r["factor"] for r in rows}) == 1 and any(
+                math.isclose(rows[0]["factor"], f) for f in how.factors
+            )
             assert all(0 <= r["new"] <= 1 and 0 <= r["old"] <= 1 and r["trainable"] > 0 for r in rows)
             tried = {}
             for r in found.rows:
@@ -65,15 +73,23 @@ def test_a_task_is_the_same_every_time_and_its_splits_are_apart(name):
     task = shift(name)
     assert (len(task.train), len(task.validation), len(task.test)) == (2000, 200, 200)
     if name != "pictures":
-        assert not set(task.train.seeds) & (set(task.validation.seeds) | set(task.test.seeds)) and not set(task.validation.seeds) & set(task.test.seeds)
-        assert task.test[7].answer == task.test[7].answer and task.test[7].images[0].tobytes() == task.test[7].images[0].tobytes()
+        assert not set(task.train.seeds) & (set(task.validation.seeds) | set(task.test.seeds)) and not set(
+            task.validation.seeds
+        ) & set(task.test.seeds)
+        assert (
+            task.test[7].answer == task.test[7].answer
+            and task.test[7].images[0].tobytes() == task.test[7].images[0].tobytes()
+        )
     with pytest.raises(KeyError):
         shift("sounds")
 
 
 def test_a_question_with_another_meaning_is_answered_by_what_is_there():
     where = {"K": "top left", "Q": "top right", "Z": "bottom left", "X": "bottom right"}
-    for name, place_of in (("letters", where.get), ("sides", lambda said: said.replace("left", "RIGHT").replace("right", "left").lower())):
+    for name, place_of in (
+        ("letters", where.get),
+        ("sides", lambda said: said.replace("left", "RIGHT").replace("right", "left").lower()),
+    ):
         seen = set()
         for seed in range(40):
             row, (_, content, _) = shift(name).train[seed], scene(random.Random(f"{name} {seed}"), 4)

@@ -1,4 +1,5 @@
-"""Tokenizers and image settings from a checkpoint's files: recorded ids of the original libraries, the libraries themselves, and bad input."""
+"""Tokenizers and image settings from a checkpoint's files: recorded ids of the original libraries, the libraries
+themselves, and bad input."""
 
 import base64
 import io
@@ -38,9 +39,55 @@ SPECIAL = {
     "minicpmv25": ["<image>", "</image>", "<unk>", "<|eot_id|>", "!"],
     "qwenvl": ["<img>", "</img>", "<imgpad>", "<|im_start|>", "<|im_end|>", "<|extra_7|>"],
 }
-PIECES = [" ", "  ", "\t", "\n", "\r\n", "\n ", "a", "the", " image", "123", "٣", "'s", "'RE", "ſ", "K", "é", "e\u0301", "\u0338", "ﬁ", "猫", "图里", "한",
-          "\u1112\u1161\u11ab", "💩", "👩\u200d🚀", "\u00a0", "\u3000", "\u2028", "\u0085", "\u200b", "\u180e", "\ufeff", "\x00", "\x0b", "\x1c", "\u202f",
-          "▁", "▁▁", "<", ">", "|", "..", "!!", "==", "\ue000", "\U000f0000", "\U0010ffff"]  # fmt: skip
+PIECES = [
+    " ",
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\n ",
+    "a",
+    "the",
+    " image",
+    "123",
+    "٣",
+    "'s",
+    "'RE",
+    "ſ",
+    "K",
+    "é",
+    "e\u0301",
+    "\u0338",
+    "ﬁ",
+    "猫",
+    "图里",
+    "한",
+    "\u1112\u1161\u11ab",
+    "💩",
+    "👩\u200d🚀",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "\u0085",
+    "\u200b",
+    "\u180e",
+    "\ufeff",
+    "\x00",
+    "\x0b",
+    "\x1c",
+    "\u202f",
+    "▁",
+    "▁▁",
+    "<",
+    ">",
+    "|",
+    "..",
+    "!!",
+    "==",
+    "\ue000",
+    "\U000f0000",
+    "\U0010ffff",
+]
 
 
 def random_text(rng, special=()):
@@ -77,10 +124,15 @@ def write(folder, **files):
 def byte_level(special, **kw):
     t = Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     t.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     t.train_from_iterator(["What is in the image? A red cat sits on the mat!! aaaa abab"] * 4, trainer)
     t.add_special_tokens(special)
     return t
@@ -89,10 +141,32 @@ def byte_level(special, **kw):
 @pytest.fixture
 def json_folder(tmp_path):
     "A folder like MiniCPM-V 2.6's."
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"]
-    config = {"tokenizer_class": "MiniCPMVTokenizerFast", "auto_map": {"AutoTokenizer": ["tokenization_minicpmv_fast.MiniCPMVTokenizerFast", None]},
-              "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"}  # fmt: skip
-    return write(tmp_path / "m", tokenizer__json=byte_level(names).to_str(), tokenizer_config__json=config, config__json={"model_type": "minicpmv", "version": 2.6})
+    names = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<unk>",
+        "<image>",
+        "</image>",
+        "<slice>",
+        "</slice>",
+        "<image_id>",
+        "</image_id>",
+    ]
+    config = {
+        "tokenizer_class": "MiniCPMVTokenizerFast",
+        "auto_map": {"AutoTokenizer": ["tokenization_minicpmv_fast.MiniCPMVTokenizerFast", None]},
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+    }
+    return write(
+        tmp_path / "m",
+        tokenizer__json=byte_level(names).to_str(),
+        tokenizer_config__json=config,
+        config__json={"model_type": "minicpmv", "version": 2.6},
+    )
 
 
 # ---- equal to the originals
@@ -117,7 +191,10 @@ def test_saved_and_read_again_it_is_the_same(name, tmp_path):
         assert ids(again, case["text"]) == case["ids"] and again.decode(case["ids"]) == tokenizer.decode(case["ids"])
     assert again("a cat").input_ids == tokenizer("a cat").input_ids
     assert again.get_vocab() == tokenizer.get_vocab() and again.all_special_tokens == tokenizer.all_special_tokens
-    assert again.chat_template == tokenizer.chat_template and str(RECORDED) not in (tmp_path / "tokenizer_config.json").read_text()
+    assert (
+        again.chat_template == tokenizer.chat_template
+        and str(RECORDED) not in (tmp_path / "tokenizer_config.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -128,7 +205,11 @@ def test_offsets_point_into_the_text(name):
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         covered = {i for lo, hi in out.offset_mapping for i in range(lo, hi)}
         assert covered == set(range(len(text)))
-        first = [text[lo:hi] for i, (lo, hi) in zip(out.input_ids, out.offset_mapping) if i == tokenizer.convert_tokens_to_ids(SPECIAL[name][0])]
+        first = [
+            text[lo:hi]
+            for i, (lo, hi) in zip(out.input_ids, out.offset_mapping)
+            if i == tokenizer.convert_tokens_to_ids(SPECIAL[name][0])
+        ]
         assert first == [SPECIAL[name][0]] * text.count(SPECIAL[name][0])
 
 
@@ -137,7 +218,12 @@ def test_random_text_equals_tiktoken():
     folder = RECORDED / "qwenvl"
     lines = (folder / "qwen.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(a): int(b) for a, b in map(bytes.split, lines)}
-    truth = tiktoken.Encoding("x", pat_str=QWEN_SPLIT, mergeable_ranks=ranks, special_tokens={t: len(ranks) + i for i, t in enumerate(QWEN_SPECIAL)})
+    truth = tiktoken.Encoding(
+        "x",
+        pat_str=QWEN_SPLIT,
+        mergeable_ranks=ranks,
+        special_tokens={t: len(ranks) + i for i, t in enumerate(QWEN_SPECIAL)},
+    )
     tokenizer, rng = tokenizer_of(folder), random.Random(1)
     for _ in range(3000):
         text = random_text(rng, SPECIAL["qwenvl"])
@@ -149,32 +235,55 @@ def test_random_text_equals_tiktoken():
 def test_a_word_with_a_rank_is_looked_up_before_anything_is_joined(tmp_path):
     "`wxyz` has a rank that joining cannot reach: `xy` goes first and neither `wxy` nor `xyz` is known."
     tokens = [bytes([b]) for b in range(256)] + [b"xy", b"wx", b"yz", b"wxyz"]
-    tokenizer = tokenizer_of(write(tmp_path, **{"qwen__tiktoken": b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))}))
+    tokenizer = tokenizer_of(
+        write(tmp_path, qwen__tiktoken=b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    )
     assert ids(tokenizer, "wxyz") == [259] and ids(tokenizer, "awxyz") == [ord("a"), ord("w"), 256, ord("z")]
 
 
 def spm(**options):
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece (dev extra) is the independent truth")
-    text = ["What is in the image? A red cat sits on the mat.", "图里有什么？有一只猫。", "aaaa aaaaaaa ababab aa", "a  b   c    d\n e", "naïve café"] * 30
+    text = [
+        "What is in the image? A red cat sits on the mat.",
+        "图里有什么？有一只猫。",
+        "aaaa aaaaaaa ababab aa",
+        "a  b   c    d\n e",
+        "naïve café",
+    ] * 30
     out = io.BytesIO()
     settings = {
-        "model_type": "bpe", "vocab_size": 500, "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-        "character_coverage": 1.0, "hard_vocab_limit": False, "minloglevel": 2, "allow_whitespace_only_pieces": True,
+        "model_type": "bpe",
+        "vocab_size": 500,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "character_coverage": 1.0,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+        "allow_whitespace_only_pieces": True,
         "user_defined_symbols": ["<reserved", "<reserved_5>", "<image>"],  # one begins another
-    } | options  # fmt: skip
+    } | options
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=out, **settings)
     return out.getvalue(), sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"byte_fallback": False, "vocab_size": 300}, {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}, {"user_defined_symbols": []}],
+    [
+        {},
+        {"byte_fallback": False, "vocab_size": 300},
+        {"add_dummy_prefix": False},
+        {"remove_extra_whitespaces": True},
+        {"user_defined_symbols": []},
+    ],
     ids=["like 2.0", "no bytes", "no prefix", "squeezed", "no symbols"],
 )
 def test_random_text_equals_sentencepiece(options, tmp_path):
     proto, truth = spm(**options)
     tokenizer, rng = tokenizer_of(write(tmp_path, tokenizer__model=proto)), random.Random(2)
-    assert [p for p, *_ in read_sentencepiece(tmp_path / "tokenizer.model").pieces] == [truth.id_to_piece(i) for i in range(truth.get_piece_size())]
+    assert [p for p, *_ in read_sentencepiece(tmp_path / "tokenizer.model").pieces] == [
+        truth.id_to_piece(i) for i in range(truth.get_piece_size())
+    ]
     symbols = options.get("user_defined_symbols", ["<reserved", "<reserved_5>", "<image>"])
     for _ in range(1500):
         text = random_text(rng, symbols)
@@ -228,7 +337,10 @@ def test_templates_write_what_the_original_wrote(golden_root):
         tokenizer = tokenizer_of(RECORDED / folder)
         for key in ("single_unsliced", "multi_turn_three", "unicode_and_role_words", "leading_and_trailing_spaces"):
             case = cases[name][key]
-            messages = [m | {"content": m["content"].replace("<image>", "<image>" + "<unk>" * 4 + "</image>")} for m in case["conversations"]]
+            messages = [
+                m | {"content": m["content"].replace("<image>", "<image>" + "<unk>" * 4 + "</image>")}
+                for m in case["conversations"]
+            ]
             text = tokenizer.apply_chat_template(messages, tokenize=False)
             if name == "minicpm" or key != "leading_and_trailing_spaces":
                 assert text == (case["rendered_text"] or case["raw_msg"]), key
@@ -251,11 +363,16 @@ def test_equal_to_auto_tokenizer_where_that_is_right(json_folder):
         assert lab.decode(ids(lab, text)) == lab_auto.decode(ids(lab, text))
     for role in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
         assert getattr(ours, role) == getattr(auto, role) and getattr(lab, role) == getattr(lab_auto, role)
-    assert lab.chat_template == lab_auto.chat_template and set(lab.all_special_tokens) == set(lab_auto.all_special_tokens)
+    assert lab.chat_template == lab_auto.chat_template and set(lab.all_special_tokens) == set(
+        lab_auto.all_special_tokens
+    )
 
 
 def test_the_pipeline_of_the_file_is_kept(json_folder):
-    made, file = json.loads(tokenizer_of(json_folder).backend_tokenizer.to_str()), json.loads((json_folder / "tokenizer.json").read_text())
+    made, file = (
+        json.loads(tokenizer_of(json_folder).backend_tokenizer.to_str()),
+        json.loads((json_folder / "tokenizer.json").read_text()),
+    )
     for part in ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens"):
         assert made[part] == file[part], part
 
@@ -294,7 +411,9 @@ def test_a_family_of_transformers_is_left_to_transformers(files, tmp_path):
         t.model.save(str(tmp_path))
     tokenizer = tokenizer_of(tmp_path)
     assert type(tokenizer).__name__ == "Qwen2Tokenizer" and tokenizer.is_fast and tokenizer.eos_token == "<|im_end|>"
-    assert ids(tokenizer, "A red cat!! <|endoftext|>\n x") == ids(AutoTokenizer.from_pretrained(tmp_path), "A red cat!! <|endoftext|>\n x")
+    assert ids(tokenizer, "A red cat!! <|endoftext|>\n x") == ids(
+        AutoTokenizer.from_pretrained(tmp_path), "A red cat!! <|endoftext|>\n x"
+    )
 
 
 # ---- ids
@@ -310,7 +429,9 @@ def test_merges_give_what_joining_by_rank_gives():
 
     rng = random.Random(5)
     for _ in range(200):
-        pieces = dict.fromkeys(["a", "b", *("".join(rng.choices("ab", k=rng.randint(2, 7))) for _ in range(rng.randint(3, 40)))])
+        pieces = dict.fromkeys(
+            ["a", "b", *("".join(rng.choices("ab", k=rng.randint(2, 7))) for _ in range(rng.randint(3, 40)))]
+        )
         ranks = {p: i for i, p in enumerate(pieces)}
         bpe = Tokenizer(models.BPE(dict(ranks), merges_of(ranks)))
         for word in ("".join(rng.choices("ab", k=rng.randint(1, 24))) for _ in range(40)):
@@ -334,12 +455,23 @@ def published():
 def test_published_ids_are_as_published():
     "UPSTREAM's table and the files it was read from, written here a second time."
     p = PUBLISHED_IDS
-    assert {v: (t["<unk>"], t["<image>"], t["</image>"], t["<slice>"], t["</slice>"]) for v, t in p.items() if v != "qwenvl"} == {
-        "2.0": (0, 101, 102, 111, 112), "2.5": (128002, 128010, 128011, 128020, 128021),
-        "2.6": (128244, 151646, 151647, 151656, 151657), "4.5": (128244, 151669, 151670, 151679, 151680),
-    }  # fmt: skip
-    assert (p["2.6"]["<image_id>"], p["4.5"]["<image_id>"], p["4.5"]["<think>"], p["2.5"]["<|eot_id|>"]) == (151658, 151681, 151667, 128009)
-    assert [p["qwenvl"][t] for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>", "<|extra_204|>")] == [151643, 151644, 151645, 151646, 151850]
+    assert {
+        v: (t["<unk>"], t["<image>"], t["</image>"], t["<slice>"], t["</slice>"]) for v, t in p.items() if v != "qwenvl"
+    } == {
+        "2.0": (0, 101, 102, 111, 112),
+        "2.5": (128002, 128010, 128011, 128020, 128021),
+        "2.6": (128244, 151646, 151647, 151656, 151657),
+        "4.5": (128244, 151669, 151670, 151679, 151680),
+    }
+    assert (p["2.6"]["<image_id>"], p["4.5"]["<image_id>"], p["4.5"]["<think>"], p["2.5"]["<|eot_id|>"]) == (
+        151658,
+        151681,
+        151667,
+        128009,
+    )
+    assert [
+        p["qwenvl"][t] for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>", "<|extra_204|>")
+    ] == [151643, 151644, 151645, 151646, 151850]
     tail = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
     assert [p["qwenvl"][t] for t in tail] == list(range(151851, 151860))
 
@@ -349,7 +481,11 @@ def test_a_moved_token_is_named(published, version):
     assert check_special_ids(published(version), version) is True
     token = "<imgpad>" if version == "qwenvl" else "</slice>"
     expected = PUBLISHED_IDS[version][token]
-    with pytest.raises(InputError, match=f"{token} is id {expected - 40000 if version != '2.0' else 400}, and {expected} in the published version {version}"):
+    with pytest.raises(
+        InputError,
+        match=f"{token} is id {expected - 40000 if version != '2.0' else 400}, and {expected} in the published version "
+        f"{version}",
+    ):
         check_special_ids(published(version, **{token: expected - 40000 if version != "2.0" else 400}), version)
 
 
@@ -368,7 +504,7 @@ def test_qwen_vl_at_full_size_has_the_published_ids(tmp_path):
         if len(new) < 20 and new not in seen:
             seen.add(new)
             tokens.append(new)
-    write(tmp_path, **{"qwen__tiktoken": b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))})
+    write(tmp_path, qwen__tiktoken=b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
     tokenizer = tokenizer_of(tmp_path)
     assert len(tokenizer) == PUBLISHED_TOKENS["qwenvl"] and check_special_ids(tokenizer, "qwenvl")
     special = special_tokens(tokenizer, "qwenvl")
@@ -378,7 +514,11 @@ def test_qwen_vl_at_full_size_has_the_published_ids(tmp_path):
 def test_special_tokens_by_version(json_folder):
     t = tokenizer_of(json_folder)
     s, at = special_tokens(t, "2.6"), t.convert_tokens_to_ids
-    assert s.image == (at("<image>"), at("</image>")) and s.slice == (at("<slice>"), at("</slice>")) and s.image_id == (at("<image_id>"), at("</image_id>"))
+    assert (
+        s.image == (at("<image>"), at("</image>"))
+        and s.slice == (at("<slice>"), at("</slice>"))
+        and s.image_id == (at("<image_id>"), at("</image_id>"))
+    )
     assert s.filler == at("<unk>") and s.turn_end == s.eos == at("<|im_end|>") and s.stop == (s.eos,)
     old = special_tokens(tokenizer_of(RECORDED / "minicpmv20"), "2.0")
     assert (old.image, old.slice, old.image_id, old.filler, old.turn_end) == ((101, 102), (111, 112), None, 0, 2)
@@ -402,10 +542,18 @@ def test_ids_beyond_the_embedding_are_named(json_folder):
 
 @pytest.mark.parametrize(
     ("config", "version"),
-    [({"model_type": "minicpmv", "version": "2.5"}, "2.5"), ({"model_type": "minicpmv", "version": 2.6}, "2.6"), ({"model_type": "minicpmo"}, "o-2.6"),
-     ({"model_type": "minicpmv", "vision_encoder": "vit"}, "2.0"), ({"model_type": "qwen", "visual": {}}, "qwenvl"),
-     ({"model_type": "qwen"}, None), ({"model_type": "minicpmv"}, None), ({"model_type": "minicpmv", "version": 3}, None), ({}, None)],
-)  # fmt: skip
+    [
+        ({"model_type": "minicpmv", "version": "2.5"}, "2.5"),
+        ({"model_type": "minicpmv", "version": 2.6}, "2.6"),
+        ({"model_type": "minicpmo"}, "o-2.6"),
+        ({"model_type": "minicpmv", "vision_encoder": "vit"}, "2.0"),
+        ({"model_type": "qwen", "visual": {}}, "qwenvl"),
+        ({"model_type": "qwen"}, None),
+        ({"model_type": "minicpmv"}, None),
+        ({"model_type": "minicpmv", "version": 3}, None),
+        ({}, None),
+    ],
+)
 def test_versions_are_recognised(config, version):
     if version:
         assert version_of(config) == version
@@ -429,10 +577,16 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 6204
 @pytest.mark.parametrize("name", ORIGINALS)
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [(b"", "empty"), (POINTER, "LFS pointer"), (lambda b: b[: len(b) // 2 - 1], "cut short|valid JSON|line|no rank|ranks are not"),
-     (b"\x89PNG\r\n\x1a\n\x00\x00", "UTF-8|sentencepiece|base64"), (b"[1, 2]", "list|sentencepiece|base64"), (b"{}", "no 'model'|sentencepiece|base64")],
+    [
+        (b"", "empty"),
+        (POINTER, "LFS pointer"),
+        (lambda b: b[: len(b) // 2 - 1], "cut short|valid JSON|line|no rank|ranks are not"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "UTF-8|sentencepiece|base64"),
+        (b"[1, 2]", "list|sentencepiece|base64"),
+        (b"{}", "no 'model'|sentencepiece|base64"),
+    ],
     ids=["empty", "pointer", "truncated", "picture", "list", "object"],
-)  # fmt: skip
+)
 def test_a_damaged_tokenizer_is_one_sentence(name, damage, said, tmp_path):
     file = {"minicpmv20": "tokenizer.model", "minicpmv25": "tokenizer.json", "qwenvl": "qwen.tiktoken"}[name]
     shutil.copytree(RECORDED / name, tmp_path / "m")
@@ -455,10 +609,15 @@ def test_every_cut_of_a_sentencepiece_file_is_an_input_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("lines", "said"),
-    [(lambda b: b.replace(b"IQ== 0\n", b""), "single bytes have no rank"), (lambda b: b + b"AAAA 5\n", "ranks are not 0 to"),
-     (lambda b: b + b"AAA 700\n", "line 701"), (lambda b: b + b"AAAA\n", "line 701"), (lambda b: b + b"AAAA x\n", "line 701")],
+    [
+        (lambda b: b.replace(b"IQ== 0\n", b""), "single bytes have no rank"),
+        (lambda b: b + b"AAAA 5\n", "ranks are not 0 to"),
+        (lambda b: b + b"AAA 700\n", "line 701"),
+        (lambda b: b + b"AAAA\n", "line 701"),
+        (lambda b: b + b"AAAA x\n", "line 701"),
+    ],
     ids=["a byte", "a rank twice", "bad base64", "no rank", "no number"],
-)  # fmt: skip
+)
 def test_a_wrong_line_of_ranks_is_named(lines, said, tmp_path):
     shutil.copytree(RECORDED / "qwenvl", tmp_path / "m")
     with pytest.raises(InputError, match=said):
@@ -474,14 +633,24 @@ def set_config(folder, **changes):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"pad_token": "<pad>"}, "pad_token is '<pad>', which the vocabulary does not have"), ({"eos_token": {"content": "<end>"}}, "eos_token is '<end>'"),
-     ({"additional_special_tokens": ["<new>"]}, "'<new>'"), ({"extra_special_tokens": {"image_token": "<new>"}}, "image_token is '<new>'"),
-     ({"added_tokens_decoder": {"7": {"content": "<image>", "special": True}}}, "<image> is id [0-9]+ here and id 7"),
-     ({"added_tokens_decoder": {"900": {"content": "<new>"}}}, "<new> is id 3[0-9]+ here and id 900"),
-     ({"added_tokens_decoder": {"x": {"content": "<new>"}}}, "added_tokens_decoder"), ({"added_tokens_decoder": ["<new>"]}, "added_tokens_decoder"),
-     ({"bos_token": 5}, "written as 5"), ({"chat_template": [1]}, "chat_template"), ({"padding_side": "middle"}, "padding_side"),
-     ({"tokenizer_class": 5}, "tokenizer_class is 5")],
-)  # fmt: skip
+    [
+        ({"pad_token": "<pad>"}, "pad_token is '<pad>', which the vocabulary does not have"),
+        ({"eos_token": {"content": "<end>"}}, "eos_token is '<end>'"),
+        ({"additional_special_tokens": ["<new>"]}, "'<new>'"),
+        ({"extra_special_tokens": {"image_token": "<new>"}}, "image_token is '<new>'"),
+        (
+            {"added_tokens_decoder": {"7": {"content": "<image>", "special": True}}},
+            "<image> is id [0-9]+ here and id 7",
+        ),
+        ({"added_tokens_decoder": {"900": {"content": "<new>"}}}, "<new> is id 3[0-9]+ here and id 900"),
+        ({"added_tokens_decoder": {"x": {"content": "<new>"}}}, "added_tokens_decoder"),
+        ({"added_tokens_decoder": ["<new>"]}, "added_tokens_decoder"),
+        ({"bos_token": 5}, "written as 5"),
+        ({"chat_template": [1]}, "chat_template"),
+        ({"padding_side": "middle"}, "padding_side"),
+        ({"tokenizer_class": 5}, "tokenizer_class is 5"),
+    ],
+)
 def test_a_configuration_that_contradicts_the_vocabulary(json_folder, changes, said):
     with pytest.raises(InputError, match=said):
         tokenizer_of(set_config(json_folder, **changes))
@@ -525,7 +694,13 @@ def test_folders_without_a_tokenizer(tmp_path, json_folder):
     with pytest.raises(InputError, match="'MiniCPMVTokenizerFast' is not one of transformers"):
         tokenizer_of(json_folder)
     with pytest.raises(InputError, match="transformers cannot read this tokenizer"):
-        tokenizer_of(write(tmp_path / "native", tokenizer_config__json={"tokenizer_class": "Qwen2Tokenizer"}, tokenizer__json='{"model": {"type": "BP'))
+        tokenizer_of(
+            write(
+                tmp_path / "native",
+                tokenizer_config__json={"tokenizer_class": "Qwen2Tokenizer"},
+                tokenizer__json='{"model": {"type": "BP',
+            )
+        )
     with pytest.raises(InputError, match="line 1"):
         tokenizer_of(broken(json_folder, "tokenizer_config.json", b'{"tokenizer_class": "MiniCPM'))
 
@@ -539,30 +714,80 @@ def test_chat_templates_and_roles_come_from_where_they_are(json_folder):
     (json_folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert tokenizer_of(json_folder).apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
     set_config(json_folder, pad_token="DELETE", eos_token="DELETE")
-    (json_folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<unk>", "eos_token": {"content": "<|endoftext|>"}, "bos_token": "<unk>"}))
+    (json_folder / "special_tokens_map.json").write_text(
+        json.dumps({"pad_token": "<unk>", "eos_token": {"content": "<|endoftext|>"}, "bos_token": "<unk>"})
+    )
     t = tokenizer_of(json_folder)
     assert (t.pad_token, t.eos_token, t.bos_token) == ("<unk>", "<|endoftext|>", "<|im_start|>")
 
 
 # ---- image settings
 
-PRE = {"max_slice_nums": 9, "scale_resolution": 448, "patch_size": 14, "norm_mean": [0.5] * 3, "norm_std": [0.5] * 3, "slice_mode": True}
-TOWER = {"model_type": "minicpmv", "patch_size": 14, "image_size": 448, "vision_config": {"patch_size": 14, "image_size": 980}, "slice_mode": True}
+PRE = {
+    "max_slice_nums": 9,
+    "scale_resolution": 448,
+    "patch_size": 14,
+    "norm_mean": [0.5] * 3,
+    "norm_std": [0.5] * 3,
+    "slice_mode": True,
+}
+TOWER = {
+    "model_type": "minicpmv",
+    "patch_size": 14,
+    "image_size": 448,
+    "vision_config": {"patch_size": 14, "image_size": 980},
+    "slice_mode": True,
+}
 FOLDERS = {
-    "2.0 without the file": ({"model_type": "minicpmv", "vision_encoder": "v", "query_num": 64, "patch_size": 14, "max_slice_nums": 9, "scale_resolution": 448}, None),
-    "2.0": ({"model_type": "minicpmv", "vision_encoder": "v", "query_num": 64, "patch_size": 14, "max_slice_nums": 9, "scale_resolution": 448},
-            PRE | {"image_feature_size": 64}),
-    "2.5": (TOWER | {"version": "2.5", "query_num": 96, "slice_config": {"max_slice_nums": 9, "patch_size": 14}}, PRE | {"version": 2.5, "image_feature_size": 96}),
-    "2.6": (TOWER | {"version": 2.6, "query_num": 64, "use_image_id": True}, PRE | {"version": 2.6, "image_feature_size": 64, "use_image_id": True}),
-    "4.5": (TOWER | {"version": 4.5, "query_num": 64}, PRE | {"version": 2.6, "image_feature_size": 64, "use_image_id": True}),
-}  # fmt: skip
+    "2.0 without the file": (
+        {
+            "model_type": "minicpmv",
+            "vision_encoder": "v",
+            "query_num": 64,
+            "patch_size": 14,
+            "max_slice_nums": 9,
+            "scale_resolution": 448,
+        },
+        None,
+    ),
+    "2.0": (
+        {
+            "model_type": "minicpmv",
+            "vision_encoder": "v",
+            "query_num": 64,
+            "patch_size": 14,
+            "max_slice_nums": 9,
+            "scale_resolution": 448,
+        },
+        PRE | {"image_feature_size": 64},
+    ),
+    "2.5": (
+        TOWER | {"version": "2.5", "query_num": 96, "slice_config": {"max_slice_nums": 9, "patch_size": 14}},
+        PRE | {"version": 2.5, "image_feature_size": 96},
+    ),
+    "2.6": (
+        TOWER | {"version": 2.6, "query_num": 64, "use_image_id": True},
+        PRE | {"version": 2.6, "image_feature_size": 64, "use_image_id": True},
+    ),
+    "4.5": (
+        TOWER | {"version": 4.5, "query_num": 64},
+        PRE | {"version": 2.6, "image_feature_size": 64, "use_image_id": True},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_published_image_settings(name, tmp_path):
     config, pre = FOLDERS[name]
     s = image_settings(write(tmp_path, config__json=config, **({"preprocessor_config__json": pre} if pre else {})))
-    assert (s.kind, s.size, s.patch_size, s.max_slice_nums, s.mean, s.std) == ("patches", 448, 14, 9, (0.5,) * 3, (0.5,) * 3)
+    assert (s.kind, s.size, s.patch_size, s.max_slice_nums, s.mean, s.std) == (
+        "patches",
+        448,
+        14,
+        9,
+        (0.5,) * 3,
+        (0.5,) * 3,
+    )
     assert s.query_num == (96 if name == "2.5" else 64) and s.use_image_id == (name in ("2.6", "4.5"))
 
 
@@ -571,23 +796,49 @@ def test_image_settings_of_the_recorded_models(golden_root, tmp_path):
     assert (s.size, s.patch_size, s.max_slice_nums, s.query_num, s.use_image_id) == (56, 8, 1, 16, False)
     config = json.loads((golden_root / "minicpmv26" / "config.json").read_text())
     s = image_settings(write(tmp_path / "26", config__json=config | {"model_type": "minicpmv"}))
-    assert (s.query_num, s.patch_size, s.size) == (config["query_num"], 14, config.get("slice_config", {}).get("scale_resolution", 448))
-    s = image_settings(write(tmp_path, config__json={"model_type": "qwen", "visual": {"image_size": 56, "patch_size": 7, "n_queries": 16}}))
-    assert (s.kind, s.size, s.patch_size, s.query_num, s.max_slice_nums, s.use_image_id) == ("square", 56, 7, 16, 1, False)
+    assert (s.query_num, s.patch_size, s.size) == (
+        config["query_num"],
+        14,
+        config.get("slice_config", {}).get("scale_resolution", 448),
+    )
+    s = image_settings(
+        write(
+            tmp_path,
+            config__json={"model_type": "qwen", "visual": {"image_size": 56, "patch_size": 7, "n_queries": 16}},
+        )
+    )
+    assert (s.kind, s.size, s.patch_size, s.query_num, s.max_slice_nums, s.use_image_id) == (
+        "square",
+        56,
+        7,
+        16,
+        1,
+        False,
+    )
     assert s.mean[0] == 0.48145466 and s.std[2] == 0.27577711 and s.resample == "bicubic"
 
 
 def test_no_slices_when_switched_off(tmp_path):
     config, pre = FOLDERS["2.6"]
     for_all = {"slice_mode": False}
-    assert image_settings(write(tmp_path, config__json=config | for_all, preprocessor_config__json=pre | for_all)).max_slice_nums == 1
+    assert (
+        image_settings(
+            write(tmp_path, config__json=config | for_all, preprocessor_config__json=pre | for_all)
+        ).max_slice_nums
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "pre", "field", "value"),
-    [({}, {"use_image_id": False}, "use_image_id", False), ({"slice_config": {"max_slice_nums": 4}}, {}, "max_slice_nums", 9), ({}, {"slice_mode": False}, "max_slice_nums", 1),
-     ({"slice_config": {"max_slice_nums": 9}}, {"max_slice_nums": 4}, "max_slice_nums", 4), ({"scale_resolution": 336}, {}, "size", 448)],
-)  # fmt: skip
+    [
+        ({}, {"use_image_id": False}, "use_image_id", False),
+        ({"slice_config": {"max_slice_nums": 4}}, {}, "max_slice_nums", 9),
+        ({}, {"slice_mode": False}, "max_slice_nums", 1),
+        ({"slice_config": {"max_slice_nums": 9}}, {"max_slice_nums": 4}, "max_slice_nums", 4),
+        ({"scale_resolution": 336}, {}, "size", 448),
+    ],
+)
 def test_a_choice_follows_the_picture_processors_file_and_is_told(config, pre, field, value, tmp_path):
     base, extra = FOLDERS["2.6"]
     with pytest.warns(UserWarning, match="is contradictory: .*preprocessor_config.json.*The first is used"):
@@ -597,9 +848,19 @@ def test_a_choice_follows_the_picture_processors_file_and_is_told(config, pre, f
 
 def test_settings_inside_processor_config(tmp_path):
     config, pre = FOLDERS["2.6"]
-    assert image_settings(write(tmp_path, config__json=config, processor_config__json={"image_processor": pre | {"norm_mean": [0.1, 0.2, 0.3]}})).mean == (0.1, 0.2, 0.3)
+    assert image_settings(
+        write(
+            tmp_path,
+            config__json=config,
+            processor_config__json={"image_processor": pre | {"norm_mean": [0.1, 0.2, 0.3]}},
+        )
+    ).mean == (0.1, 0.2, 0.3)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(pre))
-    with pytest.raises(InputError, match=r"norm_mean is \[0.5, 0.5, 0.5\] in preprocessor_config.json and \[0.1, 0.2, 0.3\] in processor_config.json"):
+    with pytest.raises(
+        InputError,
+        match=r"norm_mean is \[0.5, 0.5, 0.5\] in preprocessor_config.json and \[0.1, 0.2, 0.3\] in "
+        r"processor_config.json",
+    ):
         image_settings(tmp_path)
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": 3}))
     with pytest.raises(InputError, match="no object"):
@@ -611,28 +872,59 @@ def test_settings_inside_processor_config(tmp_path):
 def test_a_square_of_another_model_is_refused(tmp_path):
     config = {"model_type": "qwen", "visual": {"image_size": 56, "patch_size": 7, "n_queries": 16}}
     for size in ({"height": 56, "width": 56}, 56):
-        s = image_settings(write(tmp_path, config__json=config, preprocessor_config__json={"size": size, "image_mean": [0.1, 0.2, 0.3]}))
+        s = image_settings(
+            write(
+                tmp_path, config__json=config, preprocessor_config__json={"size": size, "image_mean": [0.1, 0.2, 0.3]}
+            )
+        )
         assert (s.size, s.mean, s.std[0]) == (56, (0.1, 0.2, 0.3), 0.26862954)
-    for pre, said in (({"size": 224}, "image_size is contradictory: 56"), ({"size": {"shortest_edge": 56}}, "looks at squares"), ({"patch_size": 14}, "patch_size is contradictory"),
-                      ({"do_center_crop": True}, "do_center_crop is True"), ({"size": {"height": 56, "width": 28}}, "looks at squares")):  # fmt: skip
+    for pre, said in (
+        ({"size": 224}, "image_size is contradictory: 56"),
+        ({"size": {"shortest_edge": 56}}, "looks at squares"),
+        ({"patch_size": 14}, "patch_size is contradictory"),
+        ({"do_center_crop": True}, "do_center_crop is True"),
+        ({"size": {"height": 56, "width": 28}}, "looks at squares"),
+    ):
         with pytest.raises(InputError, match=said):
             image_settings(write(tmp_path, config__json=config, preprocessor_config__json=pre))
 
 
 @pytest.mark.parametrize(
     ("config", "pre", "said"),
-    [({}, {"image_feature_size": 96}, "query_num is contradictory: 64 in config.json query_num, 96 in preprocessor_config.json"),
-     ({}, {"patch_size": 16}, "patch_size is contradictory"), ({}, {"version": 2.5}, "version is 2.5 in preprocessor_config.json and 2.6"),
-     ({}, {"do_resize": False}, "do_resize is False"), ({}, {"do_center_crop": True}, "do_center_crop is True"), ({}, {"resample": 2}, "resample is 2"),
-     ({}, {"do_normalize": False}, "do_normalize is False"), ({}, {"rescale_factor": 1 / 127.5}, "divided by 255"), ({}, {"rescale_factor": "x"}, "1/255 in published"),
-     ({}, {"size": {"height": 448, "width": 448}}, "Write scale_resolution"), ({}, {"max_pixels": 10**6}, "max_pixels is 1000000"), ({}, {"im_start": "<img>"}, "written with <image>"),
-     ({}, {"image_processor_type": "CLIPImageProcessor"}, "image_processor_type is 'CLIPImageProcessor'"), ({}, {"image_mean": [0.4] * 3}, "norm_mean is contradictory"),
-     ({}, {"norm_std": [0.5, float("nan"), 0.5]}, "three numbers"), ({}, {"norm_mean": [True, 0, 0]}, "three numbers"), ({}, {"max_slice_nums": 2.5}, "whole number"),
-     ({}, {"scale_resolution": 0}, "whole number"), ({}, {"use_image_id": "yes"}, "true or false"), ({}, {"slice_mode": 1}, "true or false"),
-     ({"vision_config": {"patch_size": 16}}, {}, "patch_size is contradictory"), ({}, {"norm_mean": [0.5, 0.5]}, "three numbers"),
-     ({}, {"norm_std": [0.5, 0, 0.5]}, "divided by"), ({"query_num": 0}, {"image_feature_size": 0}, "query_num is 0"),
-     ({"query_num": "64"}, {"image_feature_size": "64"}, "whole number"), ({"version": "7"}, {}, "none of 2.0"), ({"model_type": "llava"}, {}, "none of 2.0")],
-)  # fmt: skip
+    [
+        (
+            {},
+            {"image_feature_size": 96},
+            "query_num is contradictory: 64 in config.json query_num, 96 in preprocessor_config.json",
+        ),
+        ({}, {"patch_size": 16}, "patch_size is contradictory"),
+        ({}, {"version": 2.5}, "version is 2.5 in preprocessor_config.json and 2.6"),
+        ({}, {"do_resize": False}, "do_resize is False"),
+        ({}, {"do_center_crop": True}, "do_center_crop is True"),
+        ({}, {"resample": 2}, "resample is 2"),
+        ({}, {"do_normalize": False}, "do_normalize is False"),
+        ({}, {"rescale_factor": 1 / 127.5}, "divided by 255"),
+        ({}, {"rescale_factor": "x"}, "1/255 in published"),
+        ({}, {"size": {"height": 448, "width": 448}}, "Write scale_resolution"),
+        ({}, {"max_pixels": 10**6}, "max_pixels is 1000000"),
+        ({}, {"im_start": "<img>"}, "written with <image>"),
+        ({}, {"image_processor_type": "CLIPImageProcessor"}, "image_processor_type is 'CLIPImageProcessor'"),
+        ({}, {"image_mean": [0.4] * 3}, "norm_mean is contradictory"),
+        ({}, {"norm_std": [0.5, float("nan"), 0.5]}, "three numbers"),
+        ({}, {"norm_mean": [True, 0, 0]}, "three numbers"),
+        ({}, {"max_slice_nums": 2.5}, "whole number"),
+        ({}, {"scale_resolution": 0}, "whole number"),
+        ({}, {"use_image_id": "yes"}, "true or false"),
+        ({}, {"slice_mode": 1}, "true or false"),
+        ({"vision_config": {"patch_size": 16}}, {}, "patch_size is contradictory"),
+        ({}, {"norm_mean": [0.5, 0.5]}, "three numbers"),
+        ({}, {"norm_std": [0.5, 0, 0.5]}, "divided by"),
+        ({"query_num": 0}, {"image_feature_size": 0}, "query_num is 0"),
+        ({"query_num": "64"}, {"image_feature_size": "64"}, "whole number"),
+        ({"version": "7"}, {}, "none of 2.0"),
+        ({"model_type": "llava"}, {}, "none of 2.0"),
+    ],
+)
 def test_image_settings_that_make_no_sense(config, pre, said, tmp_path):
     base, extra = FOLDERS["2.6"]
     with pytest.raises(InputError, match=said):
@@ -652,11 +944,21 @@ def test_image_settings_from_missing_files(tmp_path):
 
 def test_the_wire_format_is_read_with_all_its_kinds(tmp_path):
     "A hand-made model: fields of eight and four bytes and unknown numbers are skipped, defaults are sentencepiece's."
-    varint = lambda number, value: bytes([number << 3, value])  # noqa: E731
-    field = lambda number, data: bytes([number << 3 | 2, len(data)]) + data  # noqa: E731
+
+    def varint(number, value):
+        return bytes([number << 3, value])
+
+    def field(number, data):
+        return bytes([number << 3 | 2, len(data)]) + data
+
     pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("a", 1), ("▁", 1), ("▁a", 1)]
-    data = b"".join(field(1, field(1, t.encode()) + b"\x15" + struct.pack("<f", -i) + varint(3, k)) for i, (t, k) in enumerate(pieces))
+    data = b"".join(
+        field(1, field(1, t.encode()) + b"\x15" + struct.pack("<f", -i) + varint(3, k))
+        for i, (t, k) in enumerate(pieces)
+    )
     data += field(2, varint(3, 2) + b"\x49" + bytes(8) + b"\x55" + bytes(4)) + field(3, b"")
     sp = read_sentencepiece(write(tmp_path, tokenizer__model=data) / "tokenizer.model")
-    assert [p[0] for p in sp.pieces] == [t for t, _ in pieces] and sp.dummy_prefix and sp.squeeze and not sp.byte_fallback
+    assert (
+        [p[0] for p in sp.pieces] == [t for t, _ in pieces] and sp.dummy_prefix and sp.squeeze and not sp.byte_fallback
+    )
     assert tokenizer_of(tmp_path)("  a   aé ").tokens() == ["<s>", "▁a", "▁a", "<unk>"]

@@ -58,7 +58,9 @@ def test_every_family_learns_the_same(family, connector):
         n = cache.asked
         close(step(model, batch), expected)
         assert cache.found == n and cache.asked == 2 * n
-    assert any("weight" in n for n in expected[1]) and not any(layout_of(model).part_of(n) == "vision" for n in expected[1])
+    assert any("weight" in n for n in expected[1]) and not any(
+        layout_of(model).part_of(n) == "vision" for n in expected[1]
+    )
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in OPEN])
@@ -90,7 +92,8 @@ def test_ragged_pictures_in_changing_company(family):
     with cache.at(model):
         for b, e in zip(batches * 2, expected * 2):
             close(step(model, b), e)
-    # 2.5 sees padding, so the same picture beside a longer one is another: lengths 12: {0, 1}; 16: {1, 2}, {3, 2}, {0 … 3}
+    # 2.5 sees padding, so the same picture beside a longer one is another: lengths 12: {0, 1}; 16: {1, 2}, {3, 2}, {0 …
+    # 3}
     assert len(cache.store.entries) == (6 if family == "minicpmv-2.5" else 4)
 
 
@@ -98,11 +101,15 @@ def test_padding_changes_what_25_sees_and_the_cache_knows():
     model = frozen("minicpmv-2.5")
     a, b = ragged(model, [1, 0]), ragged(model, [1, 2])
     with torch.no_grad():
-        assert (model.vpm(a["pixel_values"], a["tgt_sizes"])[0, :4] - model.vpm(b["pixel_values"], b["tgt_sizes"])[0, :4]).abs().max() > 1e-3
+        assert (
+            model.vpm(a["pixel_values"], a["tgt_sizes"])[0, :4] - model.vpm(b["pixel_values"], b["tgt_sizes"])[0, :4]
+        ).abs().max() > 1e-3
         with VisionCache().at(model):
             for x in (a, b, a):
                 known = type(model.vpm).forward(model.vpm, x["pixel_values"], x["tgt_sizes"])
-                torch.testing.assert_close(model.vpm(x["pixel_values"], x["tgt_sizes"])[0, :4], known[0, :4], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    model.vpm(x["pixel_values"], x["tgt_sizes"])[0, :4], known[0, :4], rtol=1e-4, atol=1e-5
+                )
 
 
 def test_order_and_history_do_not_change_a_bit():
@@ -153,12 +160,28 @@ def changed_kernel(m, b):
 
 
 @pytest.mark.parametrize("where", ("memory", "disk"))
-@pytest.mark.parametrize("change", (changed_weight, changed_data, replaced, changed_pixel, changed_grid, changed_type, changed_setting, changed_kernel), ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change",
+    (
+        changed_weight,
+        changed_data,
+        replaced,
+        changed_pixel,
+        changed_grid,
+        changed_type,
+        changed_setting,
+        changed_kernel,
+    ),
+    ids=lambda f: f.__name__,
+)
 def test_what_has_changed_is_looked_at_again(change, where, tmp_path):
     "Also by a new process, which finds the old entries on disk."
     model = frozen("minicpmv-2.6")
     batch = ragged(model, [0])
-    make = lambda: VisionCache(tmp_path if where == "disk" else None, **QUIET)  # noqa: E731
+
+    def make():
+        return VisionCache(tmp_path if where == "disk" else None, **QUIET)
+
     cache = make()
     with torch.no_grad():
         with cache.at(model):
@@ -208,7 +231,12 @@ def test_autocast_and_its_type_are_part_of_the_key():
             for k in range(2):
                 rough = model.vpm(batch["pixel_values"], batch["tgt_sizes"])
                 assert cache.found == k
-                torch.testing.assert_close(rough, type(model.vpm).forward(model.vpm, batch["pixel_values"], batch["tgt_sizes"]), rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(
+                    rough,
+                    type(model.vpm).forward(model.vpm, batch["pixel_values"], batch["tgt_sizes"]),
+                    rtol=1e-3,
+                    atol=1e-3,
+                )
     assert 1e-4 < (exact - rough.float()).abs().max() < 0.3
     kinds = {e["x"].dtype for e in cache.store.entries.values()}
     assert kinds <= {torch.float32, torch.float16, torch.bfloat16} and len(cache.store.entries) == 2
@@ -230,11 +258,16 @@ def test_a_tower_in_four_bit_and_its_constants():
     bnb = pytest.importorskip("bitsandbytes")
     model = frozen("minicpmv-2.6")
     for layer in model.vpm.encoder.layers:
-        new = bnb.nn.Linear4bit(layer.mlp.fc1.in_features, layer.mlp.fc1.out_features, compute_dtype=torch.float32, quant_type="nf4")
+        new = bnb.nn.Linear4bit(
+            layer.mlp.fc1.in_features, layer.mlp.fc1.out_features, compute_dtype=torch.float32, quant_type="nf4"
+        )
         new.load_state_dict({"weight": layer.mlp.fc1.weight.data, "bias": layer.mlp.fc1.bias.data})
         layer.mlp.fc1 = new.to("cpu").requires_grad_(False)
     batch, cache = ragged(model, [0]), VisionCache(check_every=10**6)
-    look = lambda: model.vpm(batch["pixel_values"], batch["tgt_sizes"])  # noqa: E731
+
+    def look():
+        return model.vpm(batch["pixel_values"], batch["tgt_sizes"])
+
     with torch.no_grad(), cache.at(model):
         first = look()
         assert torch.equal(look(), first) and cache.found == 1
@@ -250,7 +283,10 @@ def files(folder):
 def test_any_byte_of_a_file(tmp_path):
     model = frozen("minicpmv-2.6")
     batch = ragged(model, [0])
-    look = lambda: model.vpm(batch["pixel_values"], batch["tgt_sizes"])  # noqa: E731
+
+    def look():
+        return model.vpm(batch["pixel_values"], batch["tgt_sizes"])
+
     with torch.no_grad():
         with VisionCache(tmp_path).at(model):
             truth = look()
@@ -261,7 +297,8 @@ def test_any_byte_of_a_file(tmp_path):
             cache = VisionCache(tmp_path, say=said.append)
             with cache.at(model):
                 assert torch.equal(look(), truth), k
-            assert cache.found in (0, 1) and (cache.found or cache.store.damaged == 1), k  # found: white space in the header
+            # found: white space in the header
+            assert cache.found in (0, 1) and (cache.found or cache.store.damaged == 1), k
         assert said and all("damaged" in line for line in said)
         for half in (b"", good[:8], good[: len(good) // 2], good + b"more", b"\xff" * 100):
             file.write_bytes(half)
@@ -301,7 +338,12 @@ def test_a_full_cache_says_so_once_and_goes_on(tmp_path):
             for _ in range(3):
                 for rows in ([0], [2], [3], [1]):
                     model(**ragged(model, rows + [0]))
-        assert len(said) == 1 and "nothing more is kept" in said[0] and 0 < cache.found < cache.asked and cache.used <= cache.limit
+        assert (
+            len(said) == 1
+            and "nothing more is kept" in said[0]
+            and 0 < cache.found < cache.asked
+            and cache.used <= cache.limit
+        )
     blocked = tmp_path / "b"
     blocked.write_text("a file where a folder should be")
     said = []
@@ -385,7 +427,10 @@ class Flipped(Samples):
 def test_who_decides(rows):
     model, said = lab(), []
     samples = Samples(rows, Processor.of(model.config, load_tokenizer("lab")))
-    assert isinstance(choose_cache("auto", model, samples, 3), VisionCache) and choose_cache("auto", model, samples, 1) is None
+    assert (
+        isinstance(choose_cache("auto", model, samples, 3), VisionCache)
+        and choose_cache("auto", model, samples, 1) is None
+    )
     assert choose_cache("memory", model, samples, 1) is not None and choose_cache("off", model, samples, 3) is None
     for choice in ("auto", "memory", "disk"):
         torch.manual_seed(0)
@@ -414,7 +459,17 @@ def test_a_training_with_the_cache_is_the_training_without(rows, tmp_path):
         if name == "resumed":
             for late in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[1:]:
                 late.rename(tmp_path / late.name)
-        run = fit(model, samples, schedule, folder, evaluation=samples, log_every=1, cache=cache, resume=name == "resumed", plan=TuningPlan(rank=4))
+        run = fit(
+            model,
+            samples,
+            schedule,
+            folder,
+            evaluation=samples,
+            log_every=1,
+            cache=cache,
+            resume=name == "resumed",
+            plan=TuningPlan(rank=4),
+        )
         losses[name] = [h.get("loss", h.get("eval_loss")) for h in run.history]
         weights[name] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if cache:
@@ -422,7 +477,9 @@ def test_a_training_with_the_cache_is_the_training_without(rows, tmp_path):
         assert "forward" not in model.get_base_model().vpm.__dict__
     assert any("resampler" in n for n in weights["memory"])
     for name in ("memory", "disk"):
-        torch.testing.assert_close(torch.tensor(losses[name][:-1]), torch.tensor(losses["without"][:-1]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            torch.tensor(losses[name][:-1]), torch.tensor(losses["without"][:-1]), rtol=1e-5, atol=0
+        )
     assert losses["memory"][:-1] == losses["disk"][:-1]
     for n, p in weights["memory"].items():
         assert torch.equal(p, weights["disk"][n]) and torch.equal(p, weights["resumed"][n])
@@ -450,7 +507,15 @@ def test_the_doctor_works_behind_it(rows, tmp_path):
     model = lab().float()
     samples, cache = Pipeline(rows, Processor.of(model.config, load_tokenizer("lab"))), VisionCache()
     with pytest.raises(NonFiniteStep) as caught:
-        fit(model, samples, Schedule(epochs=2, batch_size=4), tmp_path, save=False, cache=cache, callbacks=[NanDoctor(folder=tmp_path / "nan", say=lambda line: None)])
+        fit(
+            model,
+            samples,
+            Schedule(epochs=2, batch_size=4),
+            tmp_path,
+            save=False,
+            cache=cache,
+            callbacks=[NanDoctor(folder=tmp_path / "nan", say=lambda line: None)],
+        )
     assert caught.value.diagnosis.cause == "corrupt input" and caught.value.diagnosis.samples == (5,)
     assert all(t.isfinite().all() for e in cache.store.entries.values() for t in e.values())
 
@@ -459,14 +524,19 @@ def test_a_job(rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VLM_LORA_LAB_CACHE", str(tmp_path / "cache"))
     assert cache_folder() == tmp_path / "cache"
     data = str(samples_folder() / "mixed.json")
-    (tmp_path / "job.yaml").write_text(f"data: {data}\noutput: {tmp_path / 'a'}\nvision_cache: disk\nfour_bit: false\nschedule: {{max_steps: 8, batch_size: 2}}\n")
+    (tmp_path / "job.yaml").write_text(
+        f"data: {data}\noutput: {tmp_path / 'a'}\nvision_cache: disk\nfour_bit: false\nschedule: {{max_steps: 8, batch_size: 2}}\n"
+    )
     assert main(["train", str(tmp_path / "job.yaml")]) == 0
     assert "pictures from the cache" in capsys.readouterr().out and list((tmp_path / "cache").glob("*/*.safetensors"))
     (tmp_path / "off.yaml").write_text(f"data: {data}\noutput: {tmp_path / 'b'}\nvision_cache: off\n")
     import yaml
 
     assert Job.of(yaml.safe_load((tmp_path / "off.yaml").read_text())).vision_cache == "off"  # YAML's off is false
-    assert main(["train", "--data", data, "--output", str(tmp_path / "c"), "--vision-cache", "memory", "--vision", "lora"]) == 2
+    assert (
+        main(["train", "--data", data, "--output", str(tmp_path / "c"), "--vision-cache", "memory", "--vision", "lora"])
+        == 2
+    )
     assert "vision: lora" in capsys.readouterr().err and not (tmp_path / "c").exists()
     with pytest.raises(InputError, match="auto, off, memory, disk"):
         Job.of({"data": data, "output": "x", "vision_cache": "RAM"})

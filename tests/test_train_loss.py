@@ -1,4 +1,5 @@
-"""Logits only where there are labels: the same loss and the same gradients, in every family, whatever the head, and never silently another one."""
+"""Logits only where there are labels: the same loss and the same gradients, in every family, whatever the head, and
+never silently another one."""
 
 import copy
 import inspect
@@ -99,7 +100,8 @@ def test_the_noise_of_a_piece_is_drawn_once():
 def test_soft_capping_and_scaling_are_kept():
     config = tiny_config("paligemma")
     config.text_config = GemmaConfig(**{k: v for k, v in config.text_config.to_dict().items() if k != "model_type"})
-    config.text_config.final_logit_softcapping = 0.1  # logits of weights as small as the published ones begin with are small
+    # logits of weights as small as the published ones begin with are small
+    config.text_config.final_logit_softcapping = 0.1
     torch.manual_seed(0)
     model = PaliGemmaForConditionalGeneration(config).float().train()
     batch = batch_of("paligemma", model)
@@ -120,8 +122,15 @@ def test_sixteen_bits_differ_by_their_rounding(dtype, bound):
 def test_labels_that_are_shifted_already_and_other_words_for_nothing():
     torch.manual_seed(0)
     head, x, labels = nn.Linear(8, 40), torch.randn(2, 9, 8), torch.randint(0, 40, (2, 9))
-    for kwargs in (dict(shift_labels=labels), dict(ignore_index=3), dict(num_items_in_batch=7), dict(num_items_in_batch=torch.tensor(7))):
-        torch.testing.assert_close(label_loss(x, labels, head, at_once=80, **kwargs), ForCausalLMLoss(head(x), labels, 40, **kwargs))
+    for kwargs in (
+        dict(shift_labels=labels),
+        dict(ignore_index=3),
+        dict(num_items_in_batch=7),
+        dict(num_items_in_batch=torch.tensor(7)),
+    ):
+        torch.testing.assert_close(
+            label_loss(x, labels, head, at_once=80, **kwargs), ForCausalLMLoss(head(x), labels, 40, **kwargs)
+        )
     with pytest.raises(ValueError, match="8 tokens.*9 labels"):
         label_loss(x[:1, :8], labels[:1], head, shift_labels=labels[:1])
 
@@ -157,8 +166,16 @@ class Odd(nn.Module):
         return {"loss": self.own(logits, labels) if self.own else self.loss_function(logits, labels, 50)}
 
 
-STEPS = (lambda x: x - x.mean(-1, keepdim=True), lambda x: torch.softmax(x, -1), lambda x: x[:, :-1], lambda x: x * torch.ones(5, 1), lambda x: torch.tanh(x) @ torch.eye(50),
-         lambda x: x.view(-1, 50), lambda x: F.dropout(x, 0.1), lambda x: torch.zeros(1, 5, 50))  # fmt: skip
+STEPS = (
+    lambda x: x - x.mean(-1, keepdim=True),
+    lambda x: torch.softmax(x, -1),
+    lambda x: x[:, :-1],
+    lambda x: x * torch.ones(5, 1),
+    lambda x: torch.tanh(x) @ torch.eye(50),
+    lambda x: x.view(-1, 50),
+    lambda x: F.dropout(x, 0.1),
+    lambda x: torch.zeros(1, 5, 50),
+)
 
 
 @pytest.mark.parametrize("k", range(len(STEPS)))
@@ -241,13 +258,18 @@ class Plain(PartTrainer):
 def test_fit_never_makes_logits_and_trains_as_before(lab, tmp_path, monkeypatch):
     model, samples = lab
     rows = []
-    model.get_base_model().llm.lm_head.register_forward_hook(lambda m, a, out: rows.append(len(out) if isinstance(out, torch.Tensor) else None))
+    model.get_base_model().llm.lm_head.register_forward_hook(
+        lambda m, a, out: rows.append(len(out) if isinstance(out, torch.Tensor) else None)
+    )
     schedule = Schedule(max_steps=3, batch_size=4, accumulation=2, learning_rate=1e-3)
     held = Samples(samples.conversations[:8], samples.processor)
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     found = fit(model, samples, schedule, tmp_path / "a", evaluation=held, log_every=1, save=False)
     assert {type(r) for r in rows} == {type(None), int}
-    labels = max(sum((torch.tensor(samples[i]["labels"]) != -100).sum().item() for i in chosen) for chosen in torch.arange(24).split(4))
+    labels = max(
+        sum((torch.tensor(samples[i]["labels"]) != -100).sum().item() for i in chosen)
+        for chosen in torch.arange(24).split(4)
+    )
     assert max(r for r in rows if r) <= labels * 2 and any("eval_loss" in h for h in found.history)
     for n, p in model.named_parameters():
         if n in weights:
@@ -257,12 +279,19 @@ def test_fit_never_makes_logits_and_trains_as_before(lab, tmp_path, monkeypatch)
     plain = fit(model, samples, schedule, tmp_path / "b", log_every=1, save=False)
     assert None not in rows  # with all logits
     torch.testing.assert_close(found.losses, plain.losses, rtol=1e-5, atol=0)
-    torch.testing.assert_close([h["grad_norm"] for h in found.history if "loss" in h], [h["grad_norm"] for h in plain.history if "loss" in h], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        [h["grad_norm"] for h in found.history if "loss" in h],
+        [h["grad_norm"] for h in plain.history if "loss" in h],
+        rtol=1e-4,
+        atol=0,
+    )
 
 
 def test_an_evaluation_that_wants_logits_is_refused(lab, tmp_path):
     model, samples = lab
-    args = TrainingArguments(tmp_path, use_cpu=True, report_to="none", label_names=["labels"], remove_unused_columns=False)
+    args = TrainingArguments(
+        tmp_path, use_cpu=True, report_to="none", label_names=["labels"], remove_unused_columns=False
+    )
     trainer = PartTrainer(model=model, args=args, data_collator=Collator(0), full_rate=1e-3)
     with pytest.raises(InputError, match="prediction_loss_only"):
         trainer.evaluate(samples)
@@ -273,6 +302,13 @@ def test_the_doctor_names_what_the_head_did(lab, tmp_path):
     model, samples = lab
     model.get_base_model().llm.lm_head.weight.data[7] = torch.inf
     with pytest.raises(NonFiniteStep) as caught:
-        fit(model, samples, Schedule(max_steps=2, batch_size=2), tmp_path, save=False, callbacks=[NanDoctor(folder=tmp_path / "nan", say=lambda line: None)])
+        fit(
+            model,
+            samples,
+            Schedule(max_steps=2, batch_size=2),
+            tmp_path,
+            save=False,
+            callbacks=[NanDoctor(folder=tmp_path / "nan", say=lambda line: None)],
+        )
     assert caught.value.diagnosis.cause == "corrupt weights" and (caught.value.folder / "replay.py").is_file()
     assert "forward" not in model.get_base_model().llm.__dict__

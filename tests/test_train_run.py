@@ -1,4 +1,5 @@
-"""The engine: tokens weigh the same however they are batched, a batch that does not fit is named, and keys that are not known have a nearest one."""
+"""The engine: tokens weigh the same however they are batched, a batch that does not fit is named, and keys that are not
+known have a nearest one."""
 
 import json
 import signal
@@ -35,10 +36,14 @@ class Gradients(TrainerCallback):
 
 
 def assert_one_step(one, many):
-    assert one.log["loss"] == pytest.approx(many.log["loss"], rel=1e-5) and one.log["grad_norm"] == pytest.approx(many.log["grad_norm"], rel=1e-4)
+    assert one.log["loss"] == pytest.approx(many.log["loss"], rel=1e-5) and one.log["grad_norm"] == pytest.approx(
+        many.log["grad_norm"], rel=1e-4
+    )
     assert one.grads.keys() == many.grads.keys() and len(one.grads) > 10
     for name, g in one.grads.items():
-        torch.testing.assert_close(many.grads[name], g, rtol=1e-3, atol=1e-6 * float(g.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            many.grads[name], g, rtol=1e-3, atol=1e-6 * float(g.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_accumulated_batches_make_the_step_of_one_batch(tmp_path):
@@ -50,7 +55,15 @@ def test_accumulated_batches_make_the_step_of_one_batch(tmp_path):
         data, told = Samples(Drawn(0, 12), Processor.of(model.config, load_tokenizer("lab"))), Gradients()
         labels = [sum(t != -100 for t in data[i]["labels"]) for i in range(12)]
         assert len(set(labels)) > 2
-        fit(model, data, Schedule(max_steps=1, batch_size=size, accumulation=accumulation), tmp_path / f"{size}", callbacks=[told], save=False, log_every=1)
+        fit(
+            model,
+            data,
+            Schedule(max_steps=1, batch_size=size, accumulation=accumulation),
+            tmp_path / f"{size}",
+            callbacks=[told],
+            save=False,
+            log_every=1,
+        )
         seen.append(told)
     assert_one_step(*seen)
 
@@ -58,7 +71,11 @@ def test_accumulated_batches_make_the_step_of_one_batch(tmp_path):
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
 def test_accumulated_batches_make_the_step_of_one_batch_for_transformers_models(family, tmp_path):
     torch.manual_seed(0)
-    given, rows, seen = {k: v[:1] for k, v in batch_of(family, tiny_model(family)).items() if k in ("input_ids", "attention_mask")}, [], []
+    given, rows, seen = (
+        {k: v[:1] for k, v in batch_of(family, tiny_model(family)).items() if k in ("input_ids", "attention_mask")},
+        [],
+        [],
+    )
     given["input_ids"][given["input_ids"] == 300] = 5  # no picture, and no place for one
     for i in range(4):
         labels = given["input_ids"].clone()
@@ -67,10 +84,26 @@ def test_accumulated_batches_make_the_step_of_one_batch_for_transformers_models(
     for size, accumulation in ((4, 1), (1, 4)):
         torch.manual_seed(0)
         model, told = apply_plan(tiny_model(family), TuningPlan(connector="freeze")), Gradients()
-        arguments = TrainingArguments(tmp_path / f"{size}", max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, use_cpu=True,
-                                      report_to="none", logging_steps=1, save_strategy="no", remove_unused_columns=False, label_names=["labels"], disable_tqdm=True)  # fmt: skip
-        collate = lambda rs: {k: torch.cat([r[k] for r in rs]) for k in rs[0]}  # noqa: E731
-        PartTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, full_rate=1e-4, callbacks=[told]).train()
+        arguments = TrainingArguments(
+            tmp_path / f"{size}",
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            use_cpu=True,
+            report_to="none",
+            logging_steps=1,
+            save_strategy="no",
+            remove_unused_columns=False,
+            label_names=["labels"],
+            disable_tqdm=True,
+        )
+
+        def collate(rs):
+            return {k: torch.cat([r[k] for r in rs]) for k in rs[0]}
+
+        PartTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collate, full_rate=1e-4, callbacks=[told]
+        ).train()
         seen.append(told)
     assert_one_step(*seen)
 
@@ -115,11 +148,20 @@ HUNGRY = """
 
 def test_a_batch_that_does_not_fit_is_named_and_the_run_goes_on_in_smaller_ones(tmp_path):
     "A real limit on this process's memory."
-    call = lambda *args: subprocess.run([sys.executable, "-c", textwrap.dedent(HUNGRY), *args], capture_output=True, text=True, timeout=300)  # noqa: E731
+
+    def call(*args):
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(HUNGRY), *args], capture_output=True, text=True, timeout=300
+        )
+
     cut = call(str(tmp_path / "cut"), "64", "first")
     assert cut.returncode == 1, cut.stderr[-3000:]
     said = cut.stderr.partition("told: ")[2]
-    assert "out of memory in step 3, in a batch of 64 rows" in said and "pictures and slices (ids " in said and "Traceback" not in said, cut.stderr[-2000:]
+    assert (
+        "out of memory in step 3, in a batch of 64 rows" in said
+        and "pictures and slices (ids " in said
+        and "Traceback" not in said
+    ), cut.stderr[-2000:]
     assert "Saved up to checkpoint-2" in said and "batch_size 32 with accumulation 2" in said
     assert call(str(tmp_path / "cut"), "32", "again").returncode == 0
     assert call(str(tmp_path / "whole"), "32", "first").returncode == 0
@@ -189,7 +231,9 @@ def _spoiling(tmp_path, model, learning_rate=2e-3, **fields):
 @pytest.mark.parametrize("plan, rate", [(TuningPlan(), 3e38), (TuningPlan(lora_plus=1e38), 3.0)])
 def test_weights_that_a_step_spoils_are_never_written(tmp_path, plan, rate):
     torch.manual_seed(0)
-    with pytest.raises(WeightsLost, match="after step [12] the trained weights are lost: .* Nothing of them was written"):
+    with pytest.raises(
+        WeightsLost, match="after step [12] the trained weights are lost: .* Nothing of them was written"
+    ):
         _spoiling(tmp_path, apply_plan(load_vlm("lab"), plan), rate, plan=plan)
     for file in (tmp_path / "run").rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(file).values()), file
@@ -205,6 +249,8 @@ class _Infinite(TrainerCallback):
 
 def test_a_moment_that_is_infinite_is_not_written_and_the_last_healthy_checkpoint_is_named(tmp_path):
     torch.manual_seed(0)
-    with pytest.raises(WeightsLost, match="the optimizer's exp_avg_sq of tensor 0.*The last healthy state is .*checkpoint-1"):
+    with pytest.raises(
+        WeightsLost, match="the optimizer's exp_avg_sq of tensor 0.*The last healthy state is .*checkpoint-1"
+    ):
         _spoiling(tmp_path, apply_plan(load_vlm("lab"), TuningPlan()), callbacks=[_Infinite()])
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]

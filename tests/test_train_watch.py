@@ -33,8 +33,16 @@ def test_a_run_learns_the_same_whether_it_is_asked_or_not(tmp_path):
             torch.rand(7)  # somebody who asks may draw random numbers
             return {"exact": ExactMatch.of(asked[-1], few).rate}
 
-        run = fit(model, Samples(Drawn(0, 64), processor), Schedule(max_steps=6, batch_size=4), tmp_path / way, Samples(few, processor),
-                  evaluate_every=2, ask=ask if way == "asked" else None, save=False)  # fmt: skip
+        run = fit(
+            model,
+            Samples(Drawn(0, 64), processor),
+            Schedule(max_steps=6, batch_size=4),
+            tmp_path / way,
+            Samples(few, processor),
+            evaluate_every=2,
+            ask=ask if way == "asked" else None,
+            save=False,
+        )
         assert [r["step"] for r in run.history if "eval_exact" in r] == ([2, 4, 6] if way == "asked" else [])
         ends.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     assert len(asked) == 3 and all(torch.equal(ends[0][n], p) for n, p in ends[1].items())
@@ -45,13 +53,38 @@ def test_a_job_asks_logs_and_reports(tmp_path):
     data = samples_folder() / "handwriting"
     records = json.loads((data / "test.json").read_text())[:6]
     (tmp_path / "test.json").write_text(json.dumps(records))
-    flags = ["--data", str(data / "validation.json"), "--eval-data", str(tmp_path / "test.json"), "--image-root", str(data)]
-    flags += ["--max-steps", "4", "--batch-size", "4", "--questions", "4", "--every", "2", "--tensorboard", "--metric", "cer", "--output", str(tmp_path / "out")]
+    flags = [
+        "--data",
+        str(data / "validation.json"),
+        "--eval-data",
+        str(tmp_path / "test.json"),
+        "--image-root",
+        str(data),
+    ]
+    flags += [
+        "--max-steps",
+        "4",
+        "--batch-size",
+        "4",
+        "--questions",
+        "4",
+        "--every",
+        "2",
+        "--tensorboard",
+        "--metric",
+        "cer",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(["train", *flags]) == 0
     watched = json.loads((tmp_path / "out" / "report.json").read_text())["watched"]
-    assert [w["step"] for w in watched] == [2, 4] and all(0 <= w["cer_low"] <= w["cer"] <= w["cer_high"] and w["loss"] > 0 for w in watched)
+    assert [w["step"] for w in watched] == [2, 4] and all(
+        0 <= w["cer_low"] <= w["cer"] <= w["cer_high"] and w["loss"] > 0 for w in watched
+    )
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
-    assert [(e.step, round(e.value, 5)) for e in events.Scalars("eval/cer")] == [(w["step"], round(w["cer"], 5)) for w in watched]
+    assert [(e.step, round(e.value, 5)) for e in events.Scalars("eval/cer")] == [
+        (w["step"], round(w["cer"], 5)) for w in watched
+    ]
 
 
 def test_a_resumed_run_takes_back_what_it_repeats(tmp_path):
@@ -60,7 +93,12 @@ def test_a_resumed_run_takes_back_what_it_repeats(tmp_path):
         for step in steps:
             writer.add_scalar("loss", 10 * begin + step, step)
         writer.close()
-    assert [(e.step, e.value) for e in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+    assert [(e.step, e.value) for e in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [
+        (1, 1),
+        (2, 2),
+        (3, 23),
+        (4, 24),
+    ]
 
 
 def test_without_tensorboard_there_is_a_sentence(tmp_path, monkeypatch):
@@ -91,13 +129,24 @@ def test_whoever_asks_to_stop_does_not_wait_for_questions(tmp_path):
 
     asked, model = [], apply_plan(load_vlm("lab"), TuningPlan())
     samples = Samples(Drawn(0, 32), Processor.of(model.config, load_tokenizer("lab")))
-    run = fit(model, samples, Schedule(max_steps=6, batch_size=4), tmp_path, samples, evaluate_every=2, ask=lambda m: asked.append(m) or {}, callbacks=[Tired()])
+    run = fit(
+        model,
+        samples,
+        Schedule(max_steps=6, batch_size=4),
+        tmp_path,
+        samples,
+        evaluate_every=2,
+        ask=lambda m: asked.append(m) or {},
+        callbacks=[Tired()],
+    )
     assert run.stopped and run.steps == 2 and not asked and last_checkpoint(tmp_path).name == "checkpoint-2"
     assert not any("eval_loss" in row for row in run.history)
 
 
 @pytest.mark.parametrize("when", ["asking before", "asking", "asking after"])
-def test_questions_that_do_not_fit_get_a_sentence_and_cost_nothing_that_was_learned(when, tmp_path, monkeypatch, capsys):
+def test_questions_that_do_not_fit_get_a_sentence_and_cost_nothing_that_was_learned(
+    when, tmp_path, monkeypatch, capsys
+):
     from vlm_lora_lab import job
 
     def scarce(model, processor, conversations, batch_size, desc=""):
@@ -108,10 +157,27 @@ def test_questions_that_do_not_fit_get_a_sentence_and_cost_nothing_that_was_lear
     monkeypatch.setattr(job, "generate_answers", scarce)
     data = samples_folder() / "handwriting"
     (tmp_path / "test.json").write_text(json.dumps(json.loads((data / "test.json").read_text())[:4]))
-    flags = ["--data", str(data / "validation.json"), "--eval-data", str(tmp_path / "test.json"), "--image-root", str(data), "--max-steps", "2", "--every", "1", "--batch-size", "4"]
+    flags = [
+        "--data",
+        str(data / "validation.json"),
+        "--eval-data",
+        str(tmp_path / "test.json"),
+        "--image-root",
+        str(data),
+        "--max-steps",
+        "2",
+        "--every",
+        "1",
+        "--batch-size",
+        "4",
+    ]
     status, said = main(["train", *flags, "--output", str(tmp_path / "out")]), capsys.readouterr()
     if when == "asking after":
-        assert status == 0 and "the adapter is saved all the same" in said.out and (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+        assert (
+            status == 0
+            and "the adapter is saved all the same" in said.out
+            and (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+        )
         assert "exact_match" not in json.loads((tmp_path / "out" / "report.json").read_text())
     else:
         assert status == 2 and "out of memory while 4 questions were asked" in said.err and "batch_size 2" in said.err
@@ -123,7 +189,12 @@ def test_outside_of_a_notebook_the_plot_is_quiet(capsys):
 
 
 def test_the_curve_shows_what_was_asked():
-    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}, {"step": 2, "eval_exact": 0.5, "eval_exact_low": 0.2, "eval_exact_high": 0.8}]
+    history = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "eval_loss": 1.5},
+        {"step": 2, "eval_exact": 0.5, "eval_exact_low": 0.2, "eval_exact_high": 0.8},
+    ]
     fig = training_curve(history)
     assert len(fig.axes) == 2 and [line.get_label() for line in fig.axes[1].lines] == ["exact"]
     assert len(training_curve(history[:2]).axes) == 1
@@ -146,8 +217,16 @@ def test_in_a_real_kernel_one_picture_is_drawn_again_and_again(tmp_path, monkeyp
         state.log_history.append({"step": step, "loss": 1 / step})
         plot.on_log(None, state, None, logs=state.log_history[-1])
     """
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(line[4:] for line in code.splitlines()))])
-    [cell] = nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute().cells
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("\n".join(line[4:] for line in code.splitlines()))]
+    )
+    [cell] = (
+        nbclient.NotebookClient(
+            book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        )
+        .execute()
+        .cells
+    )
     pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 1  # updated in place, not three below each other
     assert "0.33 at the end" in training_curve([{"step": s, "loss": 1 / s} for s in (1, 2, 3)]).axes[0].get_title()

@@ -10,7 +10,11 @@ from vlm_lora_lab.plan import TuningPlan, apply_plan
 from vlm_lora_lab.unfreeze import Snapshot
 
 
-@pytest.mark.parametrize("words", [dict(connector="full"), dict(connector="freeze"), dict(vision="full", connector="lora", language="full")], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [dict(connector="full"), dict(connector="freeze"), dict(vision="full", connector="lora", language="full")],
+    ids=str,
+)
 @pytest.mark.parametrize("family", ["minicpmv-2.6", "qwen2_5_vl", "llava", "idefics3"])
 def test_what_a_plan_trains_moves_and_the_rest_does_not(family, words):
     model = tiny_model(family)

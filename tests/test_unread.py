@@ -1,4 +1,5 @@
-"""Nothing in a record is dropped in silence: other media are refused, marks on answers are obeyed, and every field that nobody reads is named."""
+"""Nothing in a record is dropped in silence: other media are refused, marks on answers are obeyed, and every field that
+nobody reads is named."""
 
 import json
 import random
@@ -30,7 +31,9 @@ def root(tmp_path_factory):
 
 
 def talk(question="Which?", answer="The first.", said=None, **more):
-    return more | {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer} | (said or {})]}
+    return more | {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer} | (said or {})]
+    }
 
 
 def shared(question="Which?", answer="The first.", **more):
@@ -54,7 +57,16 @@ MEDIA = [
     (talk("<video><video>\nWhich is longer?"), "a video is given", "messages[0]"),
     (talk("Watch this.\n<video>\nWhat happens?"), "a video is given", "messages[0]"),
     (shared("<video>clips/one.mp4</video>\nWhat happens?"), "a video is given", "conversations[0]"),
-    ({"conversations": [{"from": "user", "value": "Audio 1: <audio>a.flac</audio>\nWhat?"}, {"from": "assistant", "value": "x"}]}, "an audio is given", "conversations[0]"),
+    (
+        {
+            "conversations": [
+                {"from": "user", "value": "Audio 1: <audio>a.flac</audio>\nWhat?"},
+                {"from": "assistant", "value": "x"},
+            ]
+        },
+        "an audio is given",
+        "conversations[0]",
+    ),
     (talk("<|vision_start|><|video_pad|><|vision_end|>What happens?"), "a video is given", "messages[0]"),
     (talk("<|audio_pad|>What?"), "an audio is given", "messages[0]"),
     (talk("<|vision_start|><|image_pad|><|vision_end|>What?"), "contains <|image_pad|>", "messages[0]"),
@@ -66,21 +78,50 @@ MEDIA = [
     (talk("What?", None, {"tool_calls": [{}]}), "expected text, found None", "messages[1].content"),
     (parts({"type": "video", "video": "clip.mp4"}), "a video is given", "messages[0].content[0].video"),
     (parts({"type": "video"}, videos=["clip.mp4"]), "a video is given", "videos"),
-    (parts({"type": "video_url", "video_url": {"url": "https://example.com/clip.mp4"}}), "a video is given", "messages[0].content[0].video_url"),
+    (
+        parts({"type": "video_url", "video_url": {"url": "https://example.com/clip.mp4"}}),
+        "a video is given",
+        "messages[0].content[0].video_url",
+    ),
     (parts({"type": "video", "video": ["f1.png", "f2.png"]}), "a video is given", "messages[0].content[0].video"),
-    (parts({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}), "an audio is given", "messages[0].content[0]"),
-    (parts({"type": "audio_url", "audio_url": {"url": "a.wav"}}), "an audio is given", "messages[0].content[0].audio_url"),
+    (
+        parts({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}),
+        "an audio is given",
+        "messages[0].content[0]",
+    ),
+    (
+        parts({"type": "audio_url", "audio_url": {"url": "a.wav"}}),
+        "an audio is given",
+        "messages[0].content[0].audio_url",
+    ),
     (parts({"type": "file", "file": {"file_id": "x"}}), "a document is given", "messages[0].content[0]"),
     (parts({"type": "document", "source": "x"}), "a document is given", "messages[0].content[0]"),
     (parts({"type": "image", "image": "clip.mp4"}), "a video is given", "image"),
     (parts({"type": "image_url", "image_url": {"url": "data:video/mp4;base64,AAAA"}}), "a video is given", "image"),
     (shared("<image>\nWhat?", image="report.PDF"), "a document is given", "image"),
     (talk("What?", said={"audio": {"id": "audio_1"}}), "an audio is given", "messages[1].audio"),
-    (talk([{"type": "text", "text": "What?", "video": "clip.mp4"}]), "a video is given", "messages[0].content[0].video"),
+    (
+        talk([{"type": "text", "text": "What?", "video": "clip.mp4"}]),
+        "a video is given",
+        "messages[0].content[0].video",
+    ),
     (talk([{"type": "text", "text": "What?", "image": "a.png"}]), "has the key 'image', too", "messages[0].content[0]"),
     (talk([{"type": "image", "image": "a.png", "text": "What?"}]), "a picture and a text", "messages[0].content[0]"),
-    ({"messages": [{"role": "user", "content": "What?", "images": ["a.png"]}, {"role": "assistant", "content": "x"}]}, "beside the text", "messages[0].images"),
-    (talk("Where is <ref-object>?", "<bbox>", objects={"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}), "'objects', which is not read", "messages[0]"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "What?", "images": ["a.png"]},
+                {"role": "assistant", "content": "x"},
+            ]
+        },
+        "beside the text",
+        "messages[0].images",
+    ),
+    (
+        talk("Where is <ref-object>?", "<bbox>", objects={"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}),
+        "'objects', which is not read",
+        "messages[0]",
+    ),
     (shared("Where?", "It is <bbox>.", bbox=[[1, 2, 3, 4]]), "'bbox', which is not read", "conversations[1]"),
 ]
 
@@ -126,28 +167,70 @@ def test_every_command_refuses_a_video(command, tmp_path, capsys):
     arguments = [str(data)] if command == "check-data" else ["--data", str(data), "--output", str(tmp_path / "out")]
     assert main([command, *arguments]) == 2
     told = " ".join("".join(capsys.readouterr()).split())
-    assert "a video is given, and only pictures and text are read" in told and '"images": ["frame1.png", "frame2.png"]' in told
+    assert (
+        "a video is given, and only pictures and text are read" in told
+        and '"images": ["frame1.png", "frame2.png"]' in told
+    )
     assert not (tmp_path / "out").exists()
 
 
 def turns(*marks, **more):
     "Two turns; the marks stand at the answers."
     said = zip(("One.", "Two."), (*marks, {}, {}))
-    return more | {"messages": [m for i, (text, mark) in enumerate(said) for m in ({"role": "user", "content": f"Say {i + 1}"}, {"role": "assistant", "content": text} | mark)]}
+    return more | {
+        "messages": [
+            m
+            for i, (text, mark) in enumerate(said)
+            for m in ({"role": "user", "content": f"Say {i + 1}"}, {"role": "assistant", "content": text} | mark)
+        ]
+    }
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss": 0}, {"loss_scale": 0}, {"train": False}, {"training": False}, {"weight": 0, "loss": False}])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"loss": False},
+        {"loss": 0},
+        {"loss_scale": 0},
+        {"train": False},
+        {"training": False},
+        {"weight": 0, "loss": False},
+    ],
+)
 def test_an_answer_of_weight_0_is_context(mark, root):
-    for record, learned in ((turns(mark), (False, True)), (turns({}, mark), (True, False)), (turns({"weight": 1}, {"loss": None}), (True, True))):
+    for record, learned in (
+        (turns(mark), (False, True)),
+        (turns({}, mark), (True, False)),
+        (turns({"weight": 1}, {"loss": None}), (True, True)),
+    ):
         assert parse_record(record, Access(root)).learned == learned
     with pytest.raises(RecordError, match="every answer is marked as not learned"):
         parse_record(turns(mark, mark), Access(root))
-    sharegpt = {"conversations": [{"from": "system", "value": "Be brief.", "weight": 0}, *({"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in turns()["messages"])]}
+    sharegpt = {
+        "conversations": [
+            {"from": "system", "value": "Be brief.", "weight": 0},
+            *({"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in turns()["messages"]),
+        ]
+    }
     sharegpt["conversations"][2] |= mark
     assert parse_record(sharegpt, Access(root)).learned == (False, True)
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"weight": "1"}, {"weight": float("nan")}, {"loss": "false"}, {"loss_scale": [1]}, {"weight": 10**400}, {"train": {}}, {"weight": -1}])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"weight": 0.5},
+        {"weight": "1"},
+        {"weight": float("nan")},
+        {"loss": "false"},
+        {"loss_scale": [1]},
+        {"weight": 10**400},
+        {"train": {}},
+        {"weight": -1},
+    ],
+)
 def test_other_weights_are_refused(mark, root):
     [(key, value)] = mark.items()
     for record in (turns(mark), turns({}, mark), talk(said=mark)):
@@ -199,7 +282,10 @@ def test_turns_that_are_dropped_may_take_the_last_learned_answer(root):
     "Nothing is left to learn, which is an error, and not a row without labels."
     processor = load_processor("lab", max_length=80, drop=True)
     record = talk("word " * 30, "One.") | {}
-    record["messages"] += [{"role": "user", "content": "word " * 5}, {"role": "assistant", "content": "Two.", "weight": 0}]
+    record["messages"] += [
+        {"role": "user", "content": "word " * 5},
+        {"role": "assistant", "content": "Two.", "weight": 0},
+    ]
     report = check_data([record], processor)
     assert report.status == 2 and "no token of the text is learned. Raise max_length" in report.text()
     with pytest.raises(InputError, match="Raise max_length: all answers that are learned"):
@@ -213,7 +299,11 @@ def test_an_evaluation_does_not_judge_by_an_answer_of_weight_0(root):
 
 
 LOSSES = [
-    (talk(said={"tool_calls": [{"id": "1", "function": {"name": "f"}}]}), "messages[].tool_calls", "calls of tools are not learned"),
+    (
+        talk(said={"tool_calls": [{"id": "1", "function": {"name": "f"}}]}),
+        "messages[].tool_calls",
+        "calls of tools are not learned",
+    ),
     (talk(said={"function_call": {"name": "f"}}), "messages[].function_call", "calls of tools are not learned"),
     (talk(tools=[{"type": "function"}]), "tools", "calls of tools are not learned"),
     (shared(tools='[{"name": "f"}]'), "tools", "calls of tools are not learned"),
@@ -224,10 +314,22 @@ LOSSES = [
     (talk(weight=0), "weight", "a whole record has no weight"),
     (talk(history=[["a", "b"]]), "history", "earlier turns"),
     (talk(objects={"bbox": [[1, 2, 3, 4]]}), "objects", "boxes are read from the text alone"),
-    (talk(said={"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}), "messages[].train_detail", "weight 0 leaves out a whole answer"),
-    (parts({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}), "messages[].content[].image_url.detail", "max_pixels"),
+    (
+        talk(said={"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}),
+        "messages[].train_detail",
+        "weight 0 leaves out a whole answer",
+    ),
+    (
+        parts({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}),
+        "messages[].content[].image_url.detail",
+        "max_pixels",
+    ),
     (parts({"type": "image", "image": "a.png", "max_pixels": 50176}), "messages[].content[].max_pixels", "max_pixels"),
-    (parts({"type": "image", "image": "a.png", "resized_height": 28, "min_pixels": 3136}), "messages[].content[].resized_height", "max_pixels"),
+    (
+        parts({"type": "image", "image": "a.png", "resized_height": 28, "min_pixels": 3136}),
+        "messages[].content[].resized_height",
+        "max_pixels",
+    ),
     (talk(Images=["a.png"]), "Images", "did you mean 'images'?"),
     (talk(imgae="a.png"), "imgae", "did you mean 'image'?"),
     (shared(iamges=["a.png"]), "iamges", "did you mean 'images'?"),
@@ -242,8 +344,22 @@ LOSSES = [
     (talk(said={"Loss": False, "loss": None}), "messages[].Loss", "did you mean 'loss'?"),
     (talk(said={"Weight": 0}), "messages[].Weight", "did you mean 'weight'?"),
     (talk(said={"wieght": 0}), "messages[].wieght", "did you mean 'weight'?"),
-    (shared() | {"conversations": [{"from": "human", "value": "Which?", "content": "And this?"}, {"from": "gpt", "value": "x"}]}, "conversations[].content", "either under role and content"),
-    (talk() | {"messages": [{"role": "user", "content": "x", "weight": 1}, {"role": "assistant", "content": "y"}]}, "messages[] of a user or the system marked as learned", "only answers are learned"),
+    (
+        shared()
+        | {
+            "conversations": [
+                {"from": "human", "value": "Which?", "content": "And this?"},
+                {"from": "gpt", "value": "x"},
+            ]
+        },
+        "conversations[].content",
+        "either under role and content",
+    ),
+    (
+        talk() | {"messages": [{"role": "user", "content": "x", "weight": 1}, {"role": "assistant", "content": "y"}]},
+        "messages[] of a user or the system marked as learned",
+        "only answers are learned",
+    ),
 ]
 
 
@@ -254,19 +370,51 @@ def test_what_would_change_the_learning_is_a_warning(record, name, loss, root):
     assert "?." not in report.text()
     [finding] = [f for f in report.findings if f.kind == "unread" and f"{name!r} in 2 records" in f.reason]
     assert finding.severity == "warning" and loss in finding.reason and finding.row is None
-    assert report.to_dict()["unread_fields"][name] == 2 and repr(name) in report.text() and loss.partition("'")[0] in report.text()
+    assert (
+        report.to_dict()["unread_fields"][name] == 2
+        and repr(name) in report.text()
+        and loss.partition("'")[0] in report.text()
+    )
 
 
 @pytest.mark.parametrize(
     "record, names",
     [
-        (talk(conversation_id=3, source="web", score=0.5, label=True, message="y", ID=7) | {"answer": "x"}, {"conversation_id", "source", "score", "label", "answer", "message", "ID"}),
-        (talk(said={"name": "Ada", "tool_calls": [], "function_call": None, "reasoning_content": "", "context": "x", "date": 1}),
-         {"messages[].name", "messages[].tool_calls", "messages[].reasoning_content", "messages[].context", "messages[].date"}),
-        (parts({"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}, "cache_control": {"type": "x"}}), {"messages[].content[].image_url.detail", "messages[].content[].cache_control"}),
+        (
+            talk(conversation_id=3, source="web", score=0.5, label=True, message="y", ID=7) | {"answer": "x"},
+            {"conversation_id", "source", "score", "label", "answer", "message", "ID"},
+        ),
+        (
+            talk(
+                said={
+                    "name": "Ada",
+                    "tool_calls": [],
+                    "function_call": None,
+                    "reasoning_content": "",
+                    "context": "x",
+                    "date": 1,
+                }
+            ),
+            {
+                "messages[].name",
+                "messages[].tool_calls",
+                "messages[].reasoning_content",
+                "messages[].context",
+                "messages[].date",
+            },
+        ),
+        (
+            parts(
+                {"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}, "cache_control": {"type": "x"}}
+            ),
+            {"messages[].content[].image_url.detail", "messages[].content[].cache_control"},
+        ),
         (talk("<image>\nWhich?", image="a.png", source="clip.mp4"), {"source"}),
         (talk(note="see clip.mp4", score=1), {"note", "score"}),
-        (talk(tools=[], rejected="", history=[[]], weight=1, loss=True), {"tools", "rejected", "history", "weight", "loss"}),
+        (
+            talk(tools=[], rejected="", history=[[]], weight=1, loss=True),
+            {"tools", "rejected", "history", "weight", "loss"},
+        ),
         (talk("Is <video> a tag?", "Yes."), {"<video> as a word in messages[]"}),
         (talk(video=None, images=None, system=None, tools=None), set()),
         (talk(bbox=[1, 2, 3, 4], stem="x", page=3, items=[]), {"bbox", "stem", "page", "items"}),
@@ -297,8 +445,12 @@ def test_doctor_and_train_name_the_same_fields(tmp_path, capsys, monkeypatch):
     data.write_text(json.dumps([turns({"weight": 0}, source="web"), talk(said={"tool_calls": [1]})]))
     held.write_text(json.dumps([talk(rejected="No.")]))
     arguments = ["--data", str(data), "--eval-data", str(held), "--output", str(tmp_path / "out"), "--max-steps", "1"]
-    lines = [f"'messages[].tool_calls' in 1 record of {data} is not read: calls of tools are not learned", f"Also not read in {data}, and nothing that should be learned: 'source' (1).",
-             f"Answers of {data} that have weight 0, so that they are context and not learned: 1.", f"'rejected' in 1 record of {held} is not read"]  # fmt: skip
+    lines = [
+        f"'messages[].tool_calls' in 1 record of {data} is not read: calls of tools are not learned",
+        f"Also not read in {data}, and nothing that should be learned: 'source' (1).",
+        f"Answers of {data} that have weight 0, so that they are context and not learned: 1.",
+        f"'rejected' in 1 record of {held} is not read",
+    ]
     assert main(["doctor", *arguments]) == 1
     told = capsys.readouterr().out
     with pytest.raises(Reached):
@@ -312,15 +464,119 @@ READ = {"id", "image", "images", "conversations", "messages", "system", "categor
 TURN = {"weight", "loss", "loss_scale", "train", "training"}
 PART = {"type", "text", "image", "path", "url", "image_url", "base64"}
 EXTRAS = [
-    "video", "videos", "audio", "audios", "Video", "video_url", "objects", "bbox", "ref", "tools", "tool_calls", "function_call", "reasoning_content", "rejected", "chosen", "label", "history", "name",
-    "weight", "loss", "loss_scale", "train", "detail", "min_pixels", "max_pixels", "resized_height", "fps", "Images", "imgae", "IMAGE", "image", "images", "text", "content", "value", "role", "from", "type",
-    "score", "source", "", " ", "\n", "x" * 50, "系统", "system", "answers", "category", "Weight", "id", "path", "url",
-]  # fmt: skip
-VALUES = [None, True, False, 0, 1, -1, 0.5, float("nan"), float("inf"), 10**400, "", " ", "x", "a.png", "clip.mp4", "<video>", "<bbox>", "data:video/mp4;base64,AAAA", [], {}, [None], ["a.png"], ["clip.mp4"], [[]],
-          {"url": "a.png"}, {"url": "a.png", "detail": "low"}, {"ref": ["x"], "bbox": [[1, 2, 3, 4]]}, [{"type": "video"}], {"": {"": [{}]}}]  # fmt: skip
-PARTS = [{"type": "video", "video": "clip.mp4"}, {"type": "audio"}, {"type": "video_url", "video_url": {"url": "x"}}, {"type": "input_audio", "input_audio": {}}, {"type": "file", "file": {"file_id": "x"}},
-         {"type": "text"}, {"type": "text", "text": "more"}, {"type": "image"}, {"type": ["image"]}, {"type": "image", "image": "a.png", "max_pixels": 9}, {"text": "x"}, "x", None, 5, []]  # fmt: skip
-TAGS = ["<video>\n", "<video>", " <video> ", "<audio>", "<bbox>", "<ref-object>", "<|video_pad|>", "<|image_pad|>", "<video>clip.mp4</video>", "<image>"]
+    "video",
+    "videos",
+    "audio",
+    "audios",
+    "Video",
+    "video_url",
+    "objects",
+    "bbox",
+    "ref",
+    "tools",
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "rejected",
+    "chosen",
+    "label",
+    "history",
+    "name",
+    "weight",
+    "loss",
+    "loss_scale",
+    "train",
+    "detail",
+    "min_pixels",
+    "max_pixels",
+    "resized_height",
+    "fps",
+    "Images",
+    "imgae",
+    "IMAGE",
+    "image",
+    "images",
+    "text",
+    "content",
+    "value",
+    "role",
+    "from",
+    "type",
+    "score",
+    "source",
+    "",
+    " ",
+    "\n",
+    "x" * 50,
+    "系统",
+    "system",
+    "answers",
+    "category",
+    "Weight",
+    "id",
+    "path",
+    "url",
+]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    0.5,
+    float("nan"),
+    float("inf"),
+    10**400,
+    "",
+    " ",
+    "x",
+    "a.png",
+    "clip.mp4",
+    "<video>",
+    "<bbox>",
+    "data:video/mp4;base64,AAAA",
+    [],
+    {},
+    [None],
+    ["a.png"],
+    ["clip.mp4"],
+    [[]],
+    {"url": "a.png"},
+    {"url": "a.png", "detail": "low"},
+    {"ref": ["x"], "bbox": [[1, 2, 3, 4]]},
+    [{"type": "video"}],
+    {"": {"": [{}]}},
+]
+PARTS = [
+    {"type": "video", "video": "clip.mp4"},
+    {"type": "audio"},
+    {"type": "video_url", "video_url": {"url": "x"}},
+    {"type": "input_audio", "input_audio": {}},
+    {"type": "file", "file": {"file_id": "x"}},
+    {"type": "text"},
+    {"type": "text", "text": "more"},
+    {"type": "image"},
+    {"type": ["image"]},
+    {"type": "image", "image": "a.png", "max_pixels": 9},
+    {"text": "x"},
+    "x",
+    None,
+    5,
+    [],
+]
+TAGS = [
+    "<video>\n",
+    "<video>",
+    " <video> ",
+    "<audio>",
+    "<bbox>",
+    "<ref-object>",
+    "<|video_pad|>",
+    "<|image_pad|>",
+    "<video>clip.mp4</video>",
+    "<image>",
+]
 
 
 def laden(record, rng):
@@ -354,7 +610,11 @@ def ends(record):
         for part in content if isinstance(content, list) else ():
             aside |= {f"{name}[].content[].{k}" for k, v in part.items() if k not in PART and v is not None}
             if isinstance(part.get("image_url"), dict):
-                aside |= {f"{name}[].content[].image_url.{k}" for k, v in part["image_url"].items() if k != "url" and v is not None}
+                aside |= {
+                    f"{name}[].content[].image_url.{k}"
+                    for k, v in part["image_url"].items()
+                    if k != "url" and v is not None
+                }
     return {k[: k.rfind(".") + 1] + k[k.rfind(".") + 1 :][:40] for k in aside}
 
 
@@ -362,21 +622,33 @@ def texts(record):
     "Every text that somebody says in a record."
     for row in record.get("messages") or record.get("conversations"):
         content = row.get("content" if dialect_of(record) not in ("qwenvl", "llava") else "value")
-        yield from (p["text"] for p in content if p["type"] in ("text", "input_text")) if isinstance(content, list) else [content]
+        yield from (
+            (p["text"] for p in content if p["type"] in ("text", "input_text"))
+            if isinstance(content, list)
+            else [content]
+        )
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_hundred_laden_records_are_refused_or_listed_in_full(dialect, root):
     "Whatever is added to a record: a sentence, or a listed count, and all that is said is in the conversation."
     rng, processor = random.Random(dialect), load_processor("lab")
-    good = [to_record(c, dialect, root) for c in (parse_record(turns(system="Be brief."), Access(root)), parse_record(talk("<image>\nWhich?", image="a.png"), Access(root)),
-                                                  parse_record(turns({"weight": 0}), Access(root)))]  # fmt: skip
+    good = [
+        to_record(c, dialect, root)
+        for c in (
+            parse_record(turns(system="Be brief."), Access(root)),
+            parse_record(talk("<image>\nWhich?", image="a.png"), Access(root)),
+            parse_record(turns({"weight": 0}), Access(root)),
+        )
+    ]
     records = [laden(rng.choice(good), rng) for _ in range(150)]
     report = check_data(records, processor, root, pictures="header")
     json.dumps(report.to_dict()), report.text(), report.html()
     assert 30 < len(report.bad) < 130
     checked = check_rows(Conversations(records, Access(root)), processor, Reading(skip_bad_rows=True), learned=True)
-    assert [s.row for s in checked.skipped] == report.bad and all(s.reason.endswith((".", "?")) and "Traceback" not in s.reason for s in checked.skipped)
+    assert [s.row for s in checked.skipped] == report.bad and all(
+        s.reason.endswith((".", "?")) and "Traceback" not in s.reason for s in checked.skipped
+    )
     fine = [r for i, r in enumerate(records) if i not in set(report.bad)]
     aside = Counter(name for r in fine for name in ends(r))
     listed = Counter()
@@ -384,7 +656,11 @@ def test_a_hundred_laden_records_are_refused_or_listed_in_full(dialect, root):
         listed[u.name] += n * (" as a word in " not in u.name and " marked as " not in u.name)
     assert +listed == aside and all(report.unread[name] >= n for name, n in aside.items())
     warned = {f.reason for f in report.findings if f.kind == "unread"}
-    assert all(any(reason.startswith(f"{u.name!r} in ") and reason.endswith(u.loss) for reason in warned) for u in checked.unread if u.loss)
+    assert all(
+        any(reason.startswith(f"{u.name!r} in ") and reason.endswith(u.loss) for reason in warned)
+        for u in checked.unread
+        if u.loss
+    )
     for record in fine:
         said = "".join(m.content for m in parse_record(record, Access(root)).messages)
         if dialect != "qwenvl":  # where pictures stand inside of the text
@@ -395,4 +671,6 @@ def test_one_conversation_with_other_answers_learned_is_no_duplicate(root):
     "As files are made that teach one answer at a time."
     one, two = turns({"weight": 0}, id="a"), turns({}, {"weight": 0}, id="b")
     assert check_data([one, two]).status == 0
-    assert [f.kind for f in check_data([one, one | {"id": "c"}]).findings] == ["duplicate"] and check_data([one, one | {"id": "c"}]).status == 1
+    assert [f.kind for f in check_data([one, one | {"id": "c"}]).findings] == ["duplicate"] and check_data(
+        [one, one | {"id": "c"}]
+    ).status == 1

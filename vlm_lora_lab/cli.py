@@ -7,7 +7,6 @@ __all__ = ['TRAIN_HELP', 'DOCTOR_HELP', 'PACKAGES', 'RESCUE_HELP', 'CHECK_HELP',
 
 # %% ../nbs/95_cli.ipynb #17913fe8
 import argparse
-import inspect
 import json
 import math
 import os
@@ -20,14 +19,14 @@ from pathlib import Path
 from typing import Annotated
 
 from . import __version__
-from .errors import InputError, check_writable, explain_write_errors, json_value, nearest, text_of, unique, yaml_value
-from .settings import FilePath, Within, fitting, shown
+from .errors import InputError, check_writable, explain_write_errors, json_value, nearest, text_of, unique
+from .errors import yaml_value
+from .settings import FilePath, Within, comments, fitting, shown
 
 # %% ../nbs/95_cli.ipynb #8238ab28
 def _options(cls):
-    "name -> (default, comment) of a dataclass's fields; the comment is read from its source."
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
-    return {f.name: (f.default, comments.get(f.name, "")) for f in fields(cls)}
+    "name -> (default, comment) of a dataclass's fields."
+    return {f.name: (f.default, comments(cls)[f.name]) for f in fields(cls)}
 
 
 def _number(text):
@@ -47,7 +46,9 @@ def _within(low, high, whole=True, above=False):
         except ValueError:  # also of more digits than Python converts
             value = math.nan
         if value not in limits:
-            raise argparse.ArgumentTypeError(f"expected a {'whole ' if whole else ''}number {limits}, found {shown(text)}")
+            raise argparse.ArgumentTypeError(
+                f"expected a {'whole ' if whole else ''}number {limits}, found {shown(text)}"
+            )
         return value
 
     return read
@@ -76,7 +77,13 @@ def _add(group, cls, names=None):
             elif isinstance(default, (int, float)) or name in ("full_learning_rate", "lora_plus"):
                 kind |= {"type": _read_number, "metavar": "N"}
             else:
-                choices = {"nan": "stop|skip|rollback", "metric": "NAME", "vision_cache": "auto|off|memory|disk", "keep": "last|best", "variant": "lora|rslora|dora|pissa"}
+                choices = {
+                    "nan": "stop|skip|rollback",
+                    "metric": "NAME",
+                    "vision_cache": "auto|off|memory|disk",
+                    "keep": "last|best",
+                    "variant": "lora|rslora|dora|pissa",
+                }
                 kind |= {"metavar": choices.get(name, "freeze|lora|full" if cls.__name__ == "TuningPlan" else "PATH")}
             shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
             group.add_argument(flag, dest=name, help=(comment + shown).replace("%", "%%"), **kind)
@@ -104,11 +111,16 @@ def _configuration(path, kind=dict):
     except (yaml.YAMLError, ValueError) as e:  # a ValueError: a number of 5000 digits, a 13th month
         mark = getattr(e, "problem_mark", None)
         says = " ".join(str(getattr(e, "problem", None) or e).split())
-        raise InputError(f"this is neither YAML nor JSON: {says}", f"{path}, line {mark.line + 1}" if mark else path) from None
+        raise InputError(
+            f"this is neither YAML nor JSON: {says}", f"{path}, line {mark.line + 1}" if mark else path
+        ) from None
     if kind is list and isinstance(values, dict) and set(values) == {"stages"}:
         values = values["stages"]
     if not isinstance(values, kind):
-        raise InputError(f"expected {'a list' if kind is list else repr('key: value') + ' lines'}, found {type(values).__name__}", path)
+        raise InputError(
+            f"expected {'a list' if kind is list else repr('key: value') + ' lines'}, found {type(values).__name__}",
+            path,
+        )
     return values
 
 
@@ -167,7 +179,11 @@ def _train_parser(parser):
     from vlm_lora_lab.train.watch import Watch
 
     parser.add_argument("config", nargs="?", help="a YAML or JSON file with the options below")
-    _add(parser.add_argument_group("what"), Job, [f.name for f in fields(Job) if f.name not in ("plan", "schedule", "reading", "watch")])
+    _add(
+        parser.add_argument_group("what"),
+        Job,
+        [f.name for f in fields(Job) if f.name not in ("plan", "schedule", "reading", "watch")],
+    )
     _add(parser.add_argument_group("plan: one word per part"), TuningPlan)
     _add(parser.add_argument_group("schedule"), Schedule)
     _add(parser.add_argument_group("reading: how data files are read"), Reading)
@@ -195,11 +211,15 @@ def _job(options):
         flags = {f.name: given[f.name] for f in fields(cls) if f.name in given}
         if flags:
             if not isinstance(values.get(section) or {}, dict):
-                raise InputError(f"{section} is {values[section]!r:.60}", options.config, f"Write {section}: {{key: value, …}}")
+                raise InputError(
+                    f"{section} is {values[section]!r:.60}", options.config, f"Write {section}: {{key: value, …}}"
+                )
             values[section] = (values.get(section) or {}) | flags
     if "stages" in given:
         given = given | {"stages": _configuration(given["stages"], list)}
-    return Job.of(values | {f.name: given[f.name] for f in fields(Job) if f.name in given}, str(options.config or "flags"))
+    return Job.of(
+        values | {f.name: given[f.name] for f in fields(Job) if f.name in given}, str(options.config or "flags")
+    )
 
 # %% ../nbs/95_cli.ipynb #00c4c51c
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
@@ -219,12 +239,21 @@ def _cards():
     try:
         import torch
 
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "none: this is a CPU build of torch"
+        build = (
+            f"CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else f"ROCm {torch.version.hip}"
+            if torch.version.hip
+            else "none: this is a CPU build of torch"
+        )
         yield "GPU support", build
         if torch.cuda.is_available():
             for i in range(torch.cuda.device_count()):
                 card = torch.cuda.get_device_properties(i)
-                yield f"card {i}", f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}"
+                yield (
+                    f"card {i}",
+                    f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}",
+                )
         elif torch.version.cuda or torch.version.hip:
             yield "cards", "torch sees none"
         elif torch.backends.mps.is_available():
@@ -234,9 +263,16 @@ def _cards():
 
 
 def versions() -> str:  # a fact a line, aligned
-    "What a bug report needs: this package, Python, the machine, PyTorch and its cards, and the libraries that do the work."
-    facts = [("vlm_lora_lab", __version__), ("Python", f"{platform.python_version()} ({platform.python_implementation()})"), ("platform", platform.platform()),
-             ("torch", _version("torch")), *_cards(), *((p, _version(p)) for p in PACKAGES)]  # fmt: skip
+    """What a bug report needs: this package, Python, the machine, PyTorch and its cards, and the libraries that do the
+    work."""
+    facts = [
+        ("vlm_lora_lab", __version__),
+        ("Python", f"{platform.python_version()} ({platform.python_implementation()})"),
+        ("platform", platform.platform()),
+        ("torch", _version("torch")),
+        *_cards(),
+        *((p, _version(p)) for p in PACKAGES),
+    ]
     return "\n".join(f"{what:16} {fact}" for what, fact in facts)
 
 # %% ../nbs/95_cli.ipynb #6b028e97
@@ -255,7 +291,13 @@ def _train(o):
     from vlm_lora_lab.job import train
 
     result = train(job, o.resume)
-    return 130 if "stopped_at_step" in result else 1 if {"not_finite_at_step", "changed_while_training"} & set(result) else 0
+    return (
+        130
+        if "stopped_at_step" in result
+        else 1
+        if {"not_finite_at_step", "changed_while_training"} & set(result)
+        else 0
+    )
 
 
 def _config(o):
@@ -297,7 +339,11 @@ def _parts(o):
         print(f"{'published checkpoint':42}" + "".join(f"{p:>11}" for p in PARTS) + f"{'all':>11}   (million weights)")
         for name in PUBLISHED:
             weights = count(on_meta(name))
-            print(f"{name:42}" + "".join(f"{weights[p] / 1e6:11,.1f}" for p in PARTS) + f"{sum(weights.values()) / 1e6:11,.1f}")
+            print(
+                f"{name:42}"
+                + "".join(f"{weights[p] / 1e6:11,.1f}" for p in PARTS)
+                + f"{sum(weights.values()) / 1e6:11,.1f}"
+            )
         print("\nOne of them in full: vlm-lora-lab parts openbmb/MiniCPM-V-2_6")
         return
     model = on_meta(o.model)
@@ -306,7 +352,10 @@ def _parts(o):
         print(f"{copy}\n")
     print(PartsTable.of(model, f"{o.model}: {layout.family}"))
     if layout.inferred:
-        print("\nNobody registered this architecture. The parts above were inferred from its structure: look whether they are right before you train.")
+        print(
+            "\nNobody registered this architecture. The parts above were inferred from its structure: look whether "
+            "they are right before you train."
+        )
     known = {n.lower(): p for n, p in PUBLISHED.items()}.get((copy.of if copy else o.model).lower())
     if known:
         print(f"\nSizes read from: {known.source}")
@@ -322,7 +371,9 @@ def _plan(o):
 
     given = {f.name: getattr(o, f.name) for f in fields(TuningPlan) if hasattr(o, f.name)}
     if o.flags and given:
-        raise InputError(f"--flags and --{min(given).replace('_', '-')} both say what to train", "plan", "Give one of the two")
+        raise InputError(
+            f"--flags and --{min(given).replace('_', '-')} both say what to train", "plan", "Give one of the two"
+        )
     plan = TuningPlan(**given)
     if o.flags:
         script, *pairs = o.flags
@@ -332,7 +383,11 @@ def _plan(o):
     if o.stages:
         from vlm_lora_lab.train.stages import read_stages, route
 
-        print(route(on_meta(o.model), read_stages(_configuration(o.stages, list), given if not o.flags else plan.to_dict())))
+        print(
+            route(
+                on_meta(o.model), read_stages(_configuration(o.stages, list), given if not o.flags else plan.to_dict())
+            )
+        )
         return
     model = on_meta(o.model)
     preview = Preview.of(model, plan)
@@ -348,7 +403,9 @@ def _estimate(o):
 
     print("Running a step on shapes; for a large model this takes up to a minute …", file=sys.stderr)
     plan = TuningPlan(**{f.name: getattr(o, f.name) for f in fields(TuningPlan) if hasattr(o, f.name)})
-    result = estimate(o.model, plan, o.gpu, not o.no_four_bit, o.batch_size, o.max_length, o.pictures, not o.no_checkpointing)
+    result = estimate(
+        o.model, plan, o.gpu, not o.no_four_bit, o.batch_size, o.max_length, o.pictures, not o.no_checkpointing
+    )
     print(result)
     return 1 if result.fits is False else 0
 
@@ -385,7 +442,11 @@ def _ask(o):
     question = ask(o.question, "", *map(Path, o.image), id="of the command line")
     if o.allow_pickle:
         model_folder(base, allow_pickle=True)
-    processor = adapter_processor(o.adapter, base, max_pixels=o.max_pixels) if o.adapter else load_processor(base, max_pixels=o.max_pixels)
+    processor = (
+        adapter_processor(o.adapter, base, max_pixels=o.max_pixels)
+        if o.adapter
+        else load_processor(base, max_pixels=o.max_pixels)
+    )
     model = load_adapter(o.adapter, base, quick=o.quick) if o.adapter else load_vlm(base)
     print(generate_answers(model, processor, [question], max_new_tokens=o.max_new_tokens)[0])
 
@@ -402,10 +463,20 @@ def _compare(o):
     from vlm_lora_lab.compare import Checkpoint, compare
     from vlm_lora_lab.data.batch import Reading
 
-    reading = Reading(workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls, max_pixels=o.max_pixels)
-    limits = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens, "max_length": o.max_length, "allow_pickle": o.allow_pickle, "quick": o.quick}
+    reading = Reading(
+        workers=o.workers, allow_outside=o.allow_outside, allow_urls=o.allow_urls, max_pixels=o.max_pixels
+    )
+    limits = {
+        "batch_size": o.batch_size,
+        "max_new_tokens": o.max_new_tokens,
+        "max_length": o.max_length,
+        "allow_pickle": o.allow_pickle,
+        "quick": o.quick,
+    }
     try:
-        compare(o.checkpoints, o.data, o.metric or ["exact"], o.output, o.model, o.four_bit, o.image_root, reading, **limits)
+        compare(
+            o.checkpoints, o.data, o.metric or ["exact"], o.output, o.model, o.four_bit, o.image_root, reading, **limits
+        )
     except KeyboardInterrupt:  # it has said what is kept
         return 130
     return 1 if any(Checkpoint.of(name, o.model).idle for name in o.checkpoints) else 0
@@ -415,7 +486,15 @@ def _merge(o):
     from vlm_lora_lab.checkpoint.merge import merge_into
     import torch
 
-    done = merge_into(o.adapter, o.output, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.max_shard_gb * 1e9, quick=o.quick)
+    done = merge_into(
+        o.adapter,
+        o.output,
+        o.model,
+        o.onto,
+        None if o.dtype == "stored" else getattr(torch, o.dtype),
+        o.max_shard_gb * 1e9,
+        quick=o.quick,
+    )
     print(f"{done}\nLoad it with load_vlm({str(done.folder)!r}), or give it as --model.")
 
 
@@ -427,7 +506,15 @@ def _export(o):
         rules = check_export(o.output, o.server)
         print("\n".join(map(str, rules)))
         return 0 if all(r.ok for r in rules) else 1
-    done = export_adapter(o.adapter, o.output, o.server, o.model, o.onto, None if o.dtype == "stored" else getattr(torch, o.dtype), o.quick)
+    done = export_adapter(
+        o.adapter,
+        o.output,
+        o.server,
+        o.model,
+        o.onto,
+        None if o.dtype == "stored" else getattr(torch, o.dtype),
+        o.quick,
+    )
     print(done)
     return 0 if done.ok else 1
 
@@ -466,7 +553,10 @@ def _rescue(o):
     if report.written is None:
         print("Nothing was written; for that, add --output FOLDER.")
     elif report.plan:
-        print(f"Load it with load_adapter({str(report.written)!r}), or: vlm-lora-lab ask 'What is this?' --image a.png --adapter {report.written}")
+        print(
+            f"Load it with load_adapter({str(report.written)!r}), or: vlm-lora-lab ask 'What is this?' --image a.png "
+            f"--adapter {report.written}"
+        )
     else:
         print(f"Load it with load_vlm({str(report.written)!r}), or give it as --model.")
     return 0 if report.ok else 1
@@ -499,7 +589,9 @@ def _check_data(o):
         processor = load_processor(o.model, o.max_length, o.drop_turns, o.max_pixels)
     light = o.pictures == "none" and not o.model  # then the work is less than sending it elsewhere
     workers = o.workers or (1 if light else min(os.cpu_count() or 1, 16))
-    report = check_data(o.file, processor, o.image_root, o.against, o.pictures, workers, o.allow_outside, o.allow_urls, progress=True)
+    report = check_data(
+        o.file, processor, o.image_root, o.against, o.pictures, workers, o.allow_outside, o.allow_urls, progress=True
+    )
     if o.format == "json":
         text = json.dumps(report.to_dict(), indent=1)
     else:
@@ -515,20 +607,55 @@ def _check_data(o):
 
 def _check_data_parser(p):
     p.add_argument("file", metavar="FILE", help="JSON or JSON Lines, in any dialect")
-    p.add_argument("--model", metavar="FOLDER", help='"lab" or a model folder: count tokens and labels as this model would')
-    p.add_argument("--max-length", type=_TOKENS, default=2048, metavar="N", help="longest text, tokens; with --model (default: 2048)")
-    p.add_argument("--max-pixels", type=_PIXELS, default=0, metavar="N", help="most pixels that the model looks at of one picture; with --model (default: 0, what its own files say)")
-    p.add_argument("--drop-turns", action="store_true", help="let a text that is too long lose whole turns at its front; with --model")
-    p.add_argument("--against", action="append", default=[], metavar="FILE", help="another split that must share nothing with this one; repeat for several")
-    p.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)")
-    p.add_argument("--pictures", default="decode", choices=("decode", "header", "none"),
-                   help="decode: unfold every picture; header: only sizes, many times as fast; none: only whether the file is there (default: decode)")  # fmt: skip
+    p.add_argument(
+        "--model", metavar="FOLDER", help='"lab" or a model folder: count tokens and labels as this model would'
+    )
+    p.add_argument(
+        "--max-length",
+        type=_TOKENS,
+        default=2048,
+        metavar="N",
+        help="longest text, tokens; with --model (default: 2048)",
+    )
+    p.add_argument(
+        "--max-pixels",
+        type=_PIXELS,
+        default=0,
+        metavar="N",
+        help="most pixels that the model looks at of one picture; with --model (default: 0, what its own files say)",
+    )
+    p.add_argument(
+        "--drop-turns",
+        action="store_true",
+        help="let a text that is too long lose whole turns at its front; with --model",
+    )
+    p.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="another split that must share nothing with this one; repeat for several",
+    )
+    p.add_argument(
+        "--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)"
+    )
+    p.add_argument(
+        "--pictures",
+        default="decode",
+        choices=("decode", "header", "none"),
+        help="decode: unfold every picture; header: only sizes, many times as fast; none: only whether the file is "
+        "there (default: decode)",
+    )
     p.add_argument("--allow-outside", action="store_true", help="let picture paths leave that folder")
     p.add_argument("--allow-urls", action="store_true", help="let pictures be fetched from the network")
-    p.add_argument("--workers", type=_within(1, 256), metavar="N", help="processes (default: one for each core, at most 16)")
+    p.add_argument(
+        "--workers", type=_within(1, 256), metavar="N", help="processes (default: one for each core, at most 16)"
+    )
     p.add_argument("--format", default="text", choices=("text", "json", "html"), help="of the report (default: text)")
     p.add_argument("--output", metavar="FILE", help="write the report there instead of printing it")
-    p.add_argument("--show", type=_within(0, 10**6), default=20, metavar="N", help="findings in a printed report (default: 20)")
+    p.add_argument(
+        "--show", type=_within(0, 10**6), default=20, metavar="N", help="findings in a printed report (default: 20)"
+    )
 
 # %% ../nbs/95_cli.ipynb #49b0d881
 COMPARE_HELP = """\
@@ -548,22 +675,76 @@ and "answers", a list of other right answers.
 
 
 def _compare_parser(p, several):
-    p.add_argument("checkpoints", nargs="+" if several else 1, metavar="CHECKPOINT", help="an adapter's folder, a model's folder, \"lab\", or owner/name on the hub")
-    p.add_argument("--data", required=True, metavar="FILE", help="the questions with their answers: JSON or JSON Lines, in any dialect")
-    p.add_argument("--metric", action="append", metavar="NAME", help="exact, cer, anls, iou or iou@0.5; repeat for several (default: exact)")
-    p.add_argument("--output", metavar="FOLDER", help="for answers, report and figures: new, empty, or of an earlier comparison (default: nothing is written)")
+    p.add_argument(
+        "checkpoints",
+        nargs="+" if several else 1,
+        metavar="CHECKPOINT",
+        help="an adapter's folder, a model's folder, \"lab\", or owner/name on the hub",
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="the questions with their answers: JSON or JSON Lines, in any dialect",
+    )
+    p.add_argument(
+        "--metric",
+        action="append",
+        metavar="NAME",
+        help="exact, cer, anls, iou or iou@0.5; repeat for several (default: exact)",
+    )
+    p.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="for answers, report and figures: new, empty, or of an earlier comparison (default: nothing is written)",
+    )
     p.add_argument("--model", metavar="FOLDER", help="another place of the adapters' base model")
     _quick(p)
-    p.add_argument("--allow-pickle", action="store_true", help="convert a model's pickled weights (*.bin) once, through a reader that runs no code")
-    p.add_argument("--four-bit", action="store_true", help="load whole models in 4 bit; adapters are always asked as they were trained")
-    p.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)")
+    p.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="convert a model's pickled weights (*.bin) once, through a reader that runs no code",
+    )
+    p.add_argument(
+        "--four-bit",
+        action="store_true",
+        help="load whole models in 4 bit; adapters are always asked as they were trained",
+    )
+    p.add_argument(
+        "--image-root", metavar="FOLDER", help="folder that picture paths start from (default: that of the file)"
+    )
     p.add_argument("--allow-outside", action="store_true", help="let picture paths leave that folder")
     p.add_argument("--allow-urls", action="store_true", help="let pictures be fetched from the network")
-    p.add_argument("--workers", type=_WORKERS, default=0, metavar="N", help="processes that look at the pictures beforehand (default: 0, this one)")
-    p.add_argument("--batch-size", type=_ROWS, default=50, metavar="N", help="questions asked at once (default: 50); fewer need less memory")
+    p.add_argument(
+        "--workers",
+        type=_WORKERS,
+        default=0,
+        metavar="N",
+        help="processes that look at the pictures beforehand (default: 0, this one)",
+    )
+    p.add_argument(
+        "--batch-size",
+        type=_ROWS,
+        default=50,
+        metavar="N",
+        help="questions asked at once (default: 50); fewer need less memory",
+    )
     p.add_argument("--max-new-tokens", type=_TOKENS, default=64, metavar="N", help="longest answer (default: 64)")
-    p.add_argument("--max-length", type=_TOKENS, default=2048, metavar="N", help="longest question, tokens, pictures included (default: 2048)")
-    p.add_argument("--max-pixels", type=_PIXELS, default=0, metavar="N", help="most pixels that a model looks at of one picture (default: 0, as an adapter was trained, or as the model's files say)")
+    p.add_argument(
+        "--max-length",
+        type=_TOKENS,
+        default=2048,
+        metavar="N",
+        help="longest question, tokens, pictures included (default: 2048)",
+    )
+    p.add_argument(
+        "--max-pixels",
+        type=_PIXELS,
+        default=0,
+        metavar="N",
+        help="most pixels that a model looks at of one picture (default: 0, as an adapter was trained, or as the "
+        "model's files say)",
+    )
 
 # %% ../nbs/95_cli.ipynb #aafd5fe7
 class _Version(argparse.Action):
@@ -577,10 +758,14 @@ class _Version(argparse.Action):
 def _parser(argv):
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(
-        prog="vlm-lora-lab", description="Fine-tune vision-language models with LoRA and Q-LoRA, and prove what was trained.",
-        epilog="Start with: vlm-lora-lab demo\nEach command explains itself: vlm-lora-lab train --help", **raw,
-    )  # fmt: skip
-    parser.add_argument("--version", action=_Version, nargs=0, help="what a bug report needs: the versions that matter, and the cards")
+        prog="vlm-lora-lab",
+        description="Fine-tune vision-language models with LoRA and Q-LoRA, and prove what was trained.",
+        epilog="Start with: vlm-lora-lab demo\nEach command explains itself: vlm-lora-lab train --help",
+        **raw,
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="what a bug report needs: the versions that matter, and the cards"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name, run, short, long=""):
@@ -588,21 +773,51 @@ def _parser(argv):
         p.set_defaults(run=run)
         return p
 
-    p = command("demo", _demo, "Q-LoRA on handwriting with the small shipped model: three minutes, offline, on a CPU",
-                "Fine-tune the lab model on real handwriting by Q-LoRA; show before and after, what was forgotten,\nand prove that the saved and the merged model are the trained one.")  # fmt: skip
-    p.add_argument("--output", default="vlm_lora_lab_demo", metavar="FOLDER", help="for the results; must be new or empty (default: vlm_lora_lab_demo)")
-    p.add_argument("--mix", type=_within(0, 1, whole=False), default=0.0, metavar="SHARE", help="share of old samples mixed in against forgetting, such as 0.3 (default: 0)")
-    p.add_argument("--steps", type=_STEPS, metavar="N", help="training steps of 32 samples (default: enough for at least 85%% exact match)")
+    p = command(
+        "demo",
+        _demo,
+        "Q-LoRA on handwriting with the small shipped model: three minutes, offline, on a CPU",
+        "Fine-tune the lab model on real handwriting by Q-LoRA; show before and after, what was forgotten,\nand prove "
+        "that the saved and the merged model are the trained one.",
+    )
+    p.add_argument(
+        "--output",
+        default="vlm_lora_lab_demo",
+        metavar="FOLDER",
+        help="for the results; must be new or empty (default: vlm_lora_lab_demo)",
+    )
+    p.add_argument(
+        "--mix",
+        type=_within(0, 1, whole=False),
+        default=0.0,
+        metavar="SHARE",
+        help="share of old samples mixed in against forgetting, such as 0.3 (default: 0)",
+    )
+    p.add_argument(
+        "--steps",
+        type=_STEPS,
+        metavar="N",
+        help="training steps of 32 samples (default: enough for at least 85%% exact match)",
+    )
     p.add_argument("--seed", type=_SEED, default=0, metavar="N", help="(default: 0)")
 
     p = command("train", _train, "fine-tune a model on your own data", TRAIN_HELP)
     if argv[:1] == ["train"]:  # its options need the training engine, which takes seconds to import
         _train_parser(p)
-        p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output; refused while another run writes there")
+        p.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on from the newest checkpoint in --output; refused while another run writes there",
+        )
 
-    p = command("config", _config, "where a configuration for several devices lies: ddp, fsdp2, zero2 or zero3",
-                'Print the path of a configuration for accelerate launch.\n\n'
-                '  accelerate launch --config_file "$(vlm-lora-lab config ddp)" --num_processes 4 -m vlm_lora_lab train job.yaml')  # fmt: skip
+    p = command(
+        "config",
+        _config,
+        "where a configuration for several devices lies: ddp, fsdp2, zero2 or zero3",
+        "Print the path of a configuration for accelerate launch.\n\n"
+        '  accelerate launch --config_file "$(vlm-lora-lab config ddp)" --num_processes 4 -m vlm_lora_lab train '
+        "job.yaml",
+    )
     p.add_argument("name", help="ddp, fsdp2, zero2 or zero3")
 
     p = command("doctor", _doctor, "look at a training job before hours are spent", DOCTOR_HELP)
@@ -611,58 +826,145 @@ def _parser(argv):
         p.add_argument("--resume", action="store_true", help="look at a run that was stopped, as train --resume would")
         p.add_argument("--report", metavar="FILE", help="write the report to this new file as well")
 
-    _check_data_parser(command("check-data", _check_data, "look at every record of a data file, and say what is wrong", CHECK_HELP))
+    _check_data_parser(
+        command("check-data", _check_data, "look at every record of a data file, and say what is wrong", CHECK_HELP)
+    )
 
-    p = command("ask", _ask, "ask a model, or a model with an adapter, one question",
-                "Ask one question.\n\n  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/adapter\n"
-                "  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/checkpoints/checkpoint-200     while it still trains")  # fmt: skip
+    p = command(
+        "ask",
+        _ask,
+        "ask a model, or a model with an adapter, one question",
+        "Ask one question.\n\n  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/adapter\n"
+        "  vlm-lora-lab ask 'What number is this?' --image scan.png --adapter runs/first/checkpoints/checkpoint-200    "
+        " while it still trains",
+    )
     p.add_argument("question")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
-    p.add_argument("--adapter", metavar="FOLDER", help="written by train or demo, a checkpoint of a run, or a plain PEFT folder; its base model is found by itself")
-    p.add_argument("--model", metavar="MODEL", help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)')
-    p.add_argument("--allow-pickle", action="store_true", help="convert the model's pickled weights (*.bin) once, through a reader that runs no code")
+    p.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="written by train or demo, a checkpoint of a run, or a plain PEFT folder; its base model is found by "
+        "itself",
+    )
+    p.add_argument(
+        "--model",
+        metavar="MODEL",
+        help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)',
+    )
+    p.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="convert the model's pickled weights (*.bin) once, through a reader that runs no code",
+    )
     p.add_argument("--max-new-tokens", type=_TOKENS, default=128, metavar="N", help="longest answer (default: 128)")
-    p.add_argument("--max-pixels", type=_PIXELS, default=0, metavar="N", help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the model's files say)")
+    p.add_argument(
+        "--max-pixels",
+        type=_PIXELS,
+        default=0,
+        metavar="N",
+        help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the "
+        "model's files say)",
+    )
     _quick(p)
 
-    _compare_parser(command("compare", _compare, "ask checkpoints the same questions: which is better, and for sure?", COMPARE_HELP), True)
-    _compare_parser(command("evaluate", _compare, "ask one checkpoint the questions of a file, and judge its answers", COMPARE_HELP), False)
+    _compare_parser(
+        command(
+            "compare", _compare, "ask checkpoints the same questions: which is better, and for sure?", COMPARE_HELP
+        ),
+        True,
+    )
+    _compare_parser(
+        command(
+            "evaluate", _compare, "ask one checkpoint the questions of a file, and judge its answers", COMPARE_HELP
+        ),
+        False,
+    )
 
-    p = command("parts", _parts, "what a model is made of: parts, weights, layers that LoRA can adapt; without its weights, without a network",
-                "Show where a model keeps its parts, what they weigh and which layers LoRA can adapt.\nNothing is loaded or fetched: shapes are enough.\n\n"
-                "  vlm-lora-lab parts                            all published checkpoints that are known\n"
-                "  vlm-lora-lab parts openbmb/MiniCPM-V-2_6\n  vlm-lora-lab parts path/to/a/model")  # fmt: skip
-    p.add_argument("model", nargs="?", help='owner/name of a published checkpoint, "lab", or a folder with a config.json (default: list them)')
+    p = command(
+        "parts",
+        _parts,
+        "what a model is made of: parts, weights, layers that LoRA can adapt; without its weights, without a network",
+        "Show where a model keeps its parts, what they weigh and which layers LoRA can adapt.\nNothing is loaded or "
+        "fetched: shapes are enough.\n\n"
+        "  vlm-lora-lab parts                            all published checkpoints that are known\n"
+        "  vlm-lora-lab parts openbmb/MiniCPM-V-2_6\n  vlm-lora-lab parts path/to/a/model",
+    )
+    p.add_argument(
+        "model",
+        nargs="?",
+        help='owner/name of a published checkpoint, "lab", or a folder with a config.json (default: list them)',
+    )
 
-    p = command("plan", _plan, "what a plan would train and cost; without weights, without a network",
-                "Show what a plan trains, what it nearly hits, and what it costs in memory and on disk. Nothing is loaded.\n\n"
-                "  vlm-lora-lab plan openbmb/MiniCPM-V-2_6 --vision lora --rank 32\n"
-                "  vlm-lora-lab plan openbmb/MiniCPM-V-2_6 --flags minicpmv use_lora=true tune_llm=false    flags of an older script")  # fmt: skip
+    p = command(
+        "plan",
+        _plan,
+        "what a plan would train and cost; without weights, without a network",
+        "Show what a plan trains, what it nearly hits, and what it costs in memory and on disk. Nothing is loaded.\n\n"
+        "  vlm-lora-lab plan openbmb/MiniCPM-V-2_6 --vision lora --rank 32\n"
+        "  vlm-lora-lab plan openbmb/MiniCPM-V-2_6 --flags minicpmv use_lora=true tune_llm=false    flags of an older "
+        "script",
+    )
     p.add_argument("model", help='owner/name of a published checkpoint, "lab", or a folder with a config.json')
-    p.add_argument("--flags", nargs="+", metavar="SCRIPT", help="minicpmv, qwenvl, qwen3vl, llamafactory or swift, and its flags as name=value")
-    p.add_argument("--stages", metavar="FILE", help="a YAML or JSON list of stages: show what each would train, and what would be saved")
+    p.add_argument(
+        "--flags",
+        nargs="+",
+        metavar="SCRIPT",
+        help="minicpmv, qwenvl, qwen3vl, llamafactory or swift, and its flags as name=value",
+    )
+    p.add_argument(
+        "--stages",
+        metavar="FILE",
+        help="a YAML or JSON list of stages: show what each would train, and what would be saved",
+    )
     if argv[:1] == ["plan"]:
         from vlm_lora_lab.plan import TuningPlan
 
         _add(p.add_argument_group("plan: one word per part"), TuningPlan)
 
-    p = command("inspect", _inspect, "what is in an adapter or a model folder, and what is wrong with it; nothing is loaded",
-                "Say what is in a folder: LoRA or full, of which part, for which base, and what is suspicious.\nHeaders and bytes are read; no model is loaded, nothing is fetched.\n\n"
-                "  vlm-lora-lab inspect runs/first/adapter\n  vlm-lora-lab inspect runs/first/checkpoints/checkpoint-200\n  vlm-lora-lab inspect runs/first/merged --base path/to/the/base    did the merge change anything?\n\n"
-                "Exit status: 0 nothing worse than notes, 1 warnings, 2 errors.")  # fmt: skip
+    p = command(
+        "inspect",
+        _inspect,
+        "what is in an adapter or a model folder, and what is wrong with it; nothing is loaded",
+        "Say what is in a folder: LoRA or full, of which part, for which base, and what is suspicious.\nHeaders and "
+        "bytes are read; no model is loaded, nothing is fetched.\n\n"
+        "  vlm-lora-lab inspect runs/first/adapter\n  vlm-lora-lab inspect runs/first/checkpoints/checkpoint-200\n  "
+        "vlm-lora-lab inspect runs/first/merged --base path/to/the/base    did the merge change anything?\n\n"
+        "Exit status: 0 nothing worse than notes, 1 warnings, 2 errors.",
+    )
     p.add_argument("folder", help="an adapter, ours or any of PEFT's; or a whole model")
-    p.add_argument("--base", metavar="MODEL", help='"lab", a folder, or the name of a published checkpoint (default: what the adapter names)')
+    p.add_argument(
+        "--base",
+        metavar="MODEL",
+        help='"lab", a folder, or the name of a published checkpoint (default: what the adapter names)',
+    )
     p.add_argument("--json", action="store_true", help="print everything as JSON")
-    p = command("estimate", _estimate, "will it fit? memory of a training step, by part, without weights and without a network",
-                "Predict what a training step takes: weights, scales, optimizer, activations, logits. Nothing is loaded; the step is run on shapes.\n"
-                "Exit status: 0 it fits, 1 it does not.\n\n"
-                "  vlm-lora-lab estimate openbmb/MiniCPM-V-2_6 --gpu T4 --pictures 10\n"
-                "  vlm-lora-lab estimate Qwen/Qwen2.5-VL-7B-Instruct --gpu 24 --rank 64 --batch-size 4")  # fmt: skip
+    p = command(
+        "estimate",
+        _estimate,
+        "will it fit? memory of a training step, by part, without weights and without a network",
+        "Predict what a training step takes: weights, scales, optimizer, activations, logits. Nothing is loaded; the "
+        "step is run on shapes.\n"
+        "Exit status: 0 it fits, 1 it does not.\n\n"
+        "  vlm-lora-lab estimate openbmb/MiniCPM-V-2_6 --gpu T4 --pictures 10\n"
+        "  vlm-lora-lab estimate Qwen/Qwen2.5-VL-7B-Instruct --gpu 24 --rank 64 --batch-size 4",
+    )
     p.add_argument("model", help='owner/name of a published checkpoint, "lab", or a folder with a config.json')
-    p.add_argument("--gpu", metavar="CARD", help="T4, V100, RTX 3090, RTX 4090, L4, A100, H100, H200, or GiB as a number (default: no verdict)")
+    p.add_argument(
+        "--gpu",
+        metavar="CARD",
+        help="T4, V100, RTX 3090, RTX 4090, L4, A100, H100, H200, or GiB as a number (default: no verdict)",
+    )
     p.add_argument("--batch-size", type=_ROWS, default=1, metavar="N", help="conversations at once (default: 1)")
-    p.add_argument("--max-length", type=_TOKENS, default=2048, metavar="N", help="tokens of a conversation (default: 2048)")
-    p.add_argument("--pictures", type=_within(0, 10_000), default=1, metavar="N", help="pictures of a conversation, slices counted (default: 1)")
+    p.add_argument(
+        "--max-length", type=_TOKENS, default=2048, metavar="N", help="tokens of a conversation (default: 2048)"
+    )
+    p.add_argument(
+        "--pictures",
+        type=_within(0, 10_000),
+        default=1,
+        metavar="N",
+        help="pictures of a conversation, slices counted (default: 1)",
+    )
     p.add_argument("--no-four-bit", action="store_true", help="the base in 16 bit")
     p.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     if argv[:1] == ["estimate"]:
@@ -670,38 +972,83 @@ def _parser(argv):
 
         _add(p.add_argument_group("plan: one word per part"), TuningPlan)
 
-    p = command("merge", _merge, "fold an adapter into a whole model",
-                "Fold an adapter into a whole model, tensor by tensor; memory for its largest matrices is enough.\n\n"
-                "  vlm-lora-lab merge runs/first/adapter --output runs/first/merged\n"
-                "  vlm-lora-lab merge runs/first/checkpoints/checkpoint-200 --output runs/first/merged-200     one in the middle of a run")  # fmt: skip
+    p = command(
+        "merge",
+        _merge,
+        "fold an adapter into a whole model",
+        "Fold an adapter into a whole model, tensor by tensor; memory for its largest matrices is enough.\n\n"
+        "  vlm-lora-lab merge runs/first/adapter --output runs/first/merged\n"
+        "  vlm-lora-lab merge runs/first/checkpoints/checkpoint-200 --output runs/first/merged-200     one in the "
+        "middle of a run",
+    )
     p.add_argument("adapter", help="folder written by train or demo, a checkpoint of a run, or a plain PEFT folder")
     p.add_argument("--output", required=True, metavar="FOLDER", help="for the merged model; must be new or empty")
-    p.add_argument("--max-shard-gb", type=_within(0, 10_000, whole=False, above=True), default=5.0, metavar="N", help="largest file of weights, GB (default: 5)")
+    p.add_argument(
+        "--max-shard-gb",
+        type=_within(0, 10_000, whole=False, above=True),
+        default=5.0,
+        metavar="N",
+        help="largest file of weights, GB (default: 5)",
+    )
     _merging(p)
 
-    p = command("export", _export, "write what vLLM, llama.cpp or transformers accept, check it, and say how to start the server",
-                "Write what a server accepts: for vLLM a base with the full parts folded in and an adapter of LoRA alone,\nfor the others a whole model. "
-                "Then check names, shapes and fields that its loader reads, and print the commands.\n\n"
-                "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served\n"
-                "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served --check      look at it again\n\nStatus: 0 all rules hold, 1 some do not, 2 bad input.")  # fmt: skip
-    p.add_argument("adapter", metavar="FOLDER", help="written by train or demo, a checkpoint of a run, or a plain PEFT folder")
+    p = command(
+        "export",
+        _export,
+        "write what vLLM, llama.cpp or transformers accept, check it, and say how to start the server",
+        "Write what a server accepts: for vLLM a base with the full parts folded in and an adapter of LoRA alone,\nfor "
+        "the others a whole model. "
+        "Then check names, shapes and fields that its loader reads, and print the commands.\n\n"
+        "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served\n"
+        "  vlm-lora-lab export runs/first/adapter --for vllm runs/first/served --check      look at it "
+        "again\n\nStatus: 0 all rules hold, 1 some do not, 2 bad input.",
+    )
+    p.add_argument(
+        "adapter", metavar="FOLDER", help="written by train or demo, a checkpoint of a run, or a plain PEFT folder"
+    )
     p.add_argument("output", metavar="OUTPUT", help="folder for the result; must be new or empty")
-    p.add_argument("--for", dest="server", required=True, choices=("vllm", "llama.cpp", "transformers"), help="who is to read it")
+    p.add_argument(
+        "--for", dest="server", required=True, choices=("vllm", "llama.cpp", "transformers"), help="who is to read it"
+    )
     p.add_argument("--check", action="store_true", help="write nothing; look at OUTPUT again")
     _merging(p)
 
     p = command("rescue", _rescue, "read the checkpoint of another script: what is in it, what is lost", RESCUE_HELP)
     p.add_argument("folder", help="written by the other script")
-    p.add_argument("--base", required=True, metavar="MODEL", help='the model it was trained on: "lab", a folder, or owner/name on the hub')
+    p.add_argument(
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help='the model it was trained on: "lab", a folder, or owner/name on the hub',
+    )
     p.add_argument("--output", metavar="FOLDER", help="for the adapter; must be new or empty (default: only look)")
-    p.add_argument("--flags", nargs="+", metavar="SCRIPT", help="minicpmv, qwenvl, qwen3vl, llamafactory or swift, and the flags the run had, as name=value")
-    p.add_argument("--four-bit", action=argparse.BooleanOptionalAction, help="was the base in 4 bit in training? (default: as the run's JSON says, else no)")
-    p.add_argument("--allow-pickle", action="store_true", help="read *.bin, *.pt and *.pth, through a reader that runs no code")
+    p.add_argument(
+        "--flags",
+        nargs="+",
+        metavar="SCRIPT",
+        help="minicpmv, qwenvl, qwen3vl, llamafactory or swift, and the flags the run had, as name=value",
+    )
+    p.add_argument(
+        "--four-bit",
+        action=argparse.BooleanOptionalAction,
+        help="was the base in 4 bit in training? (default: as the run's JSON says, else no)",
+    )
+    p.add_argument(
+        "--allow-pickle", action="store_true", help="read *.bin, *.pt and *.pth, through a reader that runs no code"
+    )
 
     p = command("pretrain", _pretrain, "make the lab model again, from nothing (about half an hour on two cores)")
     p.add_argument("--output", required=True, metavar="FOLDER", help="for the model; must be new or empty")
-    p.add_argument("--eyes", type=_STEPS, default=3000, metavar="N", help="steps of the vision tower alone (default: 3000)")
-    p.add_argument("--questions", type=_STEPS, default=1200, metavar="N", help="steps on hard questions, done twice (default: 1200)")
+    p.add_argument(
+        "--eyes", type=_STEPS, default=3000, metavar="N", help="steps of the vision tower alone (default: 3000)"
+    )
+    p.add_argument(
+        "--questions",
+        type=_STEPS,
+        default=1200,
+        metavar="N",
+        help="steps on hard questions, done twice (default: 1200)",
+    )
     p.add_argument("--words", type=_STEPS, default=5000, metavar="N", help="steps of the whole model (default: 5000)")
     p.add_argument("--seed", type=_SEED, default=0, metavar="N", help="(default: 0)")
     return parser
@@ -735,9 +1082,18 @@ def _check_paths(command, options):
     "Raises `InputError` for a path that is empty, or that no file can have."
     for action in command._actions:
         given = getattr(options, action.dest, None)
-        if given is not None and given != action.default and (action.metavar in _PATHS or action.dest in ("config", "model", "folder", "adapter")):
+        if (
+            given is not None
+            and given != action.default
+            and (action.metavar in _PATHS or action.dest in ("config", "model", "folder", "adapter"))
+        ):
             for value in given if isinstance(given, list) else [given]:
-                fitting(value, Annotated[str, FilePath()], action.option_strings[-1] if action.option_strings else action.dest, "")
+                fitting(
+                    value,
+                    Annotated[str, FilePath()],
+                    action.option_strings[-1] if action.option_strings else action.dest,
+                    "",
+                )
 
 
 def _options_of(parser, argv):
@@ -748,24 +1104,46 @@ def _options_of(parser, argv):
         commands[options.command].error(twice)
     if unknown:
         flags = [s for a in commands[options.command]._actions for s in a.option_strings]
-        near = [f"{u.partition('=')[0]}: did you mean {m}?" for u in unknown if u.startswith("--") and (m := nearest(u.partition("=")[0], flags))]
+        near = [
+            f"{u.partition('=')[0]}: did you mean {m}?"
+            for u in unknown
+            if u.startswith("--") and (m := nearest(u.partition("=")[0], flags))
+        ]
         commands[options.command].error(" ".join([f"unrecognized arguments: {' '.join(unknown)}.", *near]))
     return options
 
 
 def _quick(p):
     "The option of what looks at an adapter's base."
-    p.add_argument("--quick", action="store_true", help="know the adapter's base by names, shapes and samples; by default every byte of it is hashed, once (seconds for gigabytes)")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="know the adapter's base by names, shapes and samples; by default every byte of it is hashed, once "
+        "(seconds for gigabytes)",
+    )
 
 
 def _merging(p):
     "Options of what folds an adapter into a base."
     _quick(p)
-    p.add_argument("--model", metavar="FOLDER", help="another place of the same base model; or the base, where a plain PEFT folder names none")
-    p.add_argument("--onto", default="nf4", choices=("nf4", "original"),
-                   help="nf4: the rounded weights that training saw, which reproduces the trained model; original: the base's own weights")  # fmt: skip
-    p.add_argument("--dtype", default="stored", choices=("stored", "float32", "bfloat16", "float16"),
-                   help="of the written weights; stored: each in the type of the base (default: stored)")  # fmt: skip
+    p.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="another place of the same base model; or the base, where a plain PEFT folder names none",
+    )
+    p.add_argument(
+        "--onto",
+        default="nf4",
+        choices=("nf4", "original"),
+        help="nf4: the rounded weights that training saw, which reproduces the trained model; original: the base's own "
+        "weights",
+    )
+    p.add_argument(
+        "--dtype",
+        default="stored",
+        choices=("stored", "float32", "bfloat16", "float16"),
+        help="of the written weights; stored: each in the type of the base (default: stored)",
+    )
 
 
 def main(

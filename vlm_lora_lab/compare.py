@@ -31,7 +31,8 @@ from .data.files import Inline, Remote
 from .data.native import load_processor
 from .data.records import Conversation, Conversations
 from .errors import InputError, claimed, explain_write_errors, write_json
-from .evaluate import RESAMPLES, Metric, Score, ScoreTable, answer_all, bootstrap, check_truths, html_table, metric_of, middle, text_table
+from .evaluate import RESAMPLES, Metric, Score, ScoreTable, answer_all, bootstrap, check_truths
+from .evaluate import html_table, metric_of, middle, text_table
 from .models.load import load_vlm, model_folder
 from .models.published import read_json
 from .style import COLORS, figure, save_figure
@@ -54,9 +55,16 @@ class Versus:
 
     def __str__(self):
         if self.interval is None:
-            return f"{100 * self.difference:+.1f} points, the same difference on every question" if self.difference else "the same on every question"
+            return (
+                f"{100 * self.difference:+.1f} points, the same difference on every question"
+                if self.difference
+                else "the same on every question"
+            )
         low, high = (f"{100 * v:+.1f}" for v in self.interval)
-        return f"{100 * self.difference:+.1f} points ({low} to {high}); better on {self.better}, worse on {self.worse}, same on {self.same}"
+        return (
+            f"{100 * self.difference:+.1f} points ({low} to {high}); better on {self.better}, worse on "
+            f"{self.worse}, same on {self.same}"
+        )
 
     def to_dict(self) -> dict:
         return asdict(self) | {"interval": self.interval and list(self.interval), "sure": self.sure}
@@ -72,7 +80,9 @@ def versus(
     signs = [first.metric.better(b.value, a.value) for a, b in zip(first.marks, other.marks, strict=True)]
     points, out_of = (np.stack(pair) for pair in zip(first.arrays, other.arrays))
     draws = bootstrap(points, out_of, resamples, seed)
-    return Versus(other.value - first.value, middle(draws[1] - draws[0]), signs.count(1), signs.count(0), signs.count(-1))
+    return Versus(
+        other.value - first.value, middle(draws[1] - draws[0]), signs.count(1), signs.count(0), signs.count(-1)
+    )
 
 # %% ../nbs/81_compare.ipynb #c36f2690
 @dataclass(frozen=True)
@@ -96,24 +106,41 @@ class Comparison:
         return {o: {kind: versus(parts[first], parts[o]) for kind, parts in self.table.parts.items()} for o in others}
 
     def rows(self) -> Iterator[list[str]]:
-        "The differences: a row for each kind of question, a column for each checkpoint but the first. Won : lost are questions."
+        """The differences: a row for each kind of question, a column for each checkpoint but the first.
+
+        Won : lost are questions."""
         yield [f"beside {next(iter(self.scores))}: points (95 %), won : lost", *self.differences]
         for kind in self.table.kinds:
             found = [v[kind] for v in self.differences.values()]
-            between = ["" if v.interval is None else " ({:+.1f} to {:+.1f})".format(*(100 * x for x in v.interval)) for v in found]
+            between = [
+                "" if v.interval is None else " ({:+.1f} to {:+.1f})".format(*(100 * x for x in v.interval))
+                for v in found
+            ]
             yield [kind, *(f"{100 * v.difference:+.1f}{b}  {v.better} : {v.worse}" for v, b in zip(found, between))]
 
     def __str__(self):
-        unread = [f"not read in {name}: " + ", ".join(f"{n} × {why}" for why, n in s.notes.items()) for name, s in self.scores.items() if s.notes]
+        unread = [
+            f"not read in {name}: " + ", ".join(f"{n} × {why}" for why, n in s.notes.items())
+            for name, s in self.scores.items()
+            if s.notes
+        ]
         return "\n".join([str(self.table), *unread] + (["", text_table(self.rows())] if self.differences else []))
 
     def _repr_html_(self):
         return self.table._repr_html_() + (html_table(self.rows()) if self.differences else "")
 
     def to_dict(self) -> dict:
-        rows = lambda name: {kind: parts[name].to_dict() for kind, parts in self.table.parts.items()}  # noqa: E731
-        return {"metric": self.metric.name, "higher_is_better": self.metric.higher_is_better, "scores": {name: rows(name) for name in self.scores},
-                "beside_the_first": {name: {kind: v.to_dict() for kind, v in kinds.items()} for name, kinds in self.differences.items()}}  # fmt: skip
+        def rows(name):
+            return {kind: parts[name].to_dict() for kind, parts in self.table.parts.items()}
+
+        return {
+            "metric": self.metric.name,
+            "higher_is_better": self.metric.higher_is_better,
+            "scores": {name: rows(name) for name in self.scores},
+            "beside_the_first": {
+                name: {kind: v.to_dict() for kind, v in kinds.items()} for name, kinds in self.differences.items()
+            },
+        }
 
 # %% ../nbs/81_compare.ipynb #399d5c2c
 def _named(names, length=28):
@@ -125,24 +152,49 @@ def _named(names, length=28):
 def comparison_figure(
     comparison: Comparison,
 ) -> Figure:
-    "Scores on the left; on the right differences to the first by kind of question, or, with one checkpoint alone, its score by kind."
+    """Scores on the left; on the right differences to the first by kind of question, or, with one checkpoint alone, its
+    score by kind."""
     names, kinds, one = _named(list(comparison.scores)), list(comparison.table.kinds), len(comparison.scores) == 1
-    fig, (left, right) = figure(1, 2, width=8, height=min(30, 1.1 + 0.22 * max(len(names), len(kinds) * (1 if one else len(names) - 1))))
+    fig, (left, right) = figure(
+        1, 2, width=8, height=min(30, 1.1 + 0.22 * max(len(names), len(kinds) * (1 if one else len(names) - 1)))
+    )
     for y, score in enumerate(comparison.table.parts["all"].values()):
         _dot(left, score.value, score.interval, y, COLORS[0], True)
-    left.set(yticks=range(len(names)), yticklabels=names.values(), ylim=(len(names) - 0.5, -0.5), xlabel=comparison.metric.title)
-    columns = {n: [(v.difference, v.interval, v.sure) for v in kinds_.values()] for n, kinds_ in comparison.differences.items()}
+    left.set(
+        yticks=range(len(names)),
+        yticklabels=names.values(),
+        ylim=(len(names) - 0.5, -0.5),
+        xlabel=comparison.metric.title,
+    )
+    columns = {
+        n: [(v.difference, v.interval, v.sure) for v in kinds_.values()] for n, kinds_ in comparison.differences.items()
+    }
     parts = [next(iter(row.values())) for row in comparison.table.parts.values()]
     columns = columns or {"score": [(p.value, p.interval, True) for p in parts]}
     for c, (name, cells) in enumerate(columns.items()):
         for k, (value, interval, filled) in enumerate(cells):
-            _dot(right, value, interval, k + (c - (len(columns) - 1) / 2) * 0.7 / len(columns), COLORS[c % 4], filled, names.get(name) if k == 0 and not one else None)
-    right.set(yticks=range(len(kinds)), yticklabels=[f"{k} ({len(v):,})" for k, v in comparison.table.kinds.items()], ylim=(len(kinds) - 0.5, -0.5))
+            _dot(
+                right,
+                value,
+                interval,
+                k + (c - (len(columns) - 1) / 2) * 0.7 / len(columns),
+                COLORS[c % 4],
+                filled,
+                names.get(name) if k == 0 and not one else None,
+            )
+    right.set(
+        yticks=range(len(kinds)),
+        yticklabels=[f"{k} ({len(v):,})" for k, v in comparison.table.kinds.items()],
+        ylim=(len(kinds) - 0.5, -0.5),
+    )
     right.set_xlabel(f"{comparison.metric.title}{'' if one else ', less that of ' + next(iter(names.values()))}")
     if not one:
         right.axvline(0, color="black", lw=0.8, ls="-")
         right.legend(fontsize=7, loc="best")
-    fig.suptitle(f"{'How good is it?' if one else 'Which is better, and where?'} ({'higher' if comparison.metric.higher_is_better else 'lower'} is better, 95 % intervals)")
+    fig.suptitle(
+        f"{'How good is it?' if one else 'Which is better, and where?'} "
+        f"({'higher' if comparison.metric.higher_is_better else 'lower'} is better, 95 % intervals)"
+    )
     return fig
 
 
@@ -156,7 +208,12 @@ def _dot(ax, value, interval, y, colour, filled, label=None):
 def _file_digest(path, size, changed):
     "SHA-256 of a file; asked again only when its size or time changed."
     digest = hashlib.sha256()
-    with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=f"reading {path.name}", leave=False, delay=2, disable=None) as bar:
+    with (
+        open(path, "rb") as file,
+        tqdm(
+            total=size, unit="B", unit_scale=True, desc=f"reading {path.name}", leave=False, delay=2, disable=None
+        ) as bar,
+    ):
         while block := file.read(2**22):
             digest.update(block)
             bar.update(len(block))
@@ -170,7 +227,8 @@ def folder_digest(
     folder: str | Path,  # of a model or an adapter
 ) -> str:  # hexadecimal SHA-256
     "What tells one model or adapter from another: every byte of its weights, configuration and tokenizer."
-    files = sorted({f for pattern in _PARTS for f in Path(folder).glob(pattern)} - {Path(folder) / "provenance.json"})  # which only tells its story
+    # which only tells its story
+    files = sorted({f for pattern in _PARTS for f in Path(folder).glob(pattern)} - {Path(folder) / "provenance.json"})
     found = {f.name: _file_digest(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
@@ -178,7 +236,9 @@ def folder_digest(
 def data_digest(
     conversations: Sequence[Conversation],
 ) -> str:  # hexadecimal SHA-256
-    "What tells one set of questions from another: every text, and every byte of every picture. Of a picture with an address only the address is known."
+    """What tells one set of questions from another: every text, and every byte of every picture.
+
+    Of a picture with an address only the address is known."""
     digest = hashlib.sha256()
     for c in conversations:
         digest.update(json.dumps([c.id, [[m.role, m.content] for m in c.messages]]).encode())
@@ -228,7 +288,15 @@ class Checkpoint:
             plan = Path(name) / "plan.json"  # there is none for a model that was unfrozen by hand
             told = {"trained_with": known["versions"], "plan": read_json(plan) if plan.is_file() else known.get("plan")}
             told |= {"unsealed": known["unsealed"]} if "unsealed" in known else {}
-            return cls(name, str(base or known["base"]), bool(known["four_bit"]), name, told, max_pixels or known.get("max_pixels", 0), name if known.get("own_tokenizer") else "")
+            return cls(
+                name,
+                str(base or known["base"]),
+                bool(known["four_bit"]),
+                name,
+                told,
+                max_pixels or known.get("max_pixels", 0),
+                name if known.get("own_tokenizer") else "",
+            )
         model_folder(name, weights=False)
         return cls(name, name, four_bit, max_pixels=max_pixels)
 
@@ -240,7 +308,11 @@ class Checkpoint:
 
     def load(self) -> nn.Module:
         "The model, in evaluation mode."
-        return load_adapter(self.adapter, self.base, quick=self.quick) if self.adapter else load_vlm(self.base, four_bit=self.four_bit)
+        return (
+            load_adapter(self.adapter, self.base, quick=self.quick)
+            if self.adapter
+            else load_vlm(self.base, four_bit=self.four_bit)
+        )
 
     @property
     def idle(self) -> bool:
@@ -249,13 +321,20 @@ class Checkpoint:
 
     def depends_on(self) -> dict:
         "All that its answers depend on, but for the questions."
-        return {"adapter": folder_digest(self.adapter) if self.adapter else None, "model": folder_digest(model_folder(self.base)), "four_bit": self.four_bit, "max_pixels": self.max_pixels,
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")}}  # fmt: skip
+        return {
+            "adapter": folder_digest(self.adapter) if self.adapter else None,
+            "model": folder_digest(model_folder(self.base)),
+            "four_bit": self.four_bit,
+            "max_pixels": self.max_pixels,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+        }
 
 # %% ../nbs/81_compare.ipynb #3f457d49
 def _kept(file, key, conversations):
-    "The answers that a file holds, and how many of its bytes they fill. Raises `InputError` when it is not what it should be."
+    """The answers that a file holds, and how many of its bytes they fill.
+
+    Raises `InputError` when it is not what it should be."""
     remedy = "Remove this file, and it is asked again"
     try:
         *lines, rest = file.read_bytes().split(b"\n")
@@ -267,7 +346,12 @@ def _kept(file, key, conversations):
     if rows[0] != key:
         raise InputError("these answers belong to another question or checkpoint than their name says", file, remedy)
     for i, row in enumerate(rows[1:]):
-        if i >= len(conversations) or not isinstance(row, dict) or (row.get("n"), row.get("id")) != (i, conversations[i].id) or not isinstance(row.get("answer"), str):
+        if (
+            i >= len(conversations)
+            or not isinstance(row, dict)
+            or (row.get("n"), row.get("id")) != (i, conversations[i].id)
+            or not isinstance(row.get("answer"), str)
+        ):
             raise InputError(f"line {i + 2} of the answers is not that of question {i}", file, remedy)
     return rows[1:], sum(len(line) + 1 for line in lines)
 
@@ -278,15 +362,33 @@ def _ask(checkpoint, processor, conversations, file, key, batch_size, max_new_to
     if len(rows) == len(conversations):
         return rows, 0
     have, model = len(rows), checkpoint.load()
-    rest = conversations.select(range(have, len(conversations))) if hasattr(conversations, "select") else [conversations[i] for i in range(have, len(conversations))]
-    with tqdm(total=len(conversations), initial=have, desc=f"asking {checkpoint.name[-40:]}", leave=False, delay=2, disable=None) as bar:
+    rest = (
+        conversations.select(range(have, len(conversations)))
+        if hasattr(conversations, "select")
+        else [conversations[i] for i in range(have, len(conversations))]
+    )
+    with tqdm(
+        total=len(conversations),
+        initial=have,
+        desc=f"asking {checkpoint.name[-40:]}",
+        leave=False,
+        delay=2,
+        disable=None,
+    ) as bar:
         for batch in answer_all(model, processor, rest, batch_size, max_new_tokens):
-            new = [{"n": len(rows) + i, "id": conversations[len(rows) + i].id, "answer": a.text, "cut": a.cut} for i, a in enumerate(batch)]
+            new = [
+                {"n": len(rows) + i, "id": conversations[len(rows) + i].id, "answer": a.text, "cut": a.cut}
+                for i, a in enumerate(batch)
+            ]
             if file:
                 with explain_write_errors(file), open(file, "r+b" if size else "wb") as out:
                     out.truncate(size)
                     out.seek(size)
-                    out.write(b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in ([] if size else [key]) + new))
+                    out.write(
+                        b"".join(
+                            json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in ([] if size else [key]) + new
+                        )
+                    )
                     size = out.tell()
             rows += new
             bar.update(len(new))
@@ -297,13 +399,26 @@ OURS = ("answers", "report.json", "questions.jsonl", "compare.lock")  # in an ou
 
 
 def _place(output, lock):
-    "The output folder: new, empty, or of an earlier comparison, whose answers are used again; and nobody else's as long as this one goes on."
+    """The output folder: new, empty, or of an earlier comparison, whose answers are used again; and nobody else's as
+    long as this one goes on."""
     if output is None:
         return None
     output = Path(output)
-    odd = sorted(p.name for p in output.iterdir() if p.name.removesuffix(".partial") not in OURS and not p.name.startswith("compare-")) if output.is_dir() else [output.name] * output.exists()
+    odd = (
+        sorted(
+            p.name
+            for p in output.iterdir()
+            if p.name.removesuffix(".partial") not in OURS and not p.name.startswith("compare-")
+        )
+        if output.is_dir()
+        else [output.name] * output.exists()
+    )
     if odd:
-        raise InputError(f"there is something else here ({odd[0]})", output, "Choose another folder; nothing but an earlier comparison is ever written over")
+        raise InputError(
+            f"there is something else here ({odd[0]})",
+            output,
+            "Choose another folder; nothing but an earlier comparison is ever written over",
+        )
     with explain_write_errors(output):
         (output / "answers").mkdir(parents=True, exist_ok=True)
         lock.enter_context(claimed(output / "compare.lock", output))
@@ -315,7 +430,9 @@ def _chosen(checkpoints, metrics, base, four_bit, allow_pickle, max_pixels, quic
     if not metrics:
         raise InputError("no metric is named", "compare", "Write at least one, such as exact")
     if not names:
-        raise InputError("there is no checkpoint to ask", "compare", "Give the folder of an adapter or of a model, or 'lab'")
+        raise InputError(
+            "there is no checkpoint to ask", "compare", "Give the folder of an adapter or of a model, or 'lab'"
+        )
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:
         raise InputError(f"{twice[0]!r} is given twice", "compare", "Give each checkpoint once")
     chosen = [replace(Checkpoint.of(n, base, four_bit, max_pixels), quick=quick) for n in names]
@@ -325,10 +442,12 @@ def _chosen(checkpoints, metrics, base, four_bit, allow_pickle, max_pixels, quic
 
 # %% ../nbs/81_compare.ipynb #3fb4cd10
 def compare(
-    checkpoints: Sequence[str | Path],  # folders of adapters or models, "lab", owner/name; the others are compared with the first
+    # folders of adapters or models, "lab", owner/name; the others are compared with the first
+    checkpoints: Sequence[str | Path],
     data: str | Path | Sequence[Conversation],  # a file in any dialect, or conversations
     metrics: Sequence[str] = ("exact",),  # of `METRICS`
-    output: str | Path | None = None,  # folder for answers, report and figures; that of an earlier comparison goes on. None: nothing is written
+    # folder for answers, report and figures; that of an earlier comparison goes on. None: nothing is written
+    output: str | Path | None = None,
     base: str | Path | None = None,  # another place of the adapters' base
     four_bit: bool = False,  # whole models in 4 bit; adapters are asked as they were trained
     image_root: str | Path | None = None,  # folder that picture paths start from; default: the file's own
@@ -340,27 +459,57 @@ def compare(
     quick: bool = False,  # know adapters' bases by names, shapes and samples instead of every byte
     say: Callable = print,  # called with each line of the account
 ) -> dict[str, Comparison]:  # metric -> its comparison
-    "Ask all checkpoints the same questions, and judge the answers. Raises `InputError` before a model is loaded when something given cannot be used."
-    chosen, wanted = _chosen(checkpoints, metrics, base, four_bit, allow_pickle, reading.max_pixels, quick), [metric_of(m) for m in dict.fromkeys(metrics)]
-    conversations = Conversations.open(data, image_root, reading.allow_outside, reading.allow_urls) if isinstance(data, (str, Path)) else data
+    """Ask all checkpoints the same questions, and judge the answers.
+
+    Raises `InputError` before a model is loaded when something given cannot be used."""
+    chosen, wanted = (
+        _chosen(checkpoints, metrics, base, four_bit, allow_pickle, reading.max_pixels, quick),
+        [metric_of(m) for m in dict.fromkeys(metrics)],
+    )
+    conversations = (
+        Conversations.open(data, image_root, reading.allow_outside, reading.allow_urls)
+        if isinstance(data, (str, Path))
+        else data
+    )
     for metric in wanted:
         check_truths(metric, conversations)
     processors = {(c.base, c.max_pixels, c.own): c.processor(max_length) for c in chosen}
     for (name, *_), processor in processors.items():
-        check_rows(conversations, processor, replace(reading, skip_bad_rows=False), f"checking questions for {name[-40:]}")
+        check_rows(
+            conversations, processor, replace(reading, skip_bad_rows=False), f"checking questions for {name[-40:]}"
+        )
     with ExitStack() as lock:
         output = _place(output, lock)
-        return _compared(chosen, processors, wanted, data, conversations, output, batch_size, {"max_new_tokens": max_new_tokens, "max_length": max_length}, say)
+        return _compared(
+            chosen,
+            processors,
+            wanted,
+            data,
+            conversations,
+            output,
+            batch_size,
+            {"max_new_tokens": max_new_tokens, "max_length": max_length},
+            say,
+        )
 
 
 def _compared(chosen, processors, wanted, data, conversations, output, batch_size, limits, say):
     "Ask, judge and write, in a folder that is nobody else's."
     rows, about = _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
-    results = {m.name: Comparison({n: Score.of(m.name, [r["answer"] for r in a], conversations) for n, a in rows.items()}, tuple(c.category for c in conversations)) for m in wanted}
+    results = {
+        m.name: Comparison(
+            {n: Score.of(m.name, [r["answer"] for r in a], conversations) for n, a in rows.items()},
+            tuple(c.category for c in conversations),
+        )
+        for m in wanted
+    }
     say("".join(f"\n{result}\n" for result in results.values()).rstrip("\n"))
     for c in chosen:
         if c.idle:
-            say(f"\n{c.name} changes nothing: every weight of {c.base} stays as it is, and its answers are the base's. Was it trained? vlm-lora-lab inspect {c.name}")
+            say(
+                f"\n{c.name} changes nothing: every weight of {c.base} stays as it is, and its answers are the base's. "
+                f"Was it trained? vlm-lora-lab inspect {c.name}"
+            )
     if output:
         _write(output, data, conversations, results, rows, about, say)
     return results
@@ -371,16 +520,35 @@ def _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
     rows, about, asked = {}, [], data_digest(conversations)
     for c in chosen:
         key = {"questions": asked} | limits | c.depends_on()
-        file = output / "answers" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.jsonl" if output else None
+        file = (
+            output / "answers" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.jsonl"
+            if output
+            else None
+        )
         start = time.perf_counter()
         try:
-            rows[c.name], new = _ask(c, processors[c.base, c.max_pixels, c.own], conversations, file, key, batch_size, limits["max_new_tokens"])
+            rows[c.name], new = _ask(
+                c,
+                processors[c.base, c.max_pixels, c.own],
+                conversations,
+                file,
+                key,
+                batch_size,
+                limits["max_new_tokens"],
+            )
         except KeyboardInterrupt:
-            say(f"Stopped while asking {c.name}." + (f" What was answered is kept in {output}; the same command goes on from there." if output else ""))
+            say(
+                f"Stopped while asking {c.name}."
+                + (f" What was answered is kept in {output}; the same command goes on from there." if output else "")
+            )
             raise
         _tell(say, c, rows[c.name], new, time.perf_counter() - start, limits["max_new_tokens"])
         cut = sum(r["cut"] for r in rows[c.name])
-        about.append({"name": c.name, "base": located(c.base), "answers": file and file.name, "asked_now": new, "cut_off": cut} | key | (c.told or {}))
+        about.append(
+            {"name": c.name, "base": located(c.base), "answers": file and file.name, "asked_now": new, "cut_off": cut}
+            | key
+            | (c.told or {})
+        )
         gc.collect()
         torch.cuda.empty_cache()
     return rows, about
@@ -388,25 +556,50 @@ def _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
 # %% ../nbs/81_compare.ipynb #cb06a6da
 def _tell(say, checkpoint, rows, new, seconds, limit):
     cut, kind = sum(r["cut"] for r in rows), f"adapter on {checkpoint.base}" if checkpoint.adapter else "whole model"
-    source = f"{new:,} questions in {seconds:.0f} s" + (f", {len(rows) - new:,} answered before" if new < len(rows) else "") if new else f"all {len(rows):,} answers were there"
+    source = (
+        f"{new:,} questions in {seconds:.0f} s" + (f", {len(rows) - new:,} answered before" if new < len(rows) else "")
+        if new
+        else f"all {len(rows):,} answers were there"
+    )
     say(f"{checkpoint.name} ({kind}{', 4 bit' if checkpoint.four_bit else ''}): {source}")
     if cut:
-        say(f"  {cut:,} answers were cut off at {limit} tokens, and are judged as they are. Raise max_new_tokens if they should be longer.")
+        say(
+            f"  {cut:,} answers were cut off at {limit} tokens, and are judged as they are. Raise max_new_tokens if "
+            "they should be longer."
+        )
 
 
 def _write(output, data, conversations, results, rows, about, say):
     "Report, questions and figures; they follow from the answers, and are written anew."
-    report = {"data": located(data) if isinstance(data, (str, Path)) else "in memory", "questions": len(conversations), "resamples": RESAMPLES, "seed": 0,
-              "checkpoints": about, "results": [r.to_dict() for r in results.values()]}  # fmt: skip
+    report = {
+        "data": located(data) if isinstance(data, (str, Path)) else "in memory",
+        "questions": len(conversations),
+        "resamples": RESAMPLES,
+        "seed": 0,
+        "checkpoints": about,
+        "results": [r.to_dict() for r in results.values()],
+    }
     write_json(output / "report.json", report)
     partial = output / "questions.jsonl.partial"
     with explain_write_errors(output):
         with open(partial, "w", encoding="utf-8") as file:
             for i, c in enumerate(conversations):
-                said = {n: {"answer": a[i]["answer"]} | {m: r.scores[n].marks[i].value for m, r in results.items()} for n, a in rows.items()}
-                line = {"id": c.id, "category": c.category, "question": c.question, "right": c.references, "answers": said}
+                said = {
+                    n: {"answer": a[i]["answer"]} | {m: r.scores[n].marks[i].value for m, r in results.items()}
+                    for n, a in rows.items()
+                }
+                line = {
+                    "id": c.id,
+                    "category": c.category,
+                    "question": c.question,
+                    "right": c.references,
+                    "answers": said,
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         partial.replace(output / "questions.jsonl")
         for name, result in results.items():
             save_figure(comparison_figure(result), output / f"compare-{name}.png")
-    say(f"\nWritten to {output}: report.json, questions.jsonl, {', '.join(f'compare-{m}.png' for m in results)}, answers/")
+    say(
+        f"\nWritten to {output}: report.json, questions.jsonl, {', '.join(f'compare-{m}.png' for m in results)}, "
+        "answers/"
+    )

@@ -61,13 +61,17 @@ def unknown_keys(
     more = f" and {len(names) - 10} others" if len(names) > 10 else ""
     names = names[:10]
     near = [f"{n!r}: did you mean {m!r}?" for n in names if (m := nearest(n, known))]
-    return InputError(f"{', '.join(map(repr, names))}{more} is unknown", where, " ".join([*near, f"Known are {', '.join(known)}"]))
+    return InputError(
+        f"{', '.join(map(repr, names))}{more} is unknown", where, " ".join([*near, f"Known are {', '.join(known)}"])
+    )
 
 # %% ../nbs/02_errors.ipynb #d0a81c53
 def unique(
     pairs: list[tuple[str, Any]],  # of an object, as `json` hands them over
 ) -> dict:
-    "An object's keys and values, for `object_pairs_hook`. Raises `InputError` for a key that is there twice: its first value would be lost."
+    """An object's keys and values, for `object_pairs_hook`.
+
+    Raises `InputError` for a key that is there twice: its first value would be lost."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -87,7 +91,9 @@ def _yaml_loader(where):
                 line, first = key.start_mark.line + 1, lines.get((key.tag, key.value))
                 if first is not None:
                     before = f", first in line {first}" if first != line else ""
-                    raise InputError(f"the key {key.value!r:.40} is there twice{before}", f"{where}, line {line}", "Keep one of them")
+                    raise InputError(
+                        f"the key {key.value!r:.40} is there twice{before}", f"{where}, line {line}", "Keep one of them"
+                    )
                 lines[key.tag, key.value] = line
             return node
 
@@ -108,7 +114,10 @@ def yaml_value(
     text: str,
     where: str | Path,  # the file
 ) -> Any:
-    "What a YAML text says. Raises `InputError`, with the line, for a key that is there twice, and for repetitions without measure; else what PyYAML raises."
+    """What a YAML text says.
+
+    Raises `InputError`, with the line, for a key that is there twice, and for repetitions without measure; else what
+    PyYAML raises."""
     import yaml
 
     value = yaml.load(text, _yaml_loader(where))  # a SafeLoader: plain values only
@@ -121,7 +130,9 @@ def json_value(
     text: str,
     where: str | Path,  # the file
 ) -> Any:
-    "What a JSON text says. Raises `InputError`, with the line where it can be had, for a key that is there twice; else what `json` raises."
+    """What a JSON text says.
+
+    Raises `InputError`, with the line where it can be had, for a key that is there twice; else what `json` raises."""
     try:
         return json.loads(text, object_pairs_hook=unique)
     except InputError as e:
@@ -133,11 +144,23 @@ def json_value(
         raise InputError(e.found, where, e.remedy) from None
 
 # %% ../nbs/02_errors.ipynb #d0a81c56
-_BOMS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
+_BOMS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 _USUAL = (
     ("EUC-KR", lambda c: "가" <= c <= "힣", 0.9, 8),
     ("SHIFT_JIS", lambda c: "ぁ" <= c <= "ヿ", 0.3, 1),
-    ("GB18030", lambda c: c in "，。、：；？！“”《》（）" or 0xB0 <= c.encode("gb18030")[0] <= 0xD7 and c.encode("gb18030")[1] >= 0xA1, 0.9, 1),
+    (
+        "GB18030",
+        lambda c: (
+            c in "，。、：；？！“”《》（）" or 0xB0 <= c.encode("gb18030")[0] <= 0xD7 and c.encode("gb18030")[1] >= 0xA1
+        ),
+        0.9,
+        1,
+    ),
     ("BIG5", lambda c: c in "，。、：；？！「」（）" or 0xA4 <= c.encode("big5")[0] <= 0xC6, 0.9, 1),
     ("WINDOWS-1251", lambda c: "А" <= c <= "я", 0.9, 3),
 )  # encoding, a character that its texts are made of, the share of such characters outside of ASCII, how many there must be
@@ -152,14 +175,19 @@ def encoding_of(
         return marked
     if zeros := data.count(0):
         halves = data[1::2].count(0), data[::2].count(0)
-        return ("UTF-16LE" if halves[0] > halves[1] else "UTF-16BE") if max(halves) > 3 * min(halves) and zeros > len(data) / 8 else ""
+        return (
+            ("UTF-16LE" if halves[0] > halves[1] else "UTF-16BE")
+            if max(halves) > 3 * min(halves) and zeros > len(data) / 8
+            else ""
+        )
     reader = codecs.getincrementaldecoder("utf-8")
     with suppress(UnicodeDecodeError):
         reader().decode(data)
         return "UTF-8"
     high = re.findall(rb"[\x80-\xff]+", data)
     for name, usual, share, least in _USUAL:
-        if name == "WINDOWS-1251" and sum(map(len, high)) <= 2 * len(high):  # accents stand alone, Cyrillic letters in words
+        # accents stand alone, Cyrillic letters in words
+        if name == "WINDOWS-1251" and sum(map(len, high)) <= 2 * len(high):
             continue
         with suppress(UnicodeError):
             foreign = [c for c in codecs.getincrementaldecoder(name)().decode(data) if c > "\x7f"]
@@ -176,19 +204,29 @@ def no_utf8(
     "The error for text that is not UTF-8: it names the encoding, and how to convert the file."
     name, place = encoding_of(data), f"{where}, line {line}" if line else where
     if name == "UTF-8":
-        return InputError("this is not UTF-8 text, though it begins like one", place, "Mend it there, or save the file as UTF-8")
+        return InputError(
+            "this is not UTF-8 text, though it begins like one", place, "Mend it there, or save the file as UTF-8"
+        )
     if not name:
-        return InputError("this is not UTF-8 text, and looks like no other text", place, "Give a text file, saved as UTF-8")
+        return InputError(
+            "this is not UTF-8 text, and looks like no other text", place, "Give a text file, saved as UTF-8"
+        )
     called = {"GB18030": "GBK (GB18030)", "WINDOWS-1252": "Latin-1 (Windows-1252)"}.get(name, name)
     file = Path(where or "FILE")
-    return InputError(f"this is not UTF-8 text; {'it' if name.startswith('UTF') else 'most likely it'} is {called}", place,
-                      f"Save it as UTF-8 in an editor, or convert it: iconv -f {name} -t UTF-8 '{file.name}' > '{file.stem}.utf8{file.suffix}'")  # fmt: skip
+    return InputError(
+        f"this is not UTF-8 text; {'it' if name.startswith('UTF') else 'most likely it'} is {called}",
+        place,
+        f"Save it as UTF-8 in an editor, or convert it: iconv -f {name} -t UTF-8 '{file.name}' > "
+        f"'{file.stem}.utf8{file.suffix}'",
+    )
 
 
 def text_of(
     path: str | Path,  # a file
 ) -> str:
-    "The text of a file in UTF-8, with or without a mark at its beginning. Raises `InputError` for another encoding, and naming it; `OSError` where it cannot be read."
+    """The text of a file in UTF-8, with or without a mark at its beginning.
+
+    Raises `InputError` for another encoding, and naming it; `OSError` where it cannot be read."""
     data = Path(path).read_bytes()
     if b"\0" in data:  # UTF-16, or no text
         raise no_utf8(data, path)
@@ -217,7 +255,11 @@ def explain_write_errors(
         number, text = getattr(cause, "errno", None), str(e)
         full = number in (ENOSPC, EDQUOT, EFBIG) or any(f"os error {n})" in text for n in (ENOSPC, EDQUOT, EFBIG))
         if full or "PytorchStreamWriter" in text or "inline_container" in text:
-            raise InputError("the disk is full, or a quota is used up", folder, "Free some space or choose another folder with --output") from e
+            raise InputError(
+                "the disk is full, or a quota is used up",
+                folder,
+                "Free some space or choose another folder with --output",
+            ) from e
         if number in (EACCES, EEXIST, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS) or f"os error {EACCES})" in text:
             raise InputError("this folder cannot be written to", folder, "Choose another folder with --output") from e
         raise
@@ -243,9 +285,15 @@ def check_writable(
     except ValueError as e:
         if isinstance(e, InputError):
             raise
-        raise InputError(f"no file can have the name {str(folder)[:60]!r}", "output", "Choose another folder with --output") from None
+        raise InputError(
+            f"no file can have the name {str(folder)[:60]!r}", "output", "Choose another folder with --output"
+        ) from None
     if not there.is_dir():
-        raise InputError(f"{there.name!r} is no folder, so nothing can be written there", folder, "Choose another folder with --output")
+        raise InputError(
+            f"{there.name!r} is no folder, so nothing can be written there",
+            folder,
+            "Choose another folder with --output",
+        )
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError("this folder cannot be written to", folder, "Choose another folder with --output")
 
@@ -253,13 +301,17 @@ def check_writable(
 def empty_folder(
     folder: str | Path,  # where results should go
 ) -> Path:
-    "The folder, if it is new or empty and could be written to. Raises `InputError` if anything is in it: nothing is ever overwritten."
+    """The folder, if it is new or empty and could be written to.
+
+    Raises `InputError` if anything is in it: nothing is ever overwritten."""
     folder = Path(folder)
     check_writable(folder)
     with explain_write_errors(folder):
         used = folder.exists() and any(folder.iterdir())
     if used:
-        raise InputError("this folder is not empty", folder, "Choose another one, or remove it; nothing is ever overwritten")
+        raise InputError(
+            "this folder is not empty", folder, "Choose another one, or remove it; nothing is ever overwritten"
+        )
     return folder
 
 
@@ -348,8 +400,14 @@ def _is_at(file, path):
 def _in_use(who, folder, lock):
     import platform
 
-    elsewhere = "" if platform.node() in who and sys.platform != "win32" else f". If that process is gone, remove {lock}"
-    return InputError(f"{who}, is writing here" if "since" in who else f"{who} is writing here", folder, f"Wait until it has ended, stop it, or choose another folder{elsewhere}")
+    elsewhere = (
+        "" if platform.node() in who and sys.platform != "win32" else f". If that process is gone, remove {lock}"
+    )
+    return InputError(
+        f"{who}, is writing here" if "since" in who else f"{who} is writing here",
+        folder,
+        f"Wait until it has ended, stop it, or choose another folder{elsewhere}",
+    )
 
 
 def check_free(
@@ -407,7 +465,9 @@ def claimed(
 def complete_or_nothing(
     folder: str | Path,  # must not exist, or be empty
 ) -> Iterator[Path]:  # a folder beside it, which is renamed at the end
-    "A folder that appears under its name when the block succeeds, and not at all when it fails. Raises `InputError` while another process writes it."
+    """A folder that appears under its name when the block succeeds, and not at all when it fails.
+
+    Raises `InputError` while another process writes it."""
     folder = Path(folder).resolve()
     partial = folder.with_name(folder.name + ".partial")
     with explain_write_errors(folder):

@@ -53,7 +53,10 @@ def _read(
     ends = ends or end_ids(tokenizer)
     stop = next((i for i, t in enumerate(ids) if t in ends), None)
     silent = {tokenizer.backend_tokenizer.token_to_id(t) for t in control_tokens(tokenizer, named=named)}
-    return Answer(tokenizer.decode([t for t in ids[:stop] if t not in silent], clean_up_tokenization_spaces=False).strip(), stop is None)
+    return Answer(
+        tokenizer.decode([t for t in ids[:stop] if t not in silent], clean_up_tokenization_spaces=False).strip(),
+        stop is None,
+    )
 
 # %% ../nbs/80_evaluate.ipynb #f44207b5
 def why_not_together(
@@ -63,7 +66,10 @@ def why_not_together(
     "Why these rows would get other answers in one batch than one by one."
     if config.model_type == "qwen" and config.use_dynamic_ntk:
         if len({ntk_alpha(n, config.seq_length) for n in {len(r["input_ids"]) for r in rows}}) > 1:
-            return f"Qwen-VL stretches the positions of all rows by the longest one, and some are longer than seq_length ({config.seq_length})"
+            return (
+                "Qwen-VL stretches the positions of all rows by the longest one, and some are longer than "
+                f"seq_length ({config.seq_length})"
+            )
     line = not getattr(config, "rows_and_columns", True) and not config.timm_tower and config.batch_vision_input
     if line and len({max(x.shape[-1] for x, _ in r["patches"]) for r in rows if r["patches"]}) > 1:
         return "MiniCPM-V 2.5 looks at the padding of smaller pictures, and these have different sizes"
@@ -75,7 +81,13 @@ def _one_batch(model, processor, rows, max_new_tokens):
     batch = {k: v.to(device) for k, v in processor.collate(rows, "left").items() if k != "labels"}
     ends = end_ids(tokenizer, model.generation_config)
     with mixed_precision(model):
-        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id)
+        ids = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(ends),
+            pad_token_id=tokenizer.pad_token_id,
+        )
     new = ids[:, batch["input_ids"].shape[1] if processor.echoes else 0 :]
     return [_read(row, tokenizer, ends, processor.named) for row in new.tolist()]
 
@@ -87,16 +99,24 @@ def answer_all(
     batch_size: int = 50,
     max_new_tokens: int = 64,
 ) -> Iterator[list[Answer]]:  # of one batch after the other
-    "Greedy answers to the last question of each conversation; its own answer is not shown to the model. Warns once when rows have to be asked one by one."
+    """Greedy answers to the last question of each conversation; its own answer is not shown to the model.
+
+    Warns once when rows have to be asked one by one."""
     warned, was_training = False, model.training
     for start in range(0, len(conversations), batch_size):
-        rows = [processor(conversations[i], answer=False) for i in range(start, min(start + batch_size, len(conversations)))]
+        rows = [
+            processor(conversations[i], answer=False) for i in range(start, min(start + batch_size, len(conversations)))
+        ]
         if (why := why_not_together(model.config, rows)) and not warned:
             warnings.warn(f"Some questions are asked one by one: {why}.", stacklevel=2)
             warned = True
         model.eval()
         try:
-            answers = [a for part in ([[r] for r in rows] if why else [rows]) for a in _one_batch(model, processor, part, max_new_tokens)]
+            answers = [
+                a
+                for part in ([[r] for r in rows] if why else [rows])
+                for a in _one_batch(model, processor, part, max_new_tokens)
+            ]
         finally:
             model.train(was_training)
         yield answers
@@ -112,7 +132,13 @@ def generate_answers(
 ) -> list[str]:  # one answer per conversation, stripped
     "Greedy answers to the last question of each conversation; its own answer is not shown to the model."
     batches = answer_all(model, processor, conversations, batch_size, max_new_tokens)
-    bar = tqdm(batches, total=math.ceil(len(conversations) / batch_size), desc=desc, leave=False, **({} if desc else {"disable": True}))
+    bar = tqdm(
+        batches,
+        total=math.ceil(len(conversations) / batch_size),
+        desc=desc,
+        leave=False,
+        **({} if desc else {"disable": True}),
+    )
     return [a.text for batch in bar for a in batch]
 
 # %% ../nbs/80_evaluate.ipynb #906e9d8a
@@ -186,8 +212,12 @@ def _anls(answer, references):
 # %% ../nbs/80_evaluate.ipynb #960d8201
 _N = r"(-?\d+(?:\.\d+)?)"
 _BOXES = {
-    "<box>": re.compile(rf"<box>\s*(?:\(\s*{_N}\s*,\s*{_N}\s*\)\s*,\s*\(\s*{_N}\s*,\s*{_N}\s*\)|{_N}\s+{_N}\s+{_N}\s+{_N})\s*</box>"),
-    "<|box_start|>": re.compile(rf"<\|box_start\|>\s*\(\s*{_N}\s*,\s*{_N}\s*\)\s*,\s*\(\s*{_N}\s*,\s*{_N}\s*\)\s*<\|box_end\|>"),
+    "<box>": re.compile(
+        rf"<box>\s*(?:\(\s*{_N}\s*,\s*{_N}\s*\)\s*,\s*\(\s*{_N}\s*,\s*{_N}\s*\)|{_N}\s+{_N}\s+{_N}\s+{_N})\s*</box>"
+    ),
+    "<|box_start|>": re.compile(
+        rf"<\|box_start\|>\s*\(\s*{_N}\s*,\s*{_N}\s*\)\s*,\s*\(\s*{_N}\s*,\s*{_N}\s*\)\s*<\|box_end\|>"
+    ),
     "bbox_2d": re.compile(rf"[\"']bbox_2d[\"']\s*:\s*\[\s*{_N}\s*,\s*{_N}\s*,\s*{_N}\s*,\s*{_N}\s*\]"),
 }
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -224,7 +254,9 @@ def iou(
 def _overlaps(found, truth):
     "The overlap of each pair, best pairs first; a box is used once."
     pairs, rows, cols = [], set(), set()
-    for v, i, j in sorted(((iou(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(truth)), key=lambda p: -p[0]):
+    for v, i, j in sorted(
+        ((iou(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(truth)), key=lambda p: -p[0]
+    ):
         if v and i not in rows and j not in cols:
             rows.add(i), cols.add(j), pairs.append(v)
     return pairs
@@ -232,6 +264,7 @@ def _overlaps(found, truth):
 
 def _boxes(worth):
     "A mark for boxes, from what an overlap is worth."
+
     def mark(answer, references):
         try:
             notation, found = read_boxes(answer)
@@ -245,13 +278,16 @@ def _boxes(worth):
     return mark
 
 # %% ../nbs/80_evaluate.ipynb #fce33e08
-METRICS = {m.name: m for m in (
-    Metric("exact", "exact match", _exact),
-    Metric("cer", "character error rate", _cer, higher_is_better=False, check=_characters),
-    Metric("anls", "ANLS", _anls, check=_characters),
-    Metric("iou", "IoU of boxes", _boxes(float), check=read_boxes),
-    Metric("iou@0.5", "boxes with IoU of at least 0.5", _boxes(lambda v: float(v >= 0.5)), check=read_boxes),
-)}  # fmt: skip
+METRICS = {
+    m.name: m
+    for m in (
+        Metric("exact", "exact match", _exact),
+        Metric("cer", "character error rate", _cer, higher_is_better=False, check=_characters),
+        Metric("anls", "ANLS", _anls, check=_characters),
+        Metric("iou", "IoU of boxes", _boxes(float), check=read_boxes),
+        Metric("iou@0.5", "boxes with IoU of at least 0.5", _boxes(lambda v: float(v >= 0.5)), check=read_boxes),
+    )
+}
 
 
 def metric_of(name: str) -> Metric:
@@ -265,19 +301,26 @@ def check_truths(
     metric: Metric,
     conversations: Sequence[Conversation],
 ) -> None:
-    "Raises `InputError` for the first conversation whose right answer the metric cannot use, and when there is none at all."
+    """Raises `InputError` for the first conversation whose right answer the metric cannot use, and when there is none
+    at all."""
     if not len(conversations):
         raise InputError("there are no questions", "evaluation")
     for c in conversations:
         if not c.messages[-1].learned:
-            raise InputError("the last answer is marked as not learned (weight 0), so it is no right answer to judge by", c.where,
-                             "Give it weight 1, or remove the record")  # fmt: skip
+            raise InputError(
+                "the last answer is marked as not learned (weight 0), so it is no right answer to judge by",
+                c.where,
+                "Give it weight 1, or remove the record",
+            )
         try:
             for text in c.references:
                 metric.check(text)
         except ValueError as e:
-            raise InputError(f"the metric {metric.name!r} cannot use this right answer ({e}): {text!r:.80}", c.where,
-                             "Choose another metric, or correct the record") from None  # fmt: skip
+            raise InputError(
+                f"the metric {metric.name!r} cannot use this right answer ({e}): {text!r:.80}",
+                c.where,
+                "Choose another metric, or correct the record",
+            ) from None
 
 # %% ../nbs/80_evaluate.ipynb #e4e61d48
 @dataclass(frozen=True)
@@ -303,7 +346,10 @@ class ExactMatch:
         return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
     def __str__(self):
-        return f"{self.rate:.1%} ({self.right} of {self.total}; 95 % interval {self.interval[0]:.0%} to {self.interval[1]:.0%})"
+        return (
+            f"{self.rate:.1%} ({self.right} of {self.total}; 95 % interval {self.interval[0]:.0%} to "
+            f"{self.interval[1]:.0%})"
+        )
 
     def to_dict(self) -> dict:
         return {"rate": self.rate, "right": self.right, "total": self.total, "interval_95": list(self.interval)}
@@ -324,7 +370,8 @@ def bootstrap(
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).T.astype(float)  # how often each question came up
+        # how often each question came up
+        times = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).T.astype(float)
         scores.append(points @ times / (out_of @ times))
     return np.concatenate(scores, axis=1)
 
@@ -346,7 +393,9 @@ class Score:
 
     @classmethod
     def of(cls, metric: str, answers: Sequence[str], conversations: Sequence[Conversation]) -> "Score":
-        "Judge answers. Raises `InputError` for a metric or a truth that cannot be used, `ValueError` when the counts differ."
+        """Judge answers.
+
+        Raises `InputError` for a metric or a truth that cannot be used, `ValueError` when the counts differ."""
         check_truths(chosen := metric_of(metric), conversations)
         return cls(chosen, tuple(chosen.mark(a, c.references) for a, c in zip(answers, conversations, strict=True)))
 
@@ -362,7 +411,11 @@ class Score:
     def interval(self) -> tuple[float, float] | None:  # 95 %: Wilson for right and wrong, else bootstrap
         points, out_of = self.arrays
         counted = self.metric.name in ("exact", "iou@0.5") and set(points) <= {0, 1}
-        return ExactMatch(int(points.sum()), len(points)).interval if counted else middle(bootstrap(points[None], out_of[None])[0])
+        return (
+            ExactMatch(int(points.sum()), len(points)).interval
+            if counted
+            else middle(bootstrap(points[None], out_of[None])[0])
+        )
 
     @property
     def notes(self) -> dict[str, int]:  # why answers could not be read -> how many
@@ -375,11 +428,20 @@ class Score:
         return _sentence(self)
 
     def to_dict(self) -> dict:
-        return {"value": self.value, "n": len(self.marks), "interval_95": self.interval and list(self.interval), "unread": self.notes}
+        return {
+            "value": self.value,
+            "n": len(self.marks),
+            "interval_95": self.interval and list(self.interval),
+            "unread": self.notes,
+        }
 
 # %% ../nbs/80_evaluate.ipynb #b45c86c9
 def _sentence(score):
-    between = "all answers alike, so no interval" if score.interval is None else "95 % interval {:.1%} to {:.1%}".format(*score.interval)
+    between = (
+        "all answers alike, so no interval"
+        if score.interval is None
+        else "95 % interval {:.1%} to {:.1%}".format(*score.interval)
+    )
     unread = "; not read: " + ", ".join(f"{n} × {note}" for note, n in score.notes.items()) if score.notes else ""
     return f"{score.metric.title} {score.value:.1%} (n = {len(score.marks)}; {between}){unread}"
 
@@ -388,13 +450,19 @@ def text_table(rows: Iterable[Sequence[str]]) -> str:
     "Rows of cells as text, the first column to the left, the others to the right."
     table = list(rows)
     widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip() for r in table)
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip()
+        for r in table
+    )
 
 
 def html_table(rows: Iterable[Sequence[str]]) -> str:
     "The same for a notebook; the first row is the head."
     head, *body = rows
-    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
+
+    def row(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
     return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
 
 # %% ../nbs/80_evaluate.ipynb #24dca5c4
@@ -410,7 +478,9 @@ class ScoreTable:
         found = {}
         for i, name in enumerate(self.categories):
             found.setdefault(name or "(no category)", []).append(i)
-        return {"all": list(range(len(self.categories)))} | (dict(sorted(found.items())) if len(found) > 1 or "(no category)" not in found else {})
+        return {"all": list(range(len(self.categories)))} | (
+            dict(sorted(found.items())) if len(found) > 1 or "(no category)" not in found else {}
+        )
 
     @cached_property
     def parts(self) -> dict[str, dict[str, Score]]:  # row -> model -> its score
@@ -421,7 +491,10 @@ class ScoreTable:
         some = next(iter(self.scores.values())).metric
         yield [f"{some.title}, {'higher' if some.higher_is_better else 'lower'} is better", "n", *self.scores]
         for kind, parts in self.parts.items():
-            cells = [f"{p.value:.1%}" + (" ({:.0%} to {:.0%})".format(*p.interval) if p.interval else " (all alike)") for p in parts.values()]
+            cells = [
+                f"{p.value:.1%}" + (" ({:.0%} to {:.0%})".format(*p.interval) if p.interval else " (all alike)")
+                for p in parts.values()
+            ]
             yield [kind, f"{len(self.kinds[kind]):,}", *cells]
 
     def __str__(self):
@@ -458,7 +531,9 @@ def gallery(
     n: int = 15,  # conversations shown
     metric: str = "exact",  # one of `METRICS`; its better and worse are the colours
 ) -> Figure:
-    "Conversations with the answer before and after; changed ones first, then in order. Raises `InputError` when there are none."
+    """Conversations with the answer before and after; changed ones first, then in order.
+
+    Raises `InputError` when there are none."""
     if not len(conversations):
         raise InputError("there are no conversations to show", "gallery")
     was, now = (Score.of(metric, answers, conversations) for answers in (before, after))
@@ -479,7 +554,10 @@ def gallery(
 def _show(ax, conversation, before, after, metric, long, width):
     "Picture, question where there is no picture, and the two answers with what they are worth."
     best = 1.0 if metric.higher_is_better else 0.0
-    worth = lambda m: "✓" if m.value == best else "✗" if metric.name == "exact" or m.note else f"({m.value:.2f})"  # noqa: E731
+
+    def worth(m):
+        return "✓" if m.value == best else "✗" if metric.name == "exact" or m.note else f"({m.value:.2f})"
+
     (old, was), (new, now) = before, after
     if conversation.images:
         ax.imshow(_strip(conversation))
@@ -487,8 +565,21 @@ def _show(ax, conversation, before, after, metric, long, width):
         if more > 0:
             ax.text(1, 0, f"+{more} more", transform=ax.transAxes, ha="right", va="bottom", fontsize=6)
     else:
-        ax.text(0.5, 0.5, _short(conversation.question, width // 2, 3), transform=ax.transAxes, ha="center", va="center", fontsize=7, style="italic")
+        ax.text(
+            0.5,
+            0.5,
+            _short(conversation.question, width // 2, 3),
+            transform=ax.transAxes,
+            ha="center",
+            va="center",
+            fontsize=7,
+            style="italic",
+        )
     parts = [f"{_short(t, width)} {worth(m)}" for t, m in ((old, was), (new, now))]
     change = metric.better(now.value, was.value)
     good = change > 0 or (change == 0 and now.value == best)
-    ax.set_title("\n→ ".join(parts) if long else " → ".join(parts), fontsize=6.5 if long else 8, color=COLORS[2] if good else COLORS[1])
+    ax.set_title(
+        "\n→ ".join(parts) if long else " → ".join(parts),
+        fontsize=6.5 if long else 8,
+        color=COLORS[2] if good else COLORS[1],
+    )

@@ -30,7 +30,9 @@ def _empty(name):
 # %% ../nbs/36_explorer.ipynb #fd1b6998
 @dataclass(frozen=True)
 class Look:
-    "A model, a plan's options, and what comes of them: a preview, or the sentence that says why not. Prints as text, shows as a table in a notebook."
+    """A model, a plan's options, and what comes of them: a preview, or the sentence that says why not.
+
+    Prints as text, shows as a table in a notebook."""
 
     model: str  # name of a published checkpoint, "lab", or a folder with a config.json
     options: dict = field(default_factory=dict)  # of `TuningPlan`, as written
@@ -57,7 +59,11 @@ class Look:
     @property
     def said(self) -> dict:  # the options that differ from `TuningPlan`'s own
         usual = {f.name: f.default for f in fields(TuningPlan)}
-        return {k: v for k, v in self.options.items() if v != usual[k]} if set(self.options) <= set(usual) else self.options
+        return (
+            {k: v for k, v in self.options.items() if v != usual[k]}
+            if set(self.options) <= set(usual)
+            else self.options
+        )
 
     @property
     def python(self) -> str:  # a line to copy
@@ -65,25 +71,46 @@ class Look:
 
     @property
     def command(self) -> str:  # the same for a terminal; `train` takes the same flags
-        flags = [(f"--{k.replace('_', '-')}", ",".join(v) if isinstance(v, (tuple, list)) else str(v)) for k, v in self.said.items()]
+        flags = [
+            (f"--{k.replace('_', '-')}", ",".join(v) if isinstance(v, (tuple, list)) else str(v))
+            for k, v in self.said.items()
+        ]
         return shlex.join(["vlm-lora-lab", "plan", self.model, *itertools.chain(*flags)])
 
     def __repr__(self):
-        return "\n".join([self.model, *_text_lines(self), "", self.python, self.command]) if self.preview else f"{self.model}\n{self.error}"
+        return (
+            "\n".join([self.model, *_text_lines(self), "", self.python, self.command])
+            if self.preview
+            else f"{self.model}\n{self.error}"
+        )
 
     def _repr_html_(self):
         return _html(self)
 
 # %% ../nbs/36_explorer.ipynb #19da0e59
-MARKS = {"freeze": ("·", "#dfe3e6"), "lora": ("▒", "repeating-linear-gradient(45deg,#1b6ca8 0 3px,#cfe3f1 3px 6px)"), "full": ("█", "#d1603d")}  # word -> block, paint
+# word -> block, paint
+MARKS = {
+    "freeze": ("·", "#dfe3e6"),
+    "lora": ("▒", "repeating-linear-gradient(45deg,#1b6ca8 0 3px,#cfe3f1 3px 6px)"),
+    "full": ("█", "#d1603d"),
+}
 
 
 def _bars(look):
-    "For each part: what of its weights each word holds, and what each word trains; as shares of all weights, and of all that is trained."
+    """For each part: what of its weights each word holds, and what each word trains; as shares of all weights, and of
+    all that is trained."""
     every, trained = sum(r[2] for r in look.preview.rows), look.preview.trained
     for (part, line, weights, learns, _), under in zip(look.preview.rows, look.under):
-        beside = {"lora": learns - under["full"], "full": under["full"]}  # weights trained beside frozen ones, and in their own place
-        yield part, line, weights, learns, {w: n / every for w, n in under.items()}, {w: n / trained for w, n in beside.items()}
+        # weights trained beside frozen ones, and in their own place
+        beside = {"lora": learns - under["full"], "full": under["full"]}
+        yield (
+            part,
+            line,
+            weights,
+            learns,
+            {w: n / every for w, n in under.items()},
+            {w: n / trained for w, n in beside.items()},
+        )
 
 
 def _blocks(shares, length=24):
@@ -94,15 +121,22 @@ def _blocks(shares, length=24):
 def _paint(shares, length=130):
     "A bar as HTML: painted where styles are kept, blocks where they are not."
     style = "display:inline-block;height:13px;vertical-align:middle;overflow:hidden;white-space:nowrap;color:transparent;border-radius:1px"
-    return "".join(f'<span title="{w}: {s:.2%}" style="{style};width:{max(3, length * s):.0f}px;background:{MARKS[w][1]}">{MARKS[w][0] * max(1, round(24 * s))}</span>'
-                   for w, s in shares.items() if s)  # fmt: skip
+    return "".join(
+        f'<span title="{w}: {s:.2%}" '
+        f'style="{style};width:{max(3, length * s):.0f}px;background:{MARKS[w][1]}">{MARKS[w][0] * max(1, round(24 * s))}</span>'
+        for w, s in shares.items()
+        if s
+    )
 
 # %% ../nbs/36_explorer.ipynb #db0ecedd
 def _text_lines(look):
     "The preview's table and, below it, the bars."
     yield from ("", repr(look.preview), "", f"{'':12}{'weights':30}trained")
     for part, _, _, _, held, learned in _bars(look):
-        share = lambda shares: f"{_blocks(shares)} {sum(shares.values()):.1%}" if sum(shares.values()) else ""  # noqa: E731
+
+        def share(shares):
+            return f"{_blocks(shares)} {sum(shares.values()):.1%}" if sum(shares.values()) else ""
+
         yield f"{part:12}{share(held):30}{share(learned)}".rstrip()
     yield f"{'':12}{'  '.join(f'{m} {w}' for w, (m, _) in MARKS.items())}"
 
@@ -110,25 +144,50 @@ def _text_lines(look):
 def _table(head, rows):
     "Rows of cells that are HTML already. It scrolls by itself where it is too wide."
     style = "text-align:left;padding:2px 14px 2px 0;vertical-align:top;background:none"
-    row = lambda tag, cells: "<tr>" + "".join(f'<{tag} style="{style}">{c}</{tag}>' for c in cells) + "</tr>"  # noqa: E731
-    table = f'<table style="border-collapse:collapse;margin:0;line-height:1.3"><thead>{row("th", head)}</thead><tbody>{"".join(row("td", r) for r in rows)}</tbody></table>'
+
+    def row(tag, cells):
+        return "<tr>" + "".join(f'<{tag} style="{style}">{c}</{tag}>' for c in cells) + "</tr>"
+
+    table = (
+        "<table "
+        f'style="border-collapse:collapse;margin:0;line-height:1.3"><thead>{row("th", head)}</thead><tbody>{"".join(row("td", r) for r in rows)}</tbody></table>'
+    )
     return f'<div style="overflow-x:auto;width:0;min-width:100%">{table}</div>'
 
 
 def _html(look):
     "Headline, bars, matches, and the lines to copy; or the sentence that says why not."
     if look.preview is None:
-        return f'<p style="border-left:4px solid #d1603d;padding:4px 0 4px 10px;max-width:60em;line-height:1.4"><b>This cannot be.</b> {html.escape(look.error)}</p>'
+        return (
+            '<p style="border-left:4px solid #d1603d;padding:4px 0 4px '
+            f'10px;max-width:60em;line-height:1.4"><b>This cannot be.</b> {html.escape(look.error)}</p>'
+        )
     seen, plan = look.preview, look.preview.plan
-    bars = [(part, html.escape(line), f"{weights:,}<br>{_paint(held)}", f"{learns:,}<br>{_paint(learned)}") for part, line, weights, learns, held, learned in _bars(look)]
+    bars = [
+        (part, html.escape(line), f"{weights:,}<br>{_paint(held)}", f"{learns:,}<br>{_paint(learned)}")
+        for part, line, weights, learns, held, learned in _bars(look)
+    ]
     scale = plan.alpha / (plan.rank**0.5 if plan.variant == "rslora" else plan.rank)
-    notes = [f"rank {plan.rank}, and LoRA is scaled by {scale:.3g}", *list(seen._notes())[1:]] if "lora" in plan.said else list(seen._notes())[1:]
+    notes = (
+        [f"rank {plan.rank}, and LoRA is scaled by {scale:.3g}", *list(seen._notes())[1:]]
+        if "lora" in plan.said
+        else list(seen._notes())[1:]
+    )
     matches = [f"<b>{part}</b>: {html.escape(matched)}" for part, _, _, _, matched in seen.rows if matched]
-    lines = "".join(f'<pre style="user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0">{html.escape(line)}</pre>' for line in (look.python, look.command))
-    return (f'<p style="line-height:1.4"><b class="trained">{seen.trained:,}</b> of {sum(r[2] for r in seen.rows):,} weights trained ({seen.trained / sum(r[2] for r in seen.rows):.2%}) · '
-            f'adapter on disk <b class="adapter">{readable_bytes(seen.adapter_bytes)}</b> · trained weights, gradients and AdamW <b class="memory">{readable_bytes(seen.training_bytes)}</b></p>'
-            + _table(("part", "word", "weights", "trained"), bars)
-            + f"<ul style='line-height:1.4;overflow-wrap:anywhere'>{''.join(f'<li>{m}</li>' for m in matches)}{''.join(f'<li>{html.escape(n)}</li>' for n in notes)}</ul><p>Copy me:</p>{lines}")  # fmt: skip
+    lines = "".join(
+        '<pre style="user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;margin:2px '
+        f'0">{html.escape(line)}</pre>'
+        for line in (look.python, look.command)
+    )
+    return (
+        f'<p style="line-height:1.4"><b class="trained">{seen.trained:,}</b> of {sum(r[2] for r in seen.rows):,} '
+        f"weights trained ({seen.trained / sum(r[2] for r in seen.rows):.2%}) · "
+        f'adapter on disk <b class="adapter">{readable_bytes(seen.adapter_bytes)}</b> · trained weights, gradients and '
+        f'AdamW <b class="memory">{readable_bytes(seen.training_bytes)}</b></p>'
+        + _table(("part", "word", "weights", "trained"), bars)
+        + "<ul "
+        f"style='line-height:1.4;overflow-wrap:anywhere'>{''.join(f'<li>{m}</li>' for m in matches)}{''.join(f'<li>{html.escape(n)}</li>' for n in notes)}</ul><p>Copy me:</p>{lines}"
+    )
 
 # %% ../nbs/36_explorer.ipynb #9e47af3f
 class PlanExplorer:
@@ -163,7 +222,11 @@ class PlanExplorer:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         forms = {"text/plain": repr(self), "text/html": self._repr_html_()}
-        return forms | {k: v for k, v in self.widget._repr_mimebundle_().items() if k not in forms} if _has_kernel() else forms
+        return (
+            forms | {k: v for k, v in self.widget._repr_mimebundle_().items() if k not in forms}
+            if _has_kernel()
+            else forms
+        )
 
 
 def _has_kernel():
@@ -179,23 +242,50 @@ def _build(explorer):
 
     look, plan, row = explorer.look, TuningPlan.of(explorer.look.options), w.Layout(flex_flow="row wrap", width="100%")
     names = list(dict.fromkeys([look.model, *sorted(PUBLISHED), "lab"]))
-    f = {"model": w.Dropdown(options=names, value=look.model, description="model", layout=w.Layout(width="30em", max_width="98%"))}
+    f = {
+        "model": w.Dropdown(
+            options=names, value=look.model, description="model", layout=w.Layout(width="30em", max_width="98%")
+        )
+    }
     for part in PARTS:
         line = plan.words[part]
-        f[part] = w.ToggleButtons(options=WORDS, value=line if line in WORDS else "freeze", style={"button_width": "5.5em"}, layout=w.Layout(width="auto"))
-        f[f"{part} rules"] = w.Text(value="" if line in WORDS else line, placeholder="or rules: lora on 0-15, full on 16-23", continuous_update=False, layout=w.Layout(flex="1 1 15em", max_width="24em"))
+        f[part] = w.ToggleButtons(
+            options=WORDS,
+            value=line if line in WORDS else "freeze",
+            style={"button_width": "5.5em"},
+            layout=w.Layout(width="auto"),
+        )
+        f[f"{part} rules"] = w.Text(
+            value="" if line in WORDS else line,
+            placeholder="or rules: lora on 0-15, full on 16-23",
+            continuous_update=False,
+            layout=w.Layout(flex="1 1 15em", max_width="24em"),
+        )
     small = w.Layout(width="11em")
     f["rank"] = w.IntText(value=plan.rank, description="rank", layout=small)
     f["alpha"] = w.FloatText(value=plan.alpha, description="alpha", layout=small)
     f["dropout"] = w.FloatText(value=plan.dropout, description="dropout", step=0.05, layout=small)
-    f["variant"] = w.Dropdown(options=list(VARIANTS), value=plan.variant, description="variant", layout=w.Layout(width="12em"))
-    f["targets"] = w.Text(value=", ".join(plan.targets or ()), description="targets", placeholder="all; or q_proj, v_proj", continuous_update=False, layout=w.Layout(width="22em", max_width="100%"))
+    f["variant"] = w.Dropdown(
+        options=list(VARIANTS), value=plan.variant, description="variant", layout=w.Layout(width="12em")
+    )
+    f["targets"] = w.Text(
+        value=", ".join(plan.targets or ()),
+        description="targets",
+        placeholder="all; or q_proj, v_proj",
+        continuous_update=False,
+        layout=w.Layout(width="22em", max_width="100%"),
+    )
     f["view"] = w.HTML(value=look._repr_html_())
     explorer.fields, built = f, {look.model}
     for name, widget in f.items():
         if name != "view":
             widget.observe(lambda change: _changed(explorer, built), names="value")
-    rows = [w.Box([w.Label(part, layout=w.Layout(width="84px")), f[part], f[f"{part} rules"]], layout=row).add_class(f"part-{part}") for part in PARTS]
+    rows = [
+        w.Box([w.Label(part, layout=w.Layout(width="84px")), f[part], f[f"{part} rules"]], layout=row).add_class(
+            f"part-{part}"
+        )
+        for part in PARTS
+    ]
     numbers = w.Box([f[n] for n in ("rank", "alpha", "dropout", "variant", "targets")], layout=row)
     box = w.VBox([f["model"], *rows, numbers, f["view"]])
     _mute(f)
@@ -212,9 +302,17 @@ def _changed(explorer, built):
     "Read the fields, look, and show."
     f = explorer.fields
     _mute(f)
-    number = lambda x: int(x) if float(x).is_integer() else x  # noqa: E731
+
+    def number(x):
+        return int(x) if float(x).is_integer() else x
+
     options = {part: f[f"{part} rules"].value.strip() or f[part].value for part in PARTS}
-    options |= {"rank": f["rank"].value, "alpha": number(f["alpha"].value), "dropout": number(f["dropout"].value), "variant": f["variant"].value}
+    options |= {
+        "rank": f["rank"].value,
+        "alpha": number(f["alpha"].value),
+        "dropout": number(f["dropout"].value),
+        "variant": f["variant"].value,
+    }
     if targets := f["targets"].value.replace(",", " ").split():
         options["targets"] = tuple(targets)
     name = f["model"].value

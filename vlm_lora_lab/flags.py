@@ -26,7 +26,9 @@ class Translation:
 
     def __repr__(self):
         words = ", ".join(f"{part}: {word}" for part, word in self.plan.words.items())
-        return "\n".join([f"plan: {{{words}}}", f"four_bit: {str(self.four_bit).lower()}", *(f"  · {n}" for n in self.notes)])
+        return "\n".join(
+            [f"plan: {{{words}}}", f"four_bit: {str(self.four_bit).lower()}", *(f"  · {n}" for n in self.notes)]
+        )
 
     def _repr_html_(self):
         cells = "".join(f"<td><b>{p}</b><br>{w}</td>" for p, w in self.plan.words.items())
@@ -38,25 +40,52 @@ def _plan(words, **options):
 
 
 def _contradiction(script, flags, upstream, instead):
-    return InputError(f"{' and '.join(flags)} contradict each other; upstream {upstream}", script, f"Write the plan: {instead}")
+    return InputError(
+        f"{' and '.join(flags)} contradict each other; upstream {upstream}", script, f"Write the plan: {instead}"
+    )
 
 # %% ../nbs/34_flags.ipynb #e271d493
 def _minicpmv(f):
     if f["use_lora"] and f["tune_llm"]:
-        raise _contradiction("minicpmv", ("--use_lora true", "--tune_llm true"), "stops: 'The model cannot simultaneously adjust LLM parameters and apply LoRA'",
-                             "language: lora (add what LoRA leaves out), or language: full without any lora")  # fmt: skip
+        raise _contradiction(
+            "minicpmv",
+            ("--use_lora true", "--tune_llm true"),
+            "stops: 'The model cannot simultaneously adjust LLM parameters and apply LoRA'",
+            "language: lora (add what LoRA leaves out), or language: full without any lora",
+        )
     notes = []
     if f["q_lora"]:
-        notes.append("--q_lora never quantised anything: no quantisation config is passed, and what is in 16 bit is raised to 32. Say four_bit: true if you meant it")
+        notes.append(
+            "--q_lora never quantised anything: no quantisation config is passed, and what is in 16 bit is raised to "
+            "32. Say four_bit: true if you meant it"
+        )
     vision = "full" if f["tune_vision"] else "freeze"
     if f["use_lora"]:
-        notes.append("the resampler and embed_tokens are trained in full beside LoRA, whatever the flags say (modules_to_save is fixed in the script)")
+        notes.append(
+            "the resampler and embed_tokens are trained in full beside LoRA, whatever the flags say (modules_to_save "
+            "is fixed in the script)"
+        )
         notes.append("lora_modules_to_save is ignored by the script")
-        return Translation(_plan((vision, "full", "lora", "full", "freeze"), rank=f["lora_r"], alpha=f["lora_alpha"], dropout=f["lora_dropout"],
-                                 targets=("q_proj", "k_proj", "v_proj")), False, tuple(notes))  # fmt: skip
+        return Translation(
+            _plan(
+                (vision, "full", "lora", "full", "freeze"),
+                rank=f["lora_r"],
+                alpha=f["lora_alpha"],
+                dropout=f["lora_dropout"],
+                targets=("q_proj", "k_proj", "v_proj"),
+            ),
+            False,
+            tuple(notes),
+        )
     if f["tune_llm"]:
-        return Translation(_plan((vision, "full", "full", "full", "full")), False, (*notes, "the resampler is always trained"))
-    return Translation(_plan((vision, "full", "freeze", "freeze", "freeze")), False, (*notes, "the resampler is always trained, also without --tune_vision"))
+        return Translation(
+            _plan((vision, "full", "full", "full", "full")), False, (*notes, "the resampler is always trained")
+        )
+    return Translation(
+        _plan((vision, "full", "freeze", "freeze", "freeze")),
+        False,
+        (*notes, "the resampler is always trained, also without --tune_vision"),
+    )
 
 
 def _qwenvl(f):
@@ -64,13 +93,29 @@ def _qwenvl(f):
         chat = f["q_lora"] or f["chat"]
         notes = ["fix_vit has no meaning under LoRA: everything but LoRA and modules_to_save is frozen"]
         if not chat:
-            notes.append("wte and lm_head are trained in full, and lost: the script saves only keys that contain 'lora_' (outside ZeRO-3)")
+            notes.append(
+                "wte and lm_head are trained in full, and lost: the script saves only keys that contain 'lora_' "
+                "(outside ZeRO-3)"
+            )
         if f["q_lora"]:
             notes.append("q_lora needs a GPTQ Int4 checkpoint; here: any checkpoint with four_bit: true")
         ends = "freeze" if chat else "full"
-        return Translation(_plan(("freeze", "freeze", "lora", ends, ends), rank=f["lora_r"], alpha=f["lora_alpha"], dropout=f["lora_dropout"],
-                                 targets=("c_attn", "attn.c_proj", "w1", "w2")), f["q_lora"], tuple(notes))  # fmt: skip
-    notes = ("fix_vit freezes transformer.visual and then opens attn_pool, the connector inside it",) if f["fix_vit"] else ()
+        return Translation(
+            _plan(
+                ("freeze", "freeze", "lora", ends, ends),
+                rank=f["lora_r"],
+                alpha=f["lora_alpha"],
+                dropout=f["lora_dropout"],
+                targets=("c_attn", "attn.c_proj", "w1", "w2"),
+            ),
+            f["q_lora"],
+            tuple(notes),
+        )
+    notes = (
+        ("fix_vit freezes transformer.visual and then opens attn_pool, the connector inside it",)
+        if f["fix_vit"]
+        else ()
+    )
     return Translation(_plan(("freeze" if f["fix_vit"] else "full", "full", "full", "full", "full")), False, notes)
 
 
@@ -78,19 +123,44 @@ def _qwen3vl(f):
     tuned = [n for n in ("tune_mm_vision", "tune_mm_mlp", "tune_mm_llm") if f[n]]
     if f["lora_enable"]:
         if tuned:
-            raise _contradiction("qwen3vl", ("--lora_enable true", *(f"--{n} true" for n in tuned)), "ignores the second without a word and trains LoRA alone",
-                                 "vision, connector and language each with its own word, such as connector: full, language: lora")  # fmt: skip
+            raise _contradiction(
+                "qwen3vl",
+                ("--lora_enable true", *(f"--{n} true" for n in tuned)),
+                "ignores the second without a word and trains LoRA alone",
+                "vision, connector and language each with its own word, such as connector: full, language: lora",
+            )
         notes = ["LoRA sits on q, k, v, o of the language model; the name patterns of the script decide, not the parts"]
         if not f["lora_dropout"]:
             notes.append("a dropout of 0 cannot be asked for: the script writes 'lora_dropout or 0.05'")
-        return Translation(_plan(("freeze", "freeze", "lora", "freeze", "freeze"), rank=f["lora_r"], alpha=f["lora_alpha"], dropout=f["lora_dropout"] or 0.05,
-                                 targets=("q_proj", "k_proj", "v_proj", "o_proj")), False, tuple(notes))  # fmt: skip
+        return Translation(
+            _plan(
+                ("freeze", "freeze", "lora", "freeze", "freeze"),
+                rank=f["lora_r"],
+                alpha=f["lora_alpha"],
+                dropout=f["lora_dropout"] or 0.05,
+                targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+            ),
+            False,
+            tuple(notes),
+        )
     if not tuned:
-        raise InputError("no tune_mm_* flag is set, so nothing would be trained", "qwen3vl", "Write the plan: connector: full")
-    word = lambda name: "full" if f[name] else "freeze"  # noqa: E731
-    notes = ["deepstack_merger_list is not covered by tune_mm_mlp in the script; the part 'connector' covers it"] if f["tune_mm_mlp"] else []
+        raise InputError(
+            "no tune_mm_* flag is set, so nothing would be trained", "qwen3vl", "Write the plan: connector: full"
+        )
+
+    def word(name):
+        return "full" if f[name] else "freeze"
+
+    notes = (
+        ["deepstack_merger_list is not covered by tune_mm_mlp in the script; the part 'connector' covers it"]
+        if f["tune_mm_mlp"]
+        else []
+    )
     if f["tune_mm_llm"]:
-        notes.append("lm_head is meant to be trained along; the script sets an attribute of the module instead of the parameter's requires_grad")
+        notes.append(
+            "lm_head is meant to be trained along; the script sets an attribute of the module instead of the "
+            "parameter's requires_grad"
+        )
     llm = word("tune_mm_llm")
     return Translation(_plan((word("tune_mm_vision"), word("tune_mm_mlp"), llm, llm, llm)), False, tuple(notes))
 
@@ -100,16 +170,33 @@ def _llamafactory(f):
     if kind == "lora":
         notes = ["the freeze_* flags decide where LoRA goes, not what is trained in full"]
         if not f["freeze_multi_modal_projector"]:
-            raise _contradiction("llamafactory", ("finetuning_type: lora", "freeze_multi_modal_projector: false"),
-                                 "does not train the projector, and says nothing", "connector: full (or lora), language: lora")  # fmt: skip
+            raise _contradiction(
+                "llamafactory",
+                ("finetuning_type: lora", "freeze_multi_modal_projector: false"),
+                "does not train the projector, and says nothing",
+                "connector: full (or lora), language: lora",
+            )
         vision = "freeze" if f["freeze_vision_tower"] else "lora"
         language = "freeze" if f["freeze_language_model"] else "lora"
-        notes.append("lora_target names are matched as substrings there: on MiniCPM-V, v_proj also reaches resampler.kv_proj")
-        return Translation(_plan((vision, "freeze", language, "freeze", "freeze"), rank=f["lora_rank"], alpha=f["lora_alpha"] or 2 * f["lora_rank"],
-                                 dropout=f["lora_dropout"]), f["quantization_bit"] == 4, tuple(notes))  # fmt: skip
+        notes.append(
+            "lora_target names are matched as substrings there: on MiniCPM-V, v_proj also reaches resampler.kv_proj"
+        )
+        return Translation(
+            _plan(
+                (vision, "freeze", language, "freeze", "freeze"),
+                rank=f["lora_rank"],
+                alpha=f["lora_alpha"] or 2 * f["lora_rank"],
+                dropout=f["lora_dropout"],
+            ),
+            f["quantization_bit"] == 4,
+            tuple(notes),
+        )
     if kind != "full":
         raise InputError(f"finetuning_type is {kind!r}", "llamafactory", "Write lora or full")
-    words = ["freeze" if f[n] else "full" for n in ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")]
+    words = [
+        "freeze" if f[n] else "full"
+        for n in ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
+    ]
     return Translation(_plan((*words, words[2], words[2])), False, ())
 
 
@@ -120,7 +207,10 @@ def _swift(f):
     words = ["freeze" if f[n] else kind for n in ("freeze_vit", "freeze_aligner", "freeze_llm")]
     notes = []
     if kind == "lora" and not f["freeze_aligner"]:
-        notes.append("freeze_aligner false puts LoRA on the connector; its bare parameters (query, proj, in_proj_weight in MiniCPM-V) stay frozen")
+        notes.append(
+            "freeze_aligner false puts LoRA on the connector; its bare parameters (query, proj, in_proj_weight in "
+            "MiniCPM-V) stay frozen"
+        )
     if kind == "lora" and (not f["freeze_vit"]) != (not f["freeze_aligner"]):
         notes.append("vision and connector can be told apart here; some of its recipes switch both together")
     ends = words[2] if kind == "full" else "freeze"
@@ -131,13 +221,49 @@ def _swift(f):
 _LORA = {"lora_r": 64, "lora_alpha": 64, "lora_dropout": 0.05}
 SCRIPTS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "minicpmv": (_minicpmv, {"tune_vision": True, "tune_llm": True, "use_lora": False, "q_lora": False} | _LORA),
-    "qwenvl": (_qwenvl, {"use_lora": False, "q_lora": False, "fix_vit": True, "chat": True} | _LORA | {"lora_alpha": 16}),
-    "qwen3vl": (_qwen3vl, {"tune_mm_vision": False, "tune_mm_mlp": False, "tune_mm_llm": False, "lora_enable": False, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0}),
-    "llamafactory": (_llamafactory, {"finetuning_type": "lora", "freeze_vision_tower": True, "freeze_multi_modal_projector": True, "freeze_language_model": False,
-                                     "lora_rank": 8, "lora_alpha": None, "lora_dropout": 0.0, "quantization_bit": None}),
-    "swift": (_swift, {"train_type": "lora", "freeze_vit": True, "freeze_aligner": True, "freeze_llm": False, "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05,
-                       "quant_bits": None}),
-}  # fmt: skip  # script -> translation, flags with their published defaults
+    "qwenvl": (
+        _qwenvl,
+        {"use_lora": False, "q_lora": False, "fix_vit": True, "chat": True} | _LORA | {"lora_alpha": 16},
+    ),
+    "qwen3vl": (
+        _qwen3vl,
+        {
+            "tune_mm_vision": False,
+            "tune_mm_mlp": False,
+            "tune_mm_llm": False,
+            "lora_enable": False,
+            "lora_r": 64,
+            "lora_alpha": 128,
+            "lora_dropout": 0.0,
+        },
+    ),
+    "llamafactory": (
+        _llamafactory,
+        {
+            "finetuning_type": "lora",
+            "freeze_vision_tower": True,
+            "freeze_multi_modal_projector": True,
+            "freeze_language_model": False,
+            "lora_rank": 8,
+            "lora_alpha": None,
+            "lora_dropout": 0.0,
+            "quantization_bit": None,
+        },
+    ),
+    "swift": (
+        _swift,
+        {
+            "train_type": "lora",
+            "freeze_vit": True,
+            "freeze_aligner": True,
+            "freeze_llm": False,
+            "lora_rank": 8,
+            "lora_alpha": 32,
+            "lora_dropout": 0.05,
+            "quant_bits": None,
+        },
+    ),
+}  # script -> translation, flags with their published defaults
 
 
 def from_flags(
@@ -146,13 +272,18 @@ def from_flags(
 ) -> Translation:
     """The plan that a script's flags amounted to, with notes on what may surprise.
 
-    Raises `InputError` for unknown scripts and flags, and for flags that contradict each other, with the plan to write instead."""
+    Raises `InputError` for unknown scripts and flags, and for flags that contradict each other, with the plan to write
+    instead."""
     if script not in SCRIPTS:
         raise InputError(f"there is no script {script!r:.60}", "flags", f"Known are {', '.join(SCRIPTS)}")
     translate, defaults = SCRIPTS[script]
     if unknown := sorted(set(flags) - set(defaults)):
         near = "".join(f"{n!r}: did you mean {m!r}? " for n in unknown if (m := nearest(n, defaults)))
-        raise InputError(f"{', '.join(unknown)} is no flag of {script} that decides what is trained", "flags", f"{near}Known are {', '.join(defaults)}")
+        raise InputError(
+            f"{', '.join(unknown)} is no flag of {script} that decides what is trained",
+            "flags",
+            f"{near}Known are {', '.join(defaults)}",
+        )
     for name, value in flags.items():
         if isinstance(defaults[name], bool) and not isinstance(value, bool):
             raise InputError(f"{name} is {value!r}", f"flags, {script}", "Write true or false")

@@ -20,14 +20,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .checkpoint.save import ancestry, base_sha256, check_base, check_seals, check_settings, check_start, plan_of, read_provenance, save_adapter, start_from
+from .checkpoint.save import ancestry, base_sha256, check_base, check_seals, check_settings, check_start
+from .checkpoint.save import plan_of, read_provenance, save_adapter, start_from
 from .data.batch import BaseProcessor, Checked, Reading, check_rows
 from .data.drawn import Drawn
 from .data.native import keep_limits, load_processor
 from .data.records import Conversations, unread_lines
 from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
-from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors, unknown_keys, write_json
+from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors
+from .errors import unknown_keys, write_json
 from .evaluate import ExactMatch, Score, check_truths, generate_answers, metric_of
 from .models.files import save_vlm
 from .models.load import load_vlm, model_folder
@@ -39,7 +41,8 @@ from .style import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
 from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located, mended
-from .train.run import Best, Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint, mix, other_length, steps_done, steps_of
+from .train.run import Best, Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint
+from .train.run import mix, other_length, steps_done, steps_of
 from .train.stages import Stage, fit_stages, read_stages, route, where_stopped
 from .train.watch import LivePlot, Watch, some, summary_writer, tensorboard, training_curve
 
@@ -53,14 +56,22 @@ class Job(Settings):
     model: Annotated[str, FilePath()] = "lab"  # "lab", a folder, or owner/name on the Hugging Face hub
     eval_data: Annotated[str, FilePath()] | None = None  # JSON file of conversations to be asked about afterwards
     metric: str = "exact"  # how those answers are judged: exact, cer, anls, iou or iou@0.5
-    image_root: Annotated[str, FilePath()] | None = None  # folder that picture paths start from; default: that of the JSON file
+    # folder that picture paths start from; default: that of the JSON file
+    image_root: Annotated[str, FilePath()] | None = None
     allow_pickle: bool = False  # convert pickled weights (*.bin) once, through a reader that runs no code
-    from_adapter: Annotated[str, FilePath()] | None = None  # folder of an adapter to go on from, with this data; model, plan and four_bit are then its own, unless others are given
+    # folder of an adapter to go on from, with this data; model, plan and four_bit are then its own, unless others are
+    # given
+    from_adapter: Annotated[str, FilePath()] | None = None
     four_bit: bool = True  # NF4 for the language model's decoder layers (Q-LoRA); False: plain LoRA
-    mix_data: Annotated[str, FilePath()] | None = None  # JSON file of old samples to mix in; "drawn": the lab model's own
-    mix_share: Annotated[float, Within(0, 1, "0.3 is usual", below=True)] = 0.3  # of old samples, when `mix_data` is given
-    vision_cache: Annotated[str, OneOf(CHOICES)] = "auto"  # remember what a frozen vision tower saw: off, memory, disk, or auto (memory, where it pays)
-    nan: Annotated[str, OneOf(POLICIES)] = "stop"  # at a step that is not finite: stop, skip (leave it out and count), or rollback (to a healthy copy, at half the rate)
+    # JSON file of old samples to mix in; "drawn": the lab model's own
+    mix_data: Annotated[str, FilePath()] | None = None
+    # of old samples, when `mix_data` is given
+    mix_share: Annotated[float, Within(0, 1, "0.3 is usual", below=True)] = 0.3
+    # remember what a frozen vision tower saw: off, memory, disk, or auto (memory, where it pays)
+    vision_cache: Annotated[str, OneOf(CHOICES)] = "auto"
+    # at a step that is not finite: stop, skip (leave it out and count), or rollback (to a healthy copy, at half the
+    # rate)
+    nan: Annotated[str, OneOf(POLICIES)] = "stop"
     plan: TuningPlan = field(default_factory=TuningPlan)
     schedule: Schedule = field(default_factory=Schedule)
     reading: Reading = field(default_factory=Reading)
@@ -70,25 +81,56 @@ class Job(Settings):
     def check(self):
         metric_of(self.metric)
         if "\\" in self.output and os.sep == "/" and not Path(self.output).exists():
-            raise InputError(f"output is {shown(self.output)}, and a backslash is part of a name here", "output", f"Write / between folders: {self.output.replace(chr(92), '/')}")
+            raise InputError(
+                f"output is {shown(self.output)}, and a backslash is part of a name here",
+                "output",
+                f"Write / between folders: {self.output.replace(chr(92), '/')}",
+            )
         if not self.eval_data and (self.watch.every or self.watch.questions not in (0, Watch().questions)):
-            raise InputError(f"watch says every {self.watch.every} steps and {self.watch.questions} questions, and there is no evaluation data", "watch", "Give eval_data, or leave them out")
+            raise InputError(
+                f"watch says every {self.watch.every} steps and {self.watch.questions} questions, and there is no "
+                "evaluation data",
+                "watch",
+                "Give eval_data, or leave them out",
+            )
         if self.watch.judges and not (self.eval_data and self.watch.every):
             what = "keep: best" if self.watch.keep == "best" else f"patience: {self.watch.patience}"
-            raise InputError(f"{what} needs evaluations to compare, and there is {'no evaluation data' if not self.eval_data else 'no word on how often'}", "watch",
-                             "Give eval_data and every, such as --eval-data test.json --every 100")  # fmt: skip
+            raise InputError(
+                f"{what} needs evaluations to compare, and there is "
+                f"{'no evaluation data' if not self.eval_data else 'no word on how often'}",
+                "watch",
+                "Give eval_data and every, such as --eval-data test.json --every 100",
+            )
         if self.watch.judges and self.stages:
-            raise InputError("stages have evaluations of their own, and none of them is the best of all", "watch", "Leave keep and patience out, or write one plan without stages")
+            raise InputError(
+                "stages have evaluations of their own, and none of them is the best of all",
+                "watch",
+                "Leave keep and patience out, or write one plan without stages",
+            )
         if self.vision_cache in ("memory", "disk") and self.stages:
-            raise InputError(f"vision_cache is {self.vision_cache}, and stages have none", "vision_cache", "Write vision_cache: off")
+            raise InputError(
+                f"vision_cache is {self.vision_cache}, and stages have none", "vision_cache", "Write vision_cache: off"
+            )
         if self.vision_cache in ("memory", "disk") and self.plan.vision != "freeze":
-            raise InputError(f"vision_cache is {self.vision_cache}, but the plan says vision: {self.plan.vision}", "vision_cache", "Write vision_cache: off, or vision: freeze")
+            raise InputError(
+                f"vision_cache is {self.vision_cache}, but the plan says vision: {self.plan.vision}",
+                "vision_cache",
+                "Write vision_cache: off, or vision: freeze",
+            )
         if self.from_adapter and self.stages:
-            raise InputError("stages begin with LoRA of their own, and from_adapter gives them another", "from_adapter",
-                             "Leave out one of the two, or merge the adapter first (vlm-lora-lab merge) and give the result as model")  # fmt: skip
+            raise InputError(
+                "stages begin with LoRA of their own, and from_adapter gives them another",
+                "from_adapter",
+                "Leave out one of the two, or merge the adapter first (vlm-lora-lab merge) and give the result as "
+                "model",
+            )
         lengths = [k for k in ("epochs", "max_steps") if getattr(self.schedule, k) != getattr(Schedule(), k)]
         if self.stages and lengths and all(s.steps or s.epochs for s in self.stages):
-            raise InputError(f"{lengths[0]} is {getattr(self.schedule, lengths[0])!r}, and each stage says its own length", f"schedule, {lengths[0]}", "Say it in one of the two places")
+            raise InputError(
+                f"{lengths[0]} is {getattr(self.schedule, lengths[0])!r}, and each stage says its own length",
+                f"schedule, {lengths[0]}",
+                "Say it in one of the two places",
+            )
 
     @classmethod
     def of(cls, values: dict, where: str = "configuration") -> "Job":
@@ -99,10 +141,15 @@ class Job(Settings):
         if unknown := sorted(map(str, set(values) - set(known))):
             raise _misplaced(unknown, where) or unknown_keys(unknown, known, where)
         if missing := [n for n in ("data", "output") if values.get(n) is None]:
-            raise InputError(f"{missing[0]!r} is missing", where, f"Write {missing[0]}: PATH in the file, or give --{missing[0]} PATH")
+            raise InputError(
+                f"{missing[0]!r} is missing",
+                where,
+                f"Write {missing[0]}: PATH in the file, or give --{missing[0]} PATH",
+            )
         values = {k: v for k, v in values.items() if v is not None or k != "model"}
         values = values if written else _inherited(values)
-        values["vision_cache"] = "off" if values.get("vision_cache") is False else values.get("vision_cache", "auto")  # YAML reads off as false
+        # YAML reads off as false
+        values["vision_cache"] = "off" if values.get("vision_cache") is False else values.get("vision_cache", "auto")
         with inside(where):
             for name, section in SECTIONS.items():
                 given = values.get(name) or {}
@@ -133,17 +180,23 @@ def _misplaced(names, where):
     "The error for a key that belongs into a section; None where there is no such key."
     for section, cls in SECTIONS.items():
         if inside := [n for n in names if n in {f.name for f in fields(cls)}]:
-            return InputError(f"{inside[0]!r} is unknown here", where, f"It belongs into a section: {section}: {{{inside[0]}: …}}")
+            return InputError(
+                f"{inside[0]!r} is unknown here", where, f"It belongs into a section: {section}: {{{inside[0]}: …}}"
+            )
     return None
 
 
 def _checked(path, job, processor, desc, say):
-    "Prepare every row of a data file once, before anything expensive happens; say which bad ones are left out, if the user wants that."
+    """Prepare every row of a data file once, before anything expensive happens; say which bad ones are left out, if the
+    user wants that."""
     conversations = Conversations.open(path, job.image_root, job.reading.allow_outside, job.reading.allow_urls)
     checked = check_rows(conversations, processor, job.reading, f"checking {desc}", learned=path != job.eval_data)
     if checked.skipped:
         names = ", ".join(s.id for s in checked.skipped[:10]) + (", …" if len(checked.skipped) > 10 else "")
-        say(f"Left out {len(checked.skipped)} of {len(conversations)} rows of {path}: {names}. The first because: {checked.skipped[0].reason}")
+        say(
+            f"Left out {len(checked.skipped)} of {len(conversations)} rows of {path}: {names}. The first because: "
+            f"{checked.skipped[0].reason}"
+        )
     if checked.dropped:
         say(f"{checked.dropped} rows of {path} were too long and lost whole turns at their front.")
     for line in _untold(path, checked):
@@ -171,8 +224,12 @@ def _answers(job, model, processor, conversations, desc):
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        raise InputError(f"out of memory while {n} questions were {desc.replace('asking', 'asked')}", str(e).partition("\n")[0][:160],
-                         f"Write batch_size {max(1, n // 2)}, ask fewer (questions), or leave eval_data out and ask later: vlm-lora-lab evaluate") from None  # fmt: skip
+        raise InputError(
+            f"out of memory while {n} questions were {desc.replace('asking', 'asked')}",
+            str(e).partition("\n")[0][:160],
+            f"Write batch_size {max(1, n // 2)}, ask fewer (questions), or leave eval_data out and ask later: "
+            "vlm-lora-lab evaluate",
+        ) from None
 
 
 def _asker(job, processor, conversations):
@@ -200,14 +257,22 @@ def _best(job, here):
 
 def _measured(job, best, n):
     "What is compared, in words."
-    return f"{best.measure} on {min(job.watch.questions, n)} questions" if best.measure != "loss" else "loss on the evaluation data"
+    return (
+        f"{best.measure} on {min(job.watch.questions, n)} questions"
+        if best.measure != "loss"
+        else "loss on the evaluation data"
+    )
 
 
 def _announce(job, best, n, say):
     "What will be compared, and what follows from it."
     follows = ["the best becomes the adapter"] if best.keep else []
     follows += [f"training stops after {best.patience} in a row without a better one"] if best.patience else []
-    say(f"Every {job.watch.every} steps and at the end: {_measured(job, best, n)}, {'higher' if best.higher else 'lower'} is better{'' if best.measure == 'loss' else ' (of equal ones, the lower loss)'}; {', and '.join(follows)}.")
+    say(
+        f"Every {job.watch.every} steps and at the end: {_measured(job, best, n)}, "
+        f"{'higher' if best.higher else 'lower'} is "
+        f"better{'' if best.measure == 'loss' else ' (of equal ones, the lower loss)'}; {', and '.join(follows)}."
+    )
 
 
 def _chosen(job, best, run, n, say):
@@ -216,19 +281,41 @@ def _chosen(job, best, run, n, say):
     kept = run.kept if best.keep and run.kept is not None else run.steps
     of_best = f", the best of {len(values)} evaluations" if best.keep and run.kept is not None else ", the last"
     at = f": {values[kept]:.4g}" if kept in values else ""
-    why = f" It stopped early: {best.patience} evaluations in a row were no better than that of step {run.best}." if run.worn_out else ""
-    also = f" The last state is {Path(job.output) / 'checkpoints' / f'checkpoint-{run.steps}'}." if kept != run.steps else ""
+    why = (
+        f" It stopped early: {best.patience} evaluations in a row were no better than that of step {run.best}."
+        if run.worn_out
+        else ""
+    )
+    also = (
+        f" The last state is {Path(job.output) / 'checkpoints' / f'checkpoint-{run.steps}'}."
+        if kept != run.steps
+        else ""
+    )
     say(f"Kept: step {kept} of {run.steps}{of_best} ({_measured(job, best, n)}{at}).{why}{also}")
-    return {"keep": job.watch.keep, "step": kept, "of_steps": run.steps, "compared": _measured(job, best, n), "higher_is_better": best.higher, "best_step": run.best,
-            "values": [{"step": s, "value": v} for s, v in values.items()], "stopped_early": run.worn_out}  # fmt: skip
+    return {
+        "keep": job.watch.keep,
+        "step": kept,
+        "of_steps": run.steps,
+        "compared": _measured(job, best, n),
+        "higher_is_better": best.higher,
+        "best_step": run.best,
+        "values": [{"step": s, "value": v} for s, v in values.items()],
+        "stopped_early": run.worn_out,
+    }
 
 
 def _watched(history):
     "What was seen at each evaluation: loss, and what was asked."
     seen = {}
     for row in history:
-        seen.setdefault(row["step"], {"step": row["step"]}).update({k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")})
-    return [{k: v for k, v in row.items() if k not in ("runtime", "samples_per_second", "steps_per_second")} for row in seen.values() if len(row) > 1]
+        seen.setdefault(row["step"], {"step": row["step"]}).update(
+            {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
+        )
+    return [
+        {k: v for k, v in row.items() if k not in ("runtime", "samples_per_second", "steps_per_second")}
+        for row in seen.values()
+        if len(row) > 1
+    ]
 
 
 def _started_from(output):
@@ -237,7 +324,8 @@ def _started_from(output):
 
 
 def _note_interruption(job, output):
-    "Write down how data and pictures look when a row cannot be read any more: on resume, pictures that had changed by then count as mended."
+    """Write down how data and pictures look when a row cannot be read any more: on resume, pictures that had changed by
+    then count as mended."""
     with suppress(InputError, OSError):
         values = read_json(output / "job.json")
         values[STARTED]["interrupted"] = _looked_at(job).to_dict()
@@ -266,9 +354,18 @@ def _stopped_early(output):
 def _nothing_left(output, job):
     "The error for a run that is finished."
     if _stopped_early(output):
-        return InputError(f"this run is finished: it stopped early, after {job.watch.patience} evaluations without a better one", output,
-                          f"To go on with it, give it more patience: vlm-lora-lab train --resume --output {output} --patience {job.watch.patience + 3}")  # fmt: skip
-    more = "start a new one in another folder" if job.stages else f"for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, go on from its adapter: vlm-lora-lab train --from-adapter {output / 'adapter'} --data … --output …"
+        return InputError(
+            f"this run is finished: it stopped early, after {job.watch.patience} evaluations without a better one",
+            output,
+            f"To go on with it, give it more patience: vlm-lora-lab train --resume --output {output} --patience "
+            f"{job.watch.patience + 3}",
+        )
+    more = (
+        "start a new one in another folder"
+        if job.stages
+        else "for more steps on the same data, raise its length: --max-steps N, or --epochs N; for other data, go on "
+        f"from its adapter: vlm-lora-lab train --from-adapter {output / 'adapter'} --data … --output …"
+    )
     return InputError("this run is finished, so there is nothing to resume", output, more[0].upper() + more[1:])
 
 
@@ -288,14 +385,17 @@ def _put_aside(output, say):
     aside = output / f"finished-{read_json(output / 'report.json').get('steps')}"
     with explain_write_errors(output):
         aside.mkdir(exist_ok=True)
-        for name in ("adapter", "model", "loss.png", "report.json"):  # the report last: it says that the run is finished
+        # the report last: it says that the run is finished
+        for name in ("adapter", "model", "loss.png", "report.json"):
             if (output / name).exists():
                 (output / name).rename(aside / name)
     say(f"What this run had made when it was finished is kept in {aside}.")
 
 
 def _place(job, resume):
-    "Check the output folder: nobody else's, and new or empty, or holding a run that can be resumed. Nothing is touched."
+    """Check the output folder: nobody else's, and new or empty, or holding a run that can be resumed.
+
+    Nothing is touched."""
     check_free(Path(job.output) / LOCK, job.output)
     return _room(job, resume)
 
@@ -306,28 +406,51 @@ def _room(job, resume):
     checkpoint = last_checkpoint(output / "checkpoints") or where_stopped(output / "checkpoints")
     finished = (output / "report.json").exists()
     if checkpoint is None and resume:
-        raise InputError("there is no complete checkpoint to resume from", output, "Start the training again without --resume")
+        raise InputError(
+            "there is no complete checkpoint to resume from", output, "Start the training again without --resume"
+        )
     if checkpoint and not resume and not finished:
-        raise InputError("this folder holds a run that was stopped", output, "Add --resume to go on with it, or choose another folder")
+        raise InputError(
+            "this folder holds a run that was stopped",
+            output,
+            "Add --resume to go on with it, or choose another folder",
+        )
     if resume:
-        before, was = absolute(json.loads(json.dumps(job.to_dict())), Job), absolute(read_json(output / "job.json"), Job)
+        before, was = (
+            absolute(json.loads(json.dumps(job.to_dict())), Job),
+            absolute(read_json(output / "job.json"), Job),
+        )
         started, elsewhere = _started_from(output), {"output"}
         if started:  # known by their content, wherever they lie
-            elsewhere |= {"image_root"} | {k for k in started.files if before.get(k)} | ({"model"} if started.base_sha256 else set())
+            elsewhere |= (
+                {"image_root"}
+                | {k for k in started.files if before.get(k)}
+                | ({"model"} if started.base_sha256 else set())
+            )
         for reading in (was.get("reading"), before["reading"]):
             (reading or {}).pop("verify", None)
         if _per_step(was.get("schedule")) == _per_step(before["schedule"]):
-            was["schedule"] = before["schedule"]  # the same rows in smaller batches make the same step: the way out of a batch that does not fit
+            # the same rows in smaller batches make the same step: the way out of a batch that does not fit
+            was["schedule"] = before["schedule"]
         longer = not job.stages and other_length(was.get("schedule") or {}, before["schedule"], output / "job.json")
         watched = Watch().to_dict() | (was.get("watch") or {})  # of an older version, without what is asked for now
-        was["watch"], patient = watched | {"patience": before["watch"]["patience"]}, watched["patience"] != before["watch"]["patience"]
+        was["watch"], patient = (
+            watched | {"patience": before["watch"]["patience"]},
+            watched["patience"] != before["watch"]["patience"],
+        )
         if finished and not longer and not (patient and _stopped_early(output)):
             raise _nothing_left(output, job)
         if longer:  # `check_length` looks at it when the rows are known
             was["schedule"] = (was.get("schedule") or {}) | {k: before["schedule"][k] for k in ("epochs", "max_steps")}
-        if changed := [f"{k} was {was.get(k)!r} and is {v!r}" for k, v in before.items() if was.get(k) != v and k not in elsewhere]:
-            raise InputError(f"this is another job than the one that was stopped: {'; '.join(changed)}", output / "job.json",
-                             "Resume without these changes (a stopped or finished run can only be given another length: --max-steps or --epochs), or start a new run in another folder")  # fmt: skip
+        if changed := [
+            f"{k} was {was.get(k)!r} and is {v!r}" for k, v in before.items() if was.get(k) != v and k not in elsewhere
+        ]:
+            raise InputError(
+                f"this is another job than the one that was stopped: {'; '.join(changed)}",
+                output / "job.json",
+                "Resume without these changes (a stopped or finished run can only be given another length: --max-steps "
+                "or --epochs), or start a new run in another folder",
+            )
         return output
     there = {p.name for p in output.iterdir()} - {LOCK} if output.is_dir() else None
     if there is None or there and not ("job.json" in there and there <= made_by_us):
@@ -355,20 +478,29 @@ class _Given:
 
 
 def _ancestor(job, empty, here, resumed):
-    "The adapter to go on from, checked against base and plan; of a run that is resumed, what it wrote down: its checkpoint holds the weights."
+    """The adapter to go on from, checked against base and plan; of a run that is resumed, what it wrote down: its
+    checkpoint holds the weights."""
     if not job.from_adapter:
         return None
     if resumed:
         return (read_json(resumed / "job.json").get(STARTED) or {}).get("ancestor")
     if here.sharded:
-        raise InputError(f"{here.sharded} cuts weights in pieces, and an adapter is put into whole ones", "from_adapter", "Share with ddp or zero2, or merge the adapter first: vlm-lora-lab merge")
+        raise InputError(
+            f"{here.sharded} cuts weights in pieces, and an adapter is put into whole ones",
+            "from_adapter",
+            "Share with ddp or zero2, or merge the adapter first: vlm-lora-lab merge",
+        )
     known = read_provenance(job.from_adapter)
     check_seals(Path(job.from_adapter))
     check_base(job.from_adapter, job.model, known)
     check_settings(job.from_adapter, model_folder(job.model, weights=False), known)
     if own := known.get("own_tokenizer"):
-        raise InputError(f"this adapter has a tokenizer of its own ({own}), and a job reads the base's", "from_adapter",
-                         f"Merge it first, which takes the tokenizer along, and train on that: vlm-lora-lab merge {job.from_adapter} --output FOLDER")  # fmt: skip
+        raise InputError(
+            f"this adapter has a tokenizer of its own ({own}), and a job reads the base's",
+            "from_adapter",
+            "Merge it first, which takes the tokenizer along, and train on that: vlm-lora-lab merge "
+            f"{job.from_adapter} --output FOLDER",
+        )
     check_start(empty, job.from_adapter, known, job.plan)
     return ancestry(job.from_adapter, known)
 
@@ -383,12 +515,17 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         check_writable(output)
     check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
     if here.sharded and job.watch.keep == "best":
-        raise InputError(f"keep: best has to put an earlier state back, and under {here.sharded} the weights are cut in pieces", "watch", "Write keep: last, or share with ddp or zero2")
+        raise InputError(
+            f"keep: best has to put an earlier state back, and under {here.sharded} the weights are cut in pieces",
+            "watch",
+            "Write keep: last, or share with ddp or zero2",
+        )
     if job.watch.tensorboard:
         summary_writer()  # is it there?
     at("model")
     processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
-    empty = on_meta(model_folder(job.model, weights=False))  # shapes are enough to see whether plan and data fit, before gigabytes are fetched
+    # shapes are enough to see whether plan and data fit, before gigabytes are fetched
+    empty = on_meta(model_folder(job.model, weights=False))
     at("plan")
     if job.stages:
         whole = route(empty, job.stages, job.four_bit).whole
@@ -425,11 +562,19 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        raise InputError("out of memory while the model was loaded", job.model, "Write four_bit: true, or take a smaller model") from None
+        raise InputError(
+            "out of memory while the model was loaded", job.model, "Write four_bit: true, or take a smaller model"
+        ) from None
     if here.first:
         inputs = inputs.on(job.model, base_sha256(job.model))
     check_resumed(started, inputs, output / "job.json")
-    for line in changed + started.moves(inputs) if started else ["This run kept no hashes of its data: whether it is still the same is not known."] if resume and place else []:
+    for line in (
+        changed + started.moves(inputs)
+        if started
+        else ["This run kept no hashes of its data: whether it is still the same is not known."]
+        if resume and place
+        else []
+    ):
         say(line)
     at("plan")
     if not job.stages:
@@ -438,7 +583,11 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
             say(f"Starting from {start_from(model, job.from_adapter)} tensors of {job.from_adapter}.")
         say(str(PlanTable.of(model, job.plan)))
     if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(model)):
-        raise InputError(f"vision_cache is {job.vision_cache}, but {reason}", "vision cache", "Set vision_cache: off, or vision: freeze in the plan")
+        raise InputError(
+            f"vision_cache is {job.vision_cache}, but {reason}",
+            "vision cache",
+            "Set vision_cache: off, or vision: freeze in the plan",
+        )
     return _Given(output, processor, new, held, left_out, model, files, inputs, ancestor)
 
 
@@ -453,9 +602,15 @@ def _begin(job, resume, given, here, say, lock):
             lock.enter_context(claimed(output / LOCK, output, say))
         _room(job, resume)  # somebody may have been faster while the model was loaded
         _put_aside(output, say)
-        for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):  # of an attempt that failed; written anew below
+        # of an attempt that failed; written anew below
+        for leftover in ("adapter", "model") if resume else ("checkpoints", "nan"):
             shutil.rmtree(output / leftover, ignore_errors=True)
-        write_json(output / "job.json", absolute(job.to_dict(), Job) | {STARTED: given.inputs.to_dict() | ({"ancestor": given.ancestor} if given.ancestor else {})})  # also of a run that goes on in smaller batches
+        # also of a run that goes on in smaller batches
+        write_json(
+            output / "job.json",
+            absolute(job.to_dict(), Job)
+            | {STARTED: given.inputs.to_dict() | ({"ancestor": given.ancestor} if given.ancestor else {})},
+        )
     answers = _ask_all(job, given, given.model, "asking before") if asked else None
     if asked and here.first:
         write_json(output / "before.json", answers)
@@ -471,12 +626,16 @@ def _ask_after(job, given, model, say):
     try:
         return _ask_all(job, given, model, "asking after")
     except InputError as e:
-        say(f"{e.found}: nothing was asked, and the adapter is saved all the same. Ask it: vlm-lora-lab evaluate {given.output / 'adapter'} --data {job.eval_data} --batch-size 1")
+        say(
+            f"{e.found}: nothing was asked, and the adapter is saved all the same. Ask it: vlm-lora-lab evaluate "
+            f"{given.output / 'adapter'} --data {job.eval_data} --batch-size 1"
+        )
         return None
 
 
 def _outliving(say):
-    "The same for a run that outlives its terminal: once that is closed, what is said goes nowhere, and the run goes on."
+    """The same for a run that outlives its terminal: once that is closed, what is said goes nowhere, and the run goes
+    on."""
 
     def told(line):
         try:
@@ -501,7 +660,12 @@ def _swapped(job, inputs):
 def _finish(job, run, given, model, plan, doctors, here, say):
     "Ask again, save, and write down what was done."
     output = given.output
-    report = {"job": absolute(job.to_dict(), Job), "steps": run.steps, "seconds": round(run.seconds, 1), "loss": {"first": run.losses[0], "last": run.losses[-1]}}
+    report = {
+        "job": absolute(job.to_dict(), Job),
+        "steps": run.steps,
+        "seconds": round(run.seconds, 1),
+        "loss": {"first": run.losses[0], "last": run.losses[-1]},
+    }
     if watched := _watched(run.history):
         report["watched"] = watched
     if not job.stages and (best := _best(job, here)):
@@ -511,19 +675,35 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         report["logits_moved_at_the_end"] = run.moved
     if given.left_out:
         report["skipped_rows"] = {located(path): [asdict(s) for s in rows] for path, rows in given.left_out.items()}
-    if unread := {str(path): {u.name: n for u, n in checked.unread.items()} for path, checked in given.files.items() if checked.unread}:
+    if unread := {
+        str(path): {u.name: n for u, n in checked.unread.items()}
+        for path, checked in given.files.items()
+        if checked.unread
+    }:
         report["unread_fields"] = unread
     if any(d.bad_steps for d in doctors):
-        report["not_finite"] = [{"step": step, "cause": d.cause, "rows": list(d.samples or ())} for doctor in doctors for step, d in doctor.bad_steps]
+        report["not_finite"] = [
+            {"step": step, "cause": d.cause, "rows": list(d.samples or ())}
+            for doctor in doctors
+            for step, d in doctor.bad_steps
+        ]
     if given.held and here.sharded:
-        say(f"Nothing was asked: under {here.sharded} no process holds the whole model. Ask the adapter: vlm-lora-lab evaluate {output / 'adapter'} --data {job.eval_data}")
+        say(
+            f"Nothing was asked: under {here.sharded} no process holds the whole model. Ask the adapter: vlm-lora-lab "
+            f"evaluate {output / 'adapter'} --data {job.eval_data}"
+        )
     elif given.held and (after := _ask_after(job, given, model, say)) is not None:
-        held_out, results = given.held_out, {"before": json.loads((output / "before.json").read_text(encoding="utf-8")), "after": after}
+        held_out, results = (
+            given.held_out,
+            {"before": json.loads((output / "before.json").read_text(encoding="utf-8")), "after": after},
+        )
         scores = {when: ExactMatch.of(answers, held_out) for when, answers in results.items()}
         report["exact_match"] = {when: score.to_dict() for when, score in scores.items()}
         if job.metric != "exact":
             scores = {when: Score.of(job.metric, answers, held_out) for when, answers in results.items()}
-            report["score"] = {"metric": job.metric, "higher_is_better": scores["after"].metric.higher_is_better} | {w: s.to_dict() for w, s in scores.items()}
+            report["score"] = {"metric": job.metric, "higher_is_better": scores["after"].metric.higher_is_better} | {
+                w: s.to_dict() for w, s in scores.items()
+            }
         say("\n".join(f"{when:6} {score}" for when, score in scores.items()))
     if here.first:
         with explain_write_errors(output):
@@ -534,8 +714,17 @@ def _finish(job, run, given, model, plan, doctors, here, say):
     if isinstance(model, PeftModel):
         data = {f.path: f.sha256 for f in given.inputs.files.values()}
         metrics = {k: report[k] for k in ("steps", "kept", "loss", "exact_match", "score", "stages") if k in report}
-        told = {"data": data, "metrics": metrics, "max_pixels": job.reading.max_pixels, "state": run.state if not job.stages else None, "base_hash": given.inputs.base_sha256 or None, "ancestor": given.ancestor}
-        report["adapter"] = located(save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told))
+        told = {
+            "data": data,
+            "metrics": metrics,
+            "max_pixels": job.reading.max_pixels,
+            "state": run.state if not job.stages else None,
+            "base_hash": given.inputs.base_sha256 or None,
+            "ancestor": given.ancestor,
+        }
+        report["adapter"] = located(
+            save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told)
+        )
     else:
         if here.first:
             also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
@@ -543,7 +732,10 @@ def _finish(job, run, given, model, plan, doctors, here, say):
         report["model"] = located(output / "model")
     if here.first:
         write_json(output / "report.json", report)
-    say(f"Written: {output / ('adapter' if 'adapter' in report else 'model')}, {output / 'loss.png'}, {output / 'report.json'}")
+    say(
+        f"Written: {output / ('adapter' if 'adapter' in report else 'model')}, {output / 'loss.png'}, "
+        f"{output / 'report.json'}"
+    )
     return report
 
 # %% ../nbs/94_job.ipynb #cb02816a
@@ -568,29 +760,76 @@ def train(
 def _run(job, resume, given, here, say):
     "Train and save; by a process that alone writes into the folder."
     output, model, new, held, processor = given.output, given.model, given.new, given.held, given.processor
-    held_samples, doctors, samples, plan, cache = held.samples(processor, job.reading) if held else None, [], new.samples(processor, job.reading), job.plan, None
-    watch: dict[str, Any] = {"evaluate_every": job.watch.every, "ask": None if here.sharded else _asker(job, processor, given.held_out)}
+    held_samples, doctors, samples, plan, cache = (
+        held.samples(processor, job.reading) if held else None,
+        [],
+        new.samples(processor, job.reading),
+        job.plan,
+        None,
+    )
+    watch: dict[str, Any] = {
+        "evaluate_every": job.watch.every,
+        "ask": None if here.sharded else _asker(job, processor, given.held_out),
+    }
 
     def doctor(number=1):
         doctors.append(NanDoctor(job.nan, output / "nan" / ("" if here.first else f"process-{here.rank}"), say=say))
         if not (job.watch.tensorboard and here.first):
             return [doctors[-1], LivePlot()]
-        at, place = last_checkpoint(output / "checkpoints") if resume else None, output / "tensorboard" / (f"stage-{number}" if job.stages else "")
+        at, place = (
+            last_checkpoint(output / "checkpoints") if resume else None,
+            output / "tensorboard" / (f"stage-{number}" if job.stages else ""),
+        )
         return [doctors[-1], LivePlot(), tensorboard(place, int(at.name.split("-")[1]) if at else 0)]
 
     run: Any  # what `fit_stages` or `fit` returns
     try:
         if job.stages:
-            run = fit_stages(model, job.stages, samples, job.schedule, output / "checkpoints", resume, doctor, say, evaluation=held_samples, **watch)
+            run = fit_stages(
+                model,
+                job.stages,
+                samples,
+                job.schedule,
+                output / "checkpoints",
+                resume,
+                doctor,
+                say,
+                evaluation=held_samples,
+                **watch,
+            )
             model, plan = run.model, run.plan
         else:
-            passes = job.schedule.epochs if job.schedule.max_steps < 0 else job.schedule.max_steps * job.schedule.batch_size * job.schedule.accumulation / len(new.conversations)
+            passes = (
+                job.schedule.epochs
+                if job.schedule.max_steps < 0
+                else job.schedule.max_steps
+                * job.schedule.batch_size
+                * job.schedule.accumulation
+                / len(new.conversations)
+            )
             cache = None if here.sharded else choose_cache(job.vision_cache, model, samples, passes, say)
             if best := _best(job, here):
                 _announce(job, best, len(given.held_out), say)
-            run = fit(model, samples, job.schedule, output / "checkpoints", held_samples, resume, plan=plan, callbacks=doctor(), cache=cache, say=say, best=best, **watch)
+            run = fit(
+                model,
+                samples,
+                job.schedule,
+                output / "checkpoints",
+                held_samples,
+                resume,
+                plan=plan,
+                callbacks=doctor(),
+                cache=cache,
+                say=say,
+                best=best,
+                **watch,
+            )
     except NonFiniteStep as e:
-        what = "The weights were lost in an earlier step, and nothing of them was saved. It showed at" if e.lost else "Stopped before the weights were lost, at"
+        what = (
+            "The weights were lost in an earlier step, and nothing of them was saved. It showed at"
+            if e.lost
+            else "Stopped before the weights were lost, at"
+        )
         (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")
         return {"not_finite_at_step": doctors[-1].bad_steps[-1][0]}
     except Interrupted:
@@ -600,7 +839,11 @@ def _run(job, resume, given, here, say):
     if cache:
         say(f"Vision cache: {cache}.")
     if run.stopped:
-        where = f"in stage {len(run.runs)}, after its step {run.runs[-1].steps}" if job.stages else f"after step {run.steps}"
+        where = (
+            f"in stage {len(run.runs)}, after its step {run.runs[-1].steps}"
+            if job.stages
+            else f"after step {run.steps}"
+        )
         say(f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
     return _finish(job, run, given, model, plan, doctors, here, say)
@@ -610,15 +853,21 @@ def _counted(given, job):
     "What there is to learn, as a check; and the rows, longest first."
     rows, processor = given.new.conversations, given.processor
     lengths = list(given.new.lengths)
-    lengths += [len(processor.measure(rows[i]).input_ids) for i in range(len(lengths), len(rows))]  # old ones that were mixed in
+    # old ones that were mixed in
+    lengths += [len(processor.measure(rows[i]).input_ids) for i in range(len(lengths), len(rows))]
     order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
-    says = f"{len(rows)} conversations, {sum(len(c.images) for c in rows)} pictures, {lengths[order[-1]]} to {lengths[order[0]]} tokens"
+    says = (
+        f"{len(rows)} conversations, {sum(len(c.images) for c in rows)} pictures, {lengths[order[-1]]} to "
+        f"{lengths[order[0]]} tokens"
+    )
     says += f"; {len(given.held.conversations)} to be asked" if given.held else ""
     left_out = [f"left out of {path}: {s.reason}" for path, skipped in given.left_out.items() for s in skipped]
     more = [f"and {len(left_out) - 20} others"] if len(left_out) > 20 else []
     untold = [line for path, checked in given.files.items() for line in _untold(path, checked)]
     lost = any(u.loss for checked in given.files.values() for u in checked.unread)
-    return Check("data", "warning" if left_out or lost else "ok", "\n".join([says, *untold, *left_out[:20], *more])), order
+    return Check(
+        "data", "warning" if left_out or lost else "ok", "\n".join([says, *untold, *left_out[:20], *more])
+    ), order
 
 
 def _refused(job, name, error):
@@ -626,9 +875,17 @@ def _refused(job, name, error):
     says = str(error)
     if name == "data" and not job.reading.skip_bad_rows:
         with suppress(InputError):
-            processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
+            processor = load_processor(
+                job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels
+            )
             bad = _bad_rows(job, processor)
-            says = f"{len(bad)} cannot be used:\n" + "\n".join(bad[:20]) + (f"\nand {len(bad) - 20} others" if len(bad) > 20 else "") if bad else says
+            says = (
+                f"{len(bad)} cannot be used:\n"
+                + "\n".join(bad[:20])
+                + (f"\nand {len(bad) - 20} others" if len(bad) > 20 else "")
+                if bad
+                else says
+            )
     return filled_up([Check(name, "error", says)])
 
 
@@ -638,7 +895,12 @@ def _bad_rows(job, processor):
     for path in dict.fromkeys(p for p in (job.data, job.eval_data, job.mix_data) if p and p != "drawn"):
         conversations = Conversations.open(path, job.image_root, reading.allow_outside, reading.allow_urls)
         try:
-            reasons += [s.reason for s in check_rows(conversations, processor, reading, "checking all rows", learned=path != job.eval_data).skipped]
+            reasons += [
+                s.reason
+                for s in check_rows(
+                    conversations, processor, reading, "checking all rows", learned=path != job.eval_data
+                ).skipped
+            ]
         except InputError as e:  # no row is left
             reasons.append(str(e))
     return reasons
@@ -649,17 +911,35 @@ def examine(
     resume: bool = False,  # as for `train`
     place: bool = True,  # look at the output folder, too
 ) -> Preflight:
-    "What `train` looks at before it begins, and then gradients, precision and the longest batch; nothing is written. What `train` would refuse is an error in the report."
+    """What `train` looks at before it begins, and then gradients, precision and the longest batch; nothing is written.
+    What `train` would refuse is an error in the report."""
     reached: list[str] = []
     try:
         given = _prepare(job, resume, _quiet, devices(), reached.append, place)
     except InputError as e:
         return _refused(job, reached[-1], e)
     data, order = _counted(given, job)
-    plan, schedule = (job.stages[0].plan, job.stages[0].schedule(job.schedule, 0)) if job.stages else (job.plan, job.schedule)
+    plan, schedule = (
+        (job.stages[0].plan, job.stages[0].schedule(job.schedule, 0)) if job.stages else (job.plan, job.schedule)
+    )
     model = apply_plan(given.model, plan) if job.stages else given.model
     checks = [data, Check("plan", "ok", str(PlanTable.of(model, plan)))]
-    checks += check_steps(model, plan, given.new.conversations, given.processor, schedule, order, not_finite="error" if job.nan == "stop" else "warning")
+    checks += check_steps(
+        model,
+        plan,
+        given.new.conversations,
+        given.processor,
+        schedule,
+        order,
+        not_finite="error" if job.nan == "stop" else "warning",
+    )
     if job.stages:
-        checks.append(Check("stages", "ok", f"The first of {len(job.stages)} stages is examined; that the others fit together was checked from names and shapes."))
+        checks.append(
+            Check(
+                "stages",
+                "ok",
+                f"The first of {len(job.stages)} stages is examined; that the others fit together was checked from "
+                "names and shapes.",
+            )
+        )
     return filled_up(checks)

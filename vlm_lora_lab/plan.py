@@ -36,7 +36,9 @@ Rate = Annotated[float, Within(0, 3e38, "0.0002 is usual for LoRA, a tenth of it
 
 @dataclass(frozen=True)
 class Rule(Settings):
-    "One word for a part, or for some of its layers. Raises `InputError` for a number that cannot be, or that its word has no use for."
+    """One word for a part, or for some of its layers.
+
+    Raises `InputError` for a number that cannot be, or that its word has no use for."""
 
     SECTION: ClassVar[str] = "rule"
 
@@ -52,9 +54,17 @@ class Rule(Settings):
         if foreign := [n for n in said if self.word == "freeze" or (self.word == "full" and n != "lr")]:
             raise InputError(f"{self.word} has no {foreign[0]}", f"rule, {foreign[0]}", "Write lora, or leave it out")
         if self.on is not None and not re.fullmatch(r"[^\s,()]{1,200}", self.on):
-            raise InputError(f"on is {shown(self.on)}", "rule, on", "Write layers by number, such as 0-15, or by name, such as mlp")
-        if self.targets is not None and (not self.targets or not all(re.fullmatch(r"[^\s,()+]+", t) for t in self.targets)):
-            raise InputError(f"targets is {shown(self.targets)}", "rule, targets", "Write ends of the names of layers, such as q_proj")
+            raise InputError(
+                f"on is {shown(self.on)}", "rule, on", "Write layers by number, such as 0-15, or by name, such as mlp"
+            )
+        if self.targets is not None and (
+            not self.targets or not all(re.fullmatch(r"[^\s,()+]+", t) for t in self.targets)
+        ):
+            raise InputError(
+                f"targets is {shown(self.targets)}",
+                "rule, targets",
+                "Write ends of the names of layers, such as q_proj",
+            )
 
     def __str__(self):
         said = {k: v for k, v in asdict(self).items() if v is not None and k not in ("word", "on")}
@@ -86,19 +96,31 @@ def read_rules(
     for piece in re.split(r",(?![^()]*\))", text):
         form = re.fullmatch(r"\s*([^\s(]*)\s*(?:\((.*)\))?\s*(?:\bon\s+(\S+))?\s*", piece)
         if form is None or form[1] not in WORDS:
-            raise InputError(f"{shown(piece.strip())} is not a way to train a part", where, f"Write one of {', '.join(WORDS)}; or for some layers: lora on 0-15, full on 16-23")
+            raise InputError(
+                f"{shown(piece.strip())} is not a way to train a part",
+                where,
+                f"Write one of {', '.join(WORDS)}; or for some layers: lora on 0-15, full on 16-23",
+            )
         options = {}
         for pair in filter(None, (form[2] or "").replace(" ", "").split(",")):
             key, _, value = pair.partition("=")
             if key not in _OPTIONS or (form[1] != "lora" and key != "lr") or form[1] == "freeze":
                 known = {"lora": ", ".join(_OPTIONS), "full": "lr", "freeze": "nothing"}[form[1]]
-                raise InputError(f"{form[1]}({pair:.60}) says something that is not known", where, f"Inside the brackets of {form[1]} may stand: {known}")
+                raise InputError(
+                    f"{form[1]}({pair:.60}) says something that is not known",
+                    where,
+                    f"Inside the brackets of {form[1]} may stand: {known}",
+                )
             try:
                 options[key] = _OPTIONS[key](value)
             except ValueError:
-                raise InputError(f"{key} is {shown(value)}", where, "Write a number, such as rank=8 or lr=1e-4") from None
+                raise InputError(
+                    f"{key} is {shown(value)}", where, "Write a number, such as rank=8 or lr=1e-4"
+                ) from None
         if any(v <= 0 for k, v in options.items() if k != "targets"):
-            raise InputError(f"{shown(piece.strip())} holds a number that is not above 0", where, "Write numbers above 0")
+            raise InputError(
+                f"{shown(piece.strip())} holds a number that is not above 0", where, "Write numbers above 0"
+            )
         try:
             rules.append(Rule(form[1], form[3], **options))
         except InputError as e:
@@ -106,7 +128,12 @@ def read_rules(
     return tuple(rules)
 
 # %% ../nbs/32_plan.ipynb #ebd7e5b2
-VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
+VARIANTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
 
 
 @dataclass(frozen=True)
@@ -127,22 +154,35 @@ class TuningPlan(Settings):
     dropout: Annotated[float, Within(0, 1, below=True)] = 0.0  # before LoRA's first matrix
     targets: tuple[str, ...] | None = None  # layers of the language model that get LoRA; None: all linear ones
     variant: Annotated[str, OneOf(tuple(VARIANTS))] = "lora"  # lora, rslora, dora or pissa
-    lora_plus: Annotated[float, Within(0, 1e38, "16 is usual", above=True)] | None = None  # LoRA+: learning rate of LoRA's second matrix over that of its first, such as 16; None: the same
+    # LoRA+: learning rate of LoRA's second matrix over that of its first, such as 16; None: the same
+    lora_plus: Annotated[float, Within(0, 1e38, "16 is usual", above=True)] | None = None
 
     def __post_init__(self):
         for part in PARTS:
             if not isinstance(getattr(self, part), (str, Rule)):
-                raise InputError(f"{shown(getattr(self, part))} is not a way to train a part", f"plan, {part}", f"Write one of {', '.join(WORDS)}")
+                raise InputError(
+                    f"{shown(getattr(self, part))} is not a way to train a part",
+                    f"plan, {part}",
+                    f"Write one of {', '.join(WORDS)}",
+                )
             object.__setattr__(self, part, ", ".join(map(str, read_rules(str(getattr(self, part)), f"plan, {part}"))))
         if isinstance(self.targets, str):
-            raise InputError(f"targets is {shown(self.targets)}", "plan, targets", "Write a list of layers, such as [q_proj, v_proj]")
+            raise InputError(
+                f"targets is {shown(self.targets)}", "plan, targets", "Write a list of layers, such as [q_proj, v_proj]"
+            )
         super().__post_init__()
 
     def check(self):
         if set(self.said) == {"freeze"}:
-            raise InputError("every part is frozen, so there is nothing to train", "plan", "Give at least one part 'lora' or 'full'")
-        if self.targets is not None and (not self.targets or not all(re.fullmatch(r"[^\s,()+]+", t) for t in self.targets)):
-            raise InputError(f"targets is {shown(self.targets)}", "plan, targets", "Write a list of layers, such as [q_proj, v_proj]")
+            raise InputError(
+                "every part is frozen, so there is nothing to train", "plan", "Give at least one part 'lora' or 'full'"
+            )
+        if self.targets is not None and (
+            not self.targets or not all(re.fullmatch(r"[^\s,()+]+", t) for t in self.targets)
+        ):
+            raise InputError(
+                f"targets is {shown(self.targets)}", "plan, targets", "Write a list of layers, such as [q_proj, v_proj]"
+            )
 
     @property
     def words(self) -> dict[str, str]:  # part -> its line
@@ -171,7 +211,8 @@ class TuningPlan(Settings):
         lora: float,  # the schedule's rate for LoRA
         full: float,  # and for what is trained in full
     ) -> float:
-        "The peak learning rate of a parameter: its rule's own or the schedule's; LoRA+ raises that of LoRA's second matrix."
+        """The peak learning rate of a parameter: its rule's own or the schedule's; LoRA+ raises that of LoRA's second
+        matrix."""
         own = self.rule(part, plain_name(name)).lr or (lora if ".lora_" in name else full)
         return own * (self.lora_plus or 1) if ".lora_B." in name or ".lora_embedding_B." in name else own
 
@@ -185,20 +226,36 @@ def lora_layers(
     model: nn.Module,  # not wrapped; also on the meta device
     plan: TuningPlan,
 ) -> dict[str, Rule]:  # name of a module -> the rule that gives it LoRA, with rank and alpha filled in
-    """The layers that get LoRA, and the packed projections that are named as targets. Raises `InputError` for a rule or a target that matches nothing that LoRA can adapt."""
+    """The layers that get LoRA, and the packed projections that are named as targets.
+
+    Raises `InputError` for a rule or a target that matches nothing that LoRA can adapt."""
     layers, layout, modules, found = linear_layers(model), layout_of(model), dict(model.named_modules()), {}
-    layers["embeddings"], packed = [n for n in layout.embeddings if isinstance(modules.get(n), nn.Embedding)], packed_projections(model)
+    layers["embeddings"], packed = (
+        [n for n in layout.embeddings if isinstance(modules.get(n), nn.Embedding)],
+        packed_projections(model),
+    )
     for part in PARTS:
         for said in dict.fromkeys(r for r in plan.rules(part) if r.word == "lora"):
             targets = said.targets or (plan.targets if part == "language" else None)
             mine = [n for n in layers[part] if plan.rule(part, n) == said]
-            mine += [n for n in packed[part] if plan.rule(part, n) == said and any(n.endswith(f".{t}") for t in targets or ())]
+            mine += [
+                n
+                for n in packed[part]
+                if plan.rule(part, n) == said and any(n.endswith(f".{t}") for t in targets or ())
+            ]
             if not mine:
-                raise InputError(f"no layer of the part {part!r} of {layout.family} that LoRA could adapt is meant by '{said}'", f"plan, {part}",
-                                 _where(layers[part]))  # fmt: skip
+                raise InputError(
+                    f"no layer of the part {part!r} of {layout.family} that LoRA could adapt is meant by '{said}'",
+                    f"plan, {part}",
+                    _where(layers[part]),
+                )
             if nothing := [t for t in targets or () if not any(n.endswith(f".{t}") for n in mine)]:
                 known = dict.fromkeys(n.rpartition(".")[2] for n in (*mine, *packed[part]))
-                raise InputError(f"{', '.join(nothing)} is no linear layer there{_never_called(modules, nothing)}", f"plan, {part}, targets", f"Choose among {', '.join(known)}")
+                raise InputError(
+                    f"{', '.join(nothing)} is no linear layer there{_never_called(modules, nothing)}",
+                    f"plan, {part}, targets",
+                    f"Choose among {', '.join(known)}",
+                )
             rank = said.rank or plan.rank
             full = replace(said, rank=rank, alpha=said.alpha or plan.alpha * rank / plan.rank)
             found |= {n: full for n in mine if not targets or any(n.endswith(f".{t}") for t in targets)}
@@ -220,18 +277,25 @@ def layer_pattern(
     every: Iterable[str],  # all names that must not be hit by accident, among them `names`
 ) -> str:  # a regular expression that matches `names` in full, and none of the rest
     "Names as one regular expression; numbers of layers are left open where all of them are meant."
-    kind = lambda n: re.sub(r"(?<=\.)\d+(?=\.|$)", "0", n)  # noqa: E731
+
+    def kind(n):
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "0", n)
+
     wanted, there = {}, Counter(map(kind, every))
     for n in names:
         wanted.setdefault(kind(n), []).append(n)
-    opened = lambda k: re.sub(r"\\\.0(?=\\\.|$)", r"\\.\\d+", re.escape(k))  # noqa: E731
+
+    def opened(k):
+        return re.sub(r"\\\.0(?=\\\.|$)", r"\\.\\d+", re.escape(k))
+
     return "|".join(opened(k) if len(ns) == there[k] else "|".join(map(re.escape, ns)) for k, ns in wanted.items())
 
 # %% ../nbs/32_plan.ipynb #a78fb3da
 def packed_projections(
     model: nn.Module,  # not wrapped; also on the meta device
 ) -> dict[str, list[str]]:  # part -> names of parameters
-    "The `in_proj_weight` of attentions: queries, keys and values on top of each other, in a bare parameter that belongs to no layer."
+    """The `in_proj_weight` of attentions: queries, keys and values on top of each other, in a bare parameter that
+    belongs to no layer."""
     layout, found = layout_of(model), {part: [] for part in PARTS}
     for name, module in model.named_modules():
         if isinstance(getattr(module, "in_proj_weight", None), nn.Parameter):
@@ -241,8 +305,18 @@ def packed_projections(
 
 def _never_called(modules, targets):
     "Why LoRA may not stand beside a layer that is there, if that is the case."
-    inside = [n for n in modules if any(n.endswith(f".{t}") for t in targets) and isinstance(modules[n.rpartition(".")[0]], nn.MultiheadAttention)]
-    return f" that is called (nn.MultiheadAttention borrows the weight of {inside[0]} and never runs it, so LoRA beside it would learn nothing)" if inside else ""
+    inside = [
+        n
+        for n in modules
+        if any(n.endswith(f".{t}") for t in targets)
+        and isinstance(modules[n.rpartition(".")[0]], nn.MultiheadAttention)
+    ]
+    return (
+        f" that is called (nn.MultiheadAttention borrows the weight of {inside[0]} and never runs it, so LoRA beside "
+        "it would learn nothing)"
+        if inside
+        else ""
+    )
 
 
 def _packed_alone(model, plan, part, names):
@@ -251,48 +325,89 @@ def _packed_alone(model, plan, part, names):
         home = name.rpartition(".")[0]
         inside = [f"{home}.weight", *(f"{home}.{n}" for n, _ in model.get_submodule(home).named_parameters())]
         if other := [n for n in inside if plan.rule(part, n) != plan.rule(part, name)]:
-            raise InputError(f"{name} gets LoRA, and another rule speaks of {other[0]}", f"plan, {part}",
-                             f"Give all of {home} one rule, such as: lora(targets=in_proj_weight) on {home.rpartition('.')[2]}")  # fmt: skip
+            raise InputError(
+                f"{name} gets LoRA, and another rule speaks of {other[0]}",
+                f"plan, {part}",
+                f"Give all of {home} one rule, such as: lora(targets=in_proj_weight) on {home.rpartition('.')[2]}",
+            )
         if plan.dropout or plan.variant in ("dora", "pissa"):
             what = f"dropout: {plan.dropout}" if plan.dropout else f"variant: {plan.variant}"
-            raise InputError(f"{name} cannot have LoRA with {what}: PEFT adds LoRA to the weight there and sees no input, no lengths and no directions", f"plan, {part}",
-                             "Write dropout: 0 and variant: lora or rslora, or leave in_proj_weight out of the targets")  # fmt: skip
+            raise InputError(
+                f"{name} cannot have LoRA with {what}: PEFT adds LoRA to the weight there and sees no input, no "
+                "lengths and no directions",
+                f"plan, {part}",
+                "Write dropout: 0 and variant: lora or rslora, or leave in_proj_weight out of the targets",
+            )
 
 # %% ../nbs/32_plan.ipynb #2565be5f
 def full_modules(
     model: nn.Module,  # not wrapped; also on the meta device
     plan: TuningPlan,
 ) -> list[str]:  # names of modules
-    "The fewest modules that hold what is trained in full. Raises `InputError` for a bare parameter that no such module holds, and for a rule that means nothing."
+    """The fewest modules that hold what is trained in full.
+
+    Raises `InputError` for a bare parameter that no such module holds, and for a rule that means nothing."""
     layout, owner, tied = layout_of(model), {}, tied_embedding(model)
     for n, p in model.named_parameters():
         owner.setdefault(id(p), layout.part_of(n))  # a tied tensor belongs to the part that names it first
-    word = lambda n, p: plan.rule(layout.part_of(n), n).word if owner[id(p)] == layout.part_of(n) else "tied"  # noqa: E731
+
+    def word(n, p):
+        return plan.rule(layout.part_of(n), n).word if owner[id(p)] == layout.part_of(n) else "tied"
 
     def walk(name, module):
-        at = lambda n: f"{name}.{n}" if name else n  # noqa: E731
+        def at(n):
+            return f"{name}.{n}" if name else n
+
         inside = {word(at(n), p) for n, p in module.named_parameters()}
-        if inside == {"full"} and name and not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not (tied or "").startswith(f"{name}."):
+        if (
+            inside == {"full"}
+            and name
+            and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            and not (tied or "").startswith(f"{name}.")
+        ):
             return [name]
         if bare := [n for n, p in module.named_parameters(recurse=False) if word(at(n), p) == "full"]:
             part = layout.part_of(at(bare[0]))
-            homes = [n.rpartition(".")[0] for n, p in model.named_parameters() if word(n, p) == "full" and layout.part_of(n) == part]
+            homes = [
+                n.rpartition(".")[0]
+                for n, p in model.named_parameters()
+                if word(n, p) == "full" and layout.part_of(n) == part
+            ]
             modules = [home.rpartition(".")[2] for home in homes if home not in ("", name)]
             others = f", or name the modules it is to train, such as {part}: full on {modules[0]}" if modules else ""
-            raise InputError(f"{at(bare[0])} is a bare parameter beside others with another word, and PEFT keeps whole modules only", "plan",
-                             f"Give everything inside {name} the word 'full', or this part another word{others}")  # fmt: skip
+            raise InputError(
+                f"{at(bare[0])} is a bare parameter beside others with another word, and PEFT keeps whole modules only",
+                "plan",
+                f"Give everything inside {name} the word 'full', or this part another word{others}",
+            )
         return [n for child, m in module.named_children() if "full" in inside for n in walk(at(child), m)]
 
-    for part, rule in ((part, r) for part in PARTS for r in plan.rules(part) if r.word == "full" or r.on):
-        if not any(owner[id(p)] == part and plan.rule(part, n) == rule for n, p in model.named_parameters() if layout.part_of(n) == part):
+    for part, rule in ((p, r) for p in PARTS for r in plan.rules(p) if r.word == "full" or r.on):
+        if not any(
+            owner[id(p)] == part and plan.rule(part, n) == rule
+            for n, p in model.named_parameters()
+            if layout.part_of(n) == part
+        ):
             if rule.on or len(plan.rules(part)) > 1:
-                raise InputError(f"nothing in the part {part!r} of {layout.family} is left for '{rule}'", f"plan, {part}", _where(linear_layers(model)[part]))
-            raise InputError(f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}", f"plan, {part}",
-                             "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: lora")  # fmt: skip
+                raise InputError(
+                    f"nothing in the part {part!r} of {layout.family} is left for '{rule}'",
+                    f"plan, {part}",
+                    _where(linear_layers(model)[part]),
+                )
+            raise InputError(
+                f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}",
+                f"plan, {part}",
+                "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: "
+                "lora",
+            )
     found = walk("", model)
     if tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
-        raise InputError(f"the head of {layout.family} is the embedding's own tensor, which this plan trains in full; it cannot have LoRA as well", "plan, head",
-                         "Write 'freeze' there: the head follows the embedding")  # fmt: skip
+        raise InputError(
+            f"the head of {layout.family} is the embedding's own tensor, which this plan trains in full; it cannot "
+            "have LoRA as well",
+            "plan, head",
+            "Write 'freeze' there: the head follows the embedding",
+        )
     return found
 
 
@@ -301,34 +416,60 @@ def tied_embedding(
 ) -> str | None:  # name of a module
     "The embedding that is the head as well; PEFT would copy it for one of the two alone."
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return next(n for n, m in model.named_modules() if m is embeddings) if head is not None and head.weight is embeddings.weight else None
+    return (
+        next(n for n, m in model.named_modules() if m is embeddings)
+        if head is not None and head.weight is embeddings.weight
+        else None
+    )
 
 # %% ../nbs/32_plan.ipynb #013de345
 def apply_plan(
     model: nn.Module,  # whole or in 4 bit, not yet wrapped
     plan: TuningPlan,
-    kept: dict[str, Rule] | None = None,  # layers that hold LoRA of an earlier stage (chapter 54): it stays beside them, frozen
+    # layers that hold LoRA of an earlier stage (chapter 54): it stays beside them, frozen
+    kept: dict[str, Rule] | None = None,
 ) -> nn.Module:  # wrapped by PEFT, or the model itself when no part gets LoRA
     """Make a model trainable as the plan says, and prove it.
 
     Raises `InputError` for a plan that this model cannot follow, `RuntimeError` if the audit fails."""
     layout, four_bit = layout_of(model), getattr(model, "is_loaded_in_4bit", False)
     adapted, whole = {**(kept or {}), **lora_layers(model, plan)}, full_modules(model, plan)
-    packed = [n for n, p in model.named_parameters() if numel(p) != p.numel() and plan.rule(layout.part_of(n), n).word == "full"]
+    packed = [
+        n
+        for n, p in model.named_parameters()
+        if numel(p) != p.numel() and plan.rule(layout.part_of(n), n).word == "full"
+    ]
     if packed:
-        raise InputError(f"{packed[0]} is in 4 bit and should be trained in full; integers have no gradient", f"plan, {layout.part_of(packed[0])}",
-                         "Write lora there, load the model whole (four_bit: false), or keep these layers whole: load_vlm(…, four_bit=True, whole=full_modules(model, plan))")  # fmt: skip
+        raise InputError(
+            f"{packed[0]} is in 4 bit and should be trained in full; integers have no gradient",
+            f"plan, {layout.part_of(packed[0])}",
+            "Write lora there, load the model whole (four_bit: false), or keep these layers whole: load_vlm(…, "
+            "four_bit=True, whole=full_modules(model, plan))",
+        )
     if not adapted and four_bit:
-        raise InputError("the model is in 4 bit and no part gets LoRA", "plan", "Give a part 'lora', or load the model whole (four_bit: false)")
-    if plan.variant == "pissa" and any(numel(model.get_submodule(n).weight) != model.get_submodule(n).weight.numel() for n in adapted):
-        raise InputError("PiSSA takes the largest directions out of the base, and a base in 4 bit cannot give them", "plan, variant",
-                         "Load the model whole (four_bit: false), or write variant: lora")  # fmt: skip
+        raise InputError(
+            "the model is in 4 bit and no part gets LoRA",
+            "plan",
+            "Give a part 'lora', or load the model whole (four_bit: false)",
+        )
+    if plan.variant == "pissa" and any(
+        numel(model.get_submodule(n).weight) != model.get_submodule(n).weight.numel() for n in adapted
+    ):
+        raise InputError(
+            "PiSSA takes the largest directions out of the base, and a base in 4 bit cannot give them",
+            "plan, variant",
+            "Load the model whole (four_bit: false), or write variant: lora",
+        )
     model.requires_grad_(False)
     if adapted:
         with no_false_warning():
             model = get_peft_model(model, _peft_config(model, plan, adapted, whole), autocast_adapter_dtype=False)
     for name, p in model.named_parameters():
-        if plan.rule(layout.part_of(name), plain_name(name)).word == "full" and ".original_module." not in name and numel(p) == p.numel():
+        if (
+            plan.rule(layout.part_of(name), plain_name(name)).word == "full"
+            and ".original_module." not in name
+            and numel(p) == p.numel()
+        ):
             p.requires_grad_(True)
     for name, p in model.named_parameters():
         if kept and ".lora_" in name and plain_name(name.partition(".lora_")[0]) in kept:
@@ -349,25 +490,42 @@ def _peft_config(model, plan, adapted, whole):
     patterns = {layer_pattern(names, every): sizes for sizes, names in ranks.items()}
     parameters = [n for n in adapted if n.endswith(".in_proj_weight")]
     return LoraConfig(
-        task_type="CAUSAL_LM", r=plan.rank, lora_alpha=plan.alpha, lora_dropout=plan.dropout, bias="none", **VARIANTS[plan.variant],
-        rank_pattern={p: r for p, (r, _) in patterns.items()}, alpha_pattern={p: a for p, (_, a) in patterns.items()},
-        target_modules=layer_pattern([n for n in adapted if n not in parameters], every) or [], target_parameters=parameters or None,
-        modules_to_save=whole or None, ensure_weight_tying=tied_embedding(model) in whole,
-    )  # fmt: skip
+        task_type="CAUSAL_LM",
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        lora_dropout=plan.dropout,
+        bias="none",
+        **VARIANTS[plan.variant],
+        rank_pattern={p: r for p, (r, _) in patterns.items()},
+        alpha_pattern={p: a for p, (_, a) in patterns.items()},
+        target_modules=layer_pattern([n for n in adapted if n not in parameters], every) or [],
+        target_parameters=parameters or None,
+        modules_to_save=whole or None,
+        ensure_weight_tying=tied_embedding(model) in whole,
+    )
 
 
 @contextmanager
 def no_false_warning() -> Iterator[None]:
-    "PEFT says of a rank for a parameter that it did not match any module and was ignored. It matches, and counts; nothing else is kept quiet."
+    """PEFT says of a rank for a parameter that it did not match any module and was ignored.
+
+    It matches, and counts; nothing else is kept quiet."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match any targeted module.*: \[('[^',]*in_proj_weight',? ?)+\]", category=RuntimeWarning)
+        warnings.filterwarnings(
+            "ignore",
+            message=r"The following (rank|alpha)_pattern keys did not match any targeted module.*: "
+            r"\[('[^',]*in_proj_weight',? ?)+\]",
+            category=RuntimeWarning,
+        )
         yield
 
 
 def fold_lora(
     model: PeftModel,
 ) -> nn.Module:  # the base model, without any wrapper
-    "Merge LoRA into the weights. PEFT takes the outer wrappers off; a LoRA on `out_proj` inside of one on `in_proj_weight` needs a second turn."
+    """Merge LoRA into the weights.
+
+    PEFT takes the outer wrappers off; a LoRA on `out_proj` inside of one on `in_proj_weight` needs a second turn."""
     model.merge_and_unload(safe_merge=True)
     return model.merge_and_unload(safe_merge=True)
 
@@ -383,15 +541,23 @@ def audit(
         part = layout.part_of(name)
         rule = plan.rule(part, plain_name(name))
         is_lora, is_copy = ".lora_" in name, ".original_module." in name
-        should = is_lora and plain_name(name.partition(".lora_")[0]) not in kept if rule.word == "lora" else rule.word == "full" and not is_copy
+        should = (
+            is_lora and plain_name(name.partition(".lora_")[0]) not in kept
+            if rule.word == "lora"
+            else rule.word == "full" and not is_copy
+        )
         if p.requires_grad != should:
-            wrong.append(f"{plain_name(name)} is {'trained' if p.requires_grad else 'frozen'} under the word {rule.word!r}")
+            wrong.append(
+                f"{plain_name(name)} is {'trained' if p.requires_grad else 'frozen'} under the word {rule.word!r}"
+            )
         if p.requires_grad and p.dtype != torch.float32:
             wrong.append(f"{plain_name(name)} is trained in {p.dtype}")
         if p.requires_grad:
             trained.add((part, rule))
     said = {(part, r) for part in PARTS for r in plan.rules(part) if r.word != "freeze"}
-    wrong += [f"nothing in the part {part!r} is trained under '{rule}'" for part, rule in sorted(said - trained, key=str)]
+    wrong += [
+        f"nothing in the part {part!r} is trained under '{rule}'" for part, rule in sorted(said - trained, key=str)
+    ]
     if wrong:
         raise RuntimeError(f"The model does not do what the plan says, in {len(wrong)} places: " + "; ".join(wrong[:8]))
 
@@ -400,24 +566,36 @@ def experts_left(
     model: nn.Module,  # plain or wrapped by PEFT, also on the meta device
     plan: TuningPlan,
 ) -> str:  # empty: there are none, or the plan trains them in full
-    "What a plan does not reach in a mixture of experts: transformers keeps all experts of a layer in one bare tensor of three dimensions, which is no linear layer."
+    """What a plan does not reach in a mixture of experts: transformers keeps all experts of a layer in one bare tensor
+    of three dimensions, which is no linear layer."""
     layout, found, total = layout_of(model), Counter(), 0
     for name, p in model.named_parameters():
         plain = plain_name(name)
         total += numel(p) if ".lora_" not in name else 0
-        if p.dim() > 2 and ".lora_" not in name and ".original_module." not in name and layout.part_of(plain) == "language" and plan.rule("language", plain).word != "full":
+        if (
+            p.dim() > 2
+            and ".lora_" not in name
+            and ".original_module." not in name
+            and layout.part_of(plain) == "language"
+            and plan.rule("language", plain).word != "full"
+        ):
             kernel = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
             found[re.sub(r"(?<=\.)\d+(?=\.)", "*", plain)] += 0 if kernel else numel(p)
     found = +found
     if not found:
         return ""
-    return (f"{found.total():,} of {total:,} weights are experts in bare tensors ({', '.join(found)}), which LoRA does not reach: "
-            "they stay frozen, and in 16 bit also where the model is in 4 bit")  # fmt: skip
+    return (
+        f"{found.total():,} of {total:,} weights are experts in bare tensors ({', '.join(found)}), which LoRA does not "
+        "reach: "
+        "they stay frozen, and in 16 bit also where the model is in 4 bit"
+    )
 
 
 @dataclass(frozen=True)
 class PlanTable:
-    "Every part: word, parameters, how many of them are trained, dtypes. Prints as text, shows as a table in a notebook."
+    """Every part: word, parameters, how many of them are trained, dtypes.
+
+    Prints as text, shows as a table in a notebook."""
 
     rows: tuple[tuple[str, str, int, int, str], ...]  # part, word, parameters, trainable, dtypes
     left: str = ""  # experts that the plan does not reach
@@ -425,15 +603,26 @@ class PlanTable:
     @classmethod
     def of(cls, model: nn.Module, plan: TuningPlan) -> "PlanTable":
         "Measured on the live model."
-        total, trained, dtypes, layout = count(model), count(model, trainable=True), {part: {} for part in PARTS}, layout_of(model)
+        total, trained, dtypes, layout = (
+            count(model),
+            count(model, trainable=True),
+            {part: {} for part in PARTS},
+            layout_of(model),
+        )
         for name, p in model.named_parameters():
             if ".original_module." not in name:
                 kind = "nf4" if hasattr(p, "quant_state") else str(p.dtype).removeprefix("torch.")
                 key = f"{kind} (lora)" if ".lora_" in name else kind
                 part = dtypes[layout.part_of(name)]
                 part[key] = part.get(key, 0) + numel(p)
-        largest = lambda d: ", ".join(sorted(d, key=d.get, reverse=True))  # noqa: E731
-        return cls(tuple((part, plan.words[part], total[part], trained[part], largest(dtypes[part])) for part in PARTS), experts_left(model, plan))
+
+        def largest(d):
+            return ", ".join(sorted(d, key=d.get, reverse=True))
+
+        return cls(
+            tuple((part, plan.words[part], total[part], trained[part], largest(dtypes[part])) for part in PARTS),
+            experts_left(model, plan),
+        )
 
     def _cells(self):
         everything = ("all", "", sum(r[2] for r in self.rows), sum(r[3] for r in self.rows), "")
@@ -447,10 +636,28 @@ class PlanTable:
     def __repr__(self):
         cells = list(self._cells())
         widths = [max(len(row[i]) for row in cells) for i in range(6)]
-        line = lambda row: "  ".join(c.rjust(w) if 2 <= i <= 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()  # noqa: E731
-        return "\n".join([line(cells[0]), "  ".join("─" * w for w in widths), *map(line, cells[1:]), *([f"  · {self.left}"] if self.left else [])])
+
+        def line(row):
+            return "  ".join(
+                c.rjust(w) if 2 <= i <= 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))
+            ).rstrip()
+
+        return "\n".join(
+            [
+                line(cells[0]),
+                "  ".join("─" * w for w in widths),
+                *map(line, cells[1:]),
+                *([f"  · {self.left}"] if self.left else []),
+            ]
+        )
 
     def _repr_html_(self):
         head, *body = self._cells()
-        row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
-        return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>" + (f"<p>{html.escape(self.left)}</p>" if self.left else "")
+
+        def row(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        return (
+            f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
+            + (f"<p>{html.escape(self.left)}</p>" if self.left else "")
+        )

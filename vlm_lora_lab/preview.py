@@ -28,7 +28,8 @@ class Preview:
     near: tuple[str, ...]  # layers whose name looks like a target, and that do not get LoRA
     bare: tuple[str, ...] = ()  # matrices under the word lora that belong to no layer, and stay frozen
     left: str = ""  # experts that the plan does not reach
-    copied: int = 0  # weights of embeddings trained in full that are the head as well: PEFT writes them under both names
+    # weights of embeddings trained in full that are the head as well: PEFT writes them under both names
+    copied: int = 0
 
     @property
     def trained(self) -> int:
@@ -39,7 +40,8 @@ class Preview:
         return (self.trained + self.copied) * BYTES["weight"]
 
     @property
-    def training_bytes(self) -> int:  # trained weights, gradients and optimizer; the base and the activations come on top
+    # trained weights, gradients and optimizer; the base and the activations come on top
+    def training_bytes(self) -> int:
         return self.trained * sum(BYTES.values())
 
     @classmethod
@@ -48,18 +50,48 @@ class Preview:
         model: nn.Module,  # not wrapped; the meta device is enough
         plan: TuningPlan,
     ) -> "Preview":
-        "Translate a plan on a model. Raises `InputError` as `apply_plan` would: for a target without a match, a part without layers."
+        """Translate a plan on a model.
+
+        Raises `InputError` as `apply_plan` would: for a target without a match, a part without layers."""
         layout, modules, total = layout_of(model), dict(model.named_modules()), count(model)
         adapted, whole, rows = lora_layers(model, plan), full_modules(model, plan), []
         for part in PARTS:
             names = [n for n in adapted if layout.part_of(n) == part]
-            trained = sum(_lora_size(modules.get(n), model.get_parameter(n if n not in modules else f"{n}.weight"), adapted[n].rank, plan.variant) for n in names)
-            trained += sum(p.numel() for n, p in model.named_parameters() if layout.part_of(n) == part and plan.rule(part, n).word == "full")
-            matched = ", ".join([*_kinds(names), *_kinds(n for n in whole if any(layout.part_of(f"{n}.{p}") == part for p, _ in modules[n].named_parameters()))])
+            trained = sum(
+                _lora_size(
+                    modules.get(n),
+                    model.get_parameter(n if n not in modules else f"{n}.weight"),
+                    adapted[n].rank,
+                    plan.variant,
+                )
+                for n in names
+            )
+            trained += sum(
+                p.numel()
+                for n, p in model.named_parameters()
+                if layout.part_of(n) == part and plan.rule(part, n).word == "full"
+            )
+            matched = ", ".join(
+                [
+                    *_kinds(names),
+                    *_kinds(
+                        n
+                        for n in whole
+                        if any(layout.part_of(f"{n}.{p}") == part for p, _ in modules[n].named_parameters())
+                    ),
+                ]
+            )
             rows.append((part, plan.words[part], total[part], trained, matched))
         tied = tied_embedding(model)
         copied = model.get_parameter(f"{tied}.weight").numel() if tied in whole else 0
-        return cls(plan, tuple(rows), tuple(_near(model, adapted)), tuple(_bare(model, plan, adapted)), experts_left(model, plan), copied)
+        return cls(
+            plan,
+            tuple(rows),
+            tuple(_near(model, adapted)),
+            tuple(_bare(model, plan, adapted)),
+            experts_left(model, plan),
+            copied,
+        )
 
     def _cells(self):
         yield ("part", "mode", "weights", "trained", "matches")
@@ -68,27 +100,48 @@ class Preview:
                 yield part, word, f"{weights:,}", f"{trained:,}", matched
             else:
                 yield part, word, "–", f"{trained:,}" if trained else "–", ", ".join(filter(None, (matched, TIED)))
-        yield "all", "", f"{sum(r[2] for r in self.rows):,}", f"{self.trained:,}", f"{self.trained / sum(r[2] for r in self.rows):.2%} of the model"
+        yield (
+            "all",
+            "",
+            f"{sum(r[2] for r in self.rows):,}",
+            f"{self.trained:,}",
+            f"{self.trained / sum(r[2] for r in self.rows):.2%} of the model",
+        )
 
     def _notes(self):
-        yield f"adapter on disk {readable_bytes(self.adapter_bytes)}; trained weights, gradients and AdamW {readable_bytes(self.training_bytes)} of memory"
+        yield (
+            f"adapter on disk {readable_bytes(self.adapter_bytes)}; trained weights, gradients and AdamW "
+            f"{readable_bytes(self.training_bytes)} of memory"
+        )
         if self.left:
             yield self.left
         if self.near:
             yield f"no LoRA there, although the name looks like a target: {', '.join(_kinds(self.near))}"
         if self.bare:
-            packed = "name in_proj_weight as a target, or " if any(n.endswith(".in_proj_weight") for n in self.bare) else ""
-            yield f"under the word lora, but no layers, so they stay frozen: {', '.join(_kinds(self.bare))}; {packed}write full"
+            packed = (
+                "name in_proj_weight as a target, or " if any(n.endswith(".in_proj_weight") for n in self.bare) else ""
+            )
+            yield (
+                f"under the word lora, but no layers, so they stay frozen: {', '.join(_kinds(self.bare))}; "
+                f"{packed}write full"
+            )
 
     def __repr__(self):
         cells = list(self._cells())
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        lines = ["  ".join(c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + f"  {row[4]}" for row in cells]
+        lines = [
+            "  ".join(c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+            + f"  {row[4]}"
+            for row in cells
+        ]
         return "\n".join([*(line.rstrip() for line in lines), *(f"  · {n}" for n in self._notes())])
 
     def _repr_html_(self):
         head, *body = self._cells()
-        row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
+
+        def row(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
         notes = "".join(f"<li>{html.escape(n)}</li>" for n in self._notes())
         return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table><ul>{notes}</ul>"
 

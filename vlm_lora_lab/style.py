@@ -13,13 +13,21 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 # %% ../nbs/01_style.ipynb #8fe40caa
-COLORS = ("#1b6ca8", "#d1603d", "#3a7d44", "#7b4b94", "#8a8a8a")  # where the hue cannot tell them apart, the line style does
+# where the hue cannot tell them apart, the line style does
+COLORS = ("#1b6ca8", "#d1603d", "#3a7d44", "#7b4b94", "#8a8a8a")
 
 STYLE: dict[Any, Any] = {
-    "figure.dpi": 80, "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
+    "figure.dpi": 80,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
     "axes.prop_cycle": plt.cycler(color=COLORS) + plt.cycler(linestyle=["-", "--", "-.", ":", (0, (1, 3))]),
-}  # fmt: skip
+}
 
 # %% ../nbs/01_style.ipynb #7f524c56
 def figure(

@@ -51,9 +51,11 @@ def demo(
     seed: int = 0,
     say: Callable = print,  # called with each line of the account
 ) -> dict:  # what `report.json` holds
-    """Fine-tune the lab model on handwriting by Q-LoRA, evaluate, save, reload, merge, and prove that the three are one.
+    """Fine-tune the lab model on handwriting by Q-LoRA, evaluate, save, reload, merge, and prove that the three are
+    one.
 
-    Raises `InputError` for a folder that is in use, `KeyboardInterrupt` when it is stopped, `RuntimeError` when reloaded or merged is not what was trained."""
+    Raises `InputError` for a folder that is in use, `KeyboardInterrupt` when it is stopped, `RuntimeError` when
+    reloaded or merged is not what was trained."""
     start, output = time.perf_counter(), empty_folder(output)
     data = samples_folder() / "handwriting"
     new = mix(read_conversations(data / "train.json"), Drawn(0, 100_000), mix_share, seed)
@@ -64,17 +66,28 @@ def demo(
     processor = Processor.of(model.config, tokenizer)
     model = apply_plan(model, DEMO_PLAN)
     say("The plan\n\n" + str(PlanTable.of(model, DEMO_PLAN)) + "\n")
-    ask = lambda m, which, desc: generate_answers(m, processor, questions[which], desc=desc)  # noqa: E731
+
+    def ask(m, which, desc):
+        return generate_answers(m, processor, questions[which], desc=desc)
+
     before = {k: ask(model, k, f"asking about {k}") for k in questions}
 
-    schedule = Schedule(max_steps=steps, batch_size=32, learning_rate=3e-3, full_learning_rate=2e-3, save_every=steps, seed=seed)
+    schedule = Schedule(
+        max_steps=steps, batch_size=32, learning_rate=3e-3, full_learning_rate=2e-3, save_every=steps, seed=seed
+    )
     with tempfile.TemporaryDirectory() as scratch:
         run = fit(model, Samples(new, processor), schedule, scratch, save=False)
     if run.stopped:
         raise KeyboardInterrupt
-    say(f"Trained {run.steps} steps in {run.seconds:.0f} s, loss {run.losses[0]:.2f} → {sum(run.losses[-5:]) / len(run.losses[-5:]):.2f}.\n")
+    say(
+        f"Trained {run.steps} steps in {run.seconds:.0f} s, loss {run.losses[0]:.2f} → "
+        f"{sum(run.losses[-5:]) / len(run.losses[-5:]):.2f}.\n"
+    )
     after = {k: ask(model, k, f"asking about {k}") for k in questions}
-    score = {k: {"before": ExactMatch.of(before[k], questions[k]), "after": ExactMatch.of(after[k], questions[k])} for k in questions}
+    score = {
+        k: {"before": ExactMatch.of(before[k], questions[k]), "after": ExactMatch.of(after[k], questions[k])}
+        for k in questions
+    }
     for k, title in (("handwriting", "Handwriting it never saw"), ("old", "Its own old questions")):
         say(f"{title}:\n  before {score[k]['before']}\n  after  {score[k]['after']}")
 
@@ -85,20 +98,37 @@ def demo(
     proof = same_model(model, reloaded, merged, Collator(tokenizer.pad_token_id)([processor(c) for c in rows]))
     same_answers = {k: all(ask(m, k, "comparing") == after[k] for m in (reloaded, merged)) for k in questions}
     if not (proof.ok and all(same_answers.values())):
-        raise RuntimeError(f"Trained, reloaded and merged are not the same model: {proof}, same answers: {same_answers}.")
-    say(f"\nTrained, reloaded and merged give the same {sum(map(len, questions.values()))} answers; their logits differ by at most "
-        f"{max(proof.reloaded, proof.merged):.0e} standard deviations (tolerance {proof.tolerance:.0e}).")  # fmt: skip
+        raise RuntimeError(
+            f"Trained, reloaded and merged are not the same model: {proof}, same answers: {same_answers}."
+        )
+    say(
+        f"\nTrained, reloaded and merged give the same {sum(map(len, questions.values()))} answers; their logits "
+        "differ by at most "
+        f"{max(proof.reloaded, proof.merged):.0e} standard deviations (tolerance {proof.tolerance:.0e})."
+    )
 
     report = {
         "exact_match": {k: {when: s.to_dict() for when, s in v.items()} for k, v in score.items()},
         "same_model": proof.to_dict() | {"same_answers": same_answers},
-        "plan": DEMO_PLAN.to_dict(), "mix_share": mix_share, "seed": seed, "steps": steps, "samples": len(new),
-        "seconds": round(time.perf_counter() - start, 1), "training_seconds": round(run.seconds, 1), "peak_memory_gib": round(peak_memory(), 2),
-        "threads": torch.get_num_threads(), "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
-    }  # fmt: skip
+        "plan": DEMO_PLAN.to_dict(),
+        "mix_share": mix_share,
+        "seed": seed,
+        "steps": steps,
+        "samples": len(new),
+        "seconds": round(time.perf_counter() - start, 1),
+        "training_seconds": round(run.seconds, 1),
+        "peak_memory_gib": round(peak_memory(), 2),
+        "threads": torch.get_num_threads(),
+        "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+    }
     with explain_write_errors(output):
         save_figure(training_curve(run.history), output / "loss.png")
-        save_figure(gallery(questions["handwriting"], before["handwriting"], after["handwriting"]), output / "before_after.png")
+        save_figure(
+            gallery(questions["handwriting"], before["handwriting"], after["handwriting"]), output / "before_after.png"
+        )
     write_json(output / "report.json", report)
-    say(f"\n{report['seconds']:.0f} s, {report['peak_memory_gib']:.1f} GiB. Written to {output}/: adapter/, merged/, loss.png, before_after.png, report.json")
+    say(
+        f"\n{report['seconds']:.0f} s, {report['peak_memory_gib']:.1f} GiB. Written to {output}/: adapter/, merged/, "
+        "loss.png, before_after.png, report.json"
+    )
     return report

@@ -42,7 +42,9 @@ class Snapshot:
         "Compare. Raises `ValueError` for a model with other weights."
         now = _live(model)
         if set(now) != set(self.prints):
-            raise ValueError(f"this is another model; only one of the two has {sorted(set(now) ^ set(self.prints))[:5]}")
+            raise ValueError(
+                f"this is another model; only one of the two has {sorted(set(now) ^ set(self.prints))[:5]}"
+            )
         layout, rows = layout_of(model), {part: [0, 0] for part in PARTS}
         for name, p in now.items():
             rows[layout.part_of(name)][0] += _print(p) != self.prints[name]
@@ -57,7 +59,9 @@ class Moved:
     parts: dict[str, tuple[int, int]]  # part -> (moved, all)
 
     def __repr__(self):
-        return "\n".join(f"{part:11} {moved:4} of {total:4} tensors moved" for part, (moved, total) in self.parts.items())
+        return "\n".join(
+            f"{part:11} {moved:4} of {total:4} tensors moved" for part, (moved, total) in self.parts.items()
+        )
 
     def __getitem__(self, part: str) -> tuple[int, int]:
         return self.parts[part]

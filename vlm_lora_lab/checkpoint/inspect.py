@@ -19,7 +19,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base, is_base, wrong_in
+from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base
+from .save import is_base, wrong_in
 from ..errors import InputError
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
@@ -48,7 +49,9 @@ class Holding:
     "What a folder holds of one part."
 
     part: str  # one of `PARTS`, or the beginning of the names if the family is not known
-    kind: str  # LoRA, in full, a tied copy (of embeddings, as the head), by hand, a table (which is not trained), or weights (of a whole model)
+    # LoRA, in full, a tied copy (of embeddings, as the head), by hand, a table (which is not trained), or weights (of a
+    # whole model)
+    kind: str
     tensors: int
     weights: int
     nbytes: int  # on disk
@@ -61,6 +64,7 @@ def _size(n):
         if n < 1000 or unit == "GB":
             return f"{n:,.0f} {unit}" if unit in ("B", "kB") else f"{n:,.1f} {unit}"
         n /= 1000
+    return None
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #d86c88f7
 @dataclass(frozen=True)
@@ -84,23 +88,44 @@ class Inspection:
         yield ("part", "what", "tensors", "weights", "rank", "alpha", "on disk")
         for r in self.rows:
             yield r.part, r.kind, f"{r.tensors:,}", f"{r.weights:,}", r.rank, r.alpha, _size(r.nbytes)
-        yield "all", "", f"{sum(r.tensors for r in self.rows):,}", f"{sum(r.weights for r in self.rows):,}", "", "", _size(sum(r.nbytes for r in self.rows))
+        yield (
+            "all",
+            "",
+            f"{sum(r.tensors for r in self.rows):,}",
+            f"{sum(r.weights for r in self.rows):,}",
+            "",
+            "",
+            _size(sum(r.nbytes for r in self.rows)),
+        )
 
     def __repr__(self):
         cells, wide = list(self._cells()), max((len(label) for label, _ in self.about), default=0)
         widths = [max(len(row[i]) for row in cells) for i in range(7)]
         lines = [f"{self.folder}: {self.kind}", *(f"  {label.ljust(wide)}  {value}" for label, value in self.about), ""]
-        lines += ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells]
-        said = [textwrap.fill(str(f), 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for f in self.findings]
+        lines += [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+            for row in cells
+        ]
+        said = [
+            textwrap.fill(str(f), 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            for f in self.findings
+        ]
         return "\n".join([*lines, "", *(said or ["Nothing suspicious was found."])])
 
     def _repr_html_(self):
-        tag = lambda cells, t: "<tr>" + "".join(f"<{t}>{html.escape(c)}</{t}>" for c in cells) + "</tr>"  # noqa: E731
+        def tag(cells, t):
+            return "<tr>" + "".join(f"<{t}>{html.escape(c)}</{t}>" for c in cells) + "</tr>"
+
         head, *body = self._cells()
         about = " · ".join(f"{html.escape(label)}: {html.escape(value)}" for label, value in self.about)
-        said = "".join(f"<li>{html.escape(str(f))}</li>" for f in self.findings) or "<li>Nothing suspicious was found.</li>"
-        return (f"<p><b>{html.escape(self.folder)}</b>: {self.kind}<br>{about}</p>"
-                f"<table><thead>{tag(head, 'th')}</thead><tbody>{''.join(tag(r, 'td') for r in body)}</tbody></table><ul>{said}</ul>")  # fmt: skip
+        said = (
+            "".join(f"<li>{html.escape(str(f))}</li>" for f in self.findings)
+            or "<li>Nothing suspicious was found.</li>"
+        )
+        return (
+            f"<p><b>{html.escape(self.folder)}</b>: {self.kind}<br>{about}</p>"
+            f"<table><thead>{tag(head, 'th')}</thead><tbody>{''.join(tag(r, 'td') for r in body)}</tbody></table><ul>{said}</ul>"
+        )
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #13b8cee5
 @dataclass(frozen=True)
@@ -122,7 +147,9 @@ def _look(
 ) -> dict[str, Seen]:
     "Every tensor of some safetensors files, one after the other."
     seen, sizes = {}, {f: f.stat().st_size for f in files}
-    with tqdm(total=sum(sizes.values()), desc="inspecting", unit="B", unit_scale=True, disable=sum(sizes.values()) < 2**31) as bar:
+    with tqdm(
+        total=sum(sizes.values()), desc="inspecting", unit="B", unit_scale=True, disable=sum(sizes.values()) < 2**31
+    ) as bar:
         for file in files:
             try:
                 with safe_open(file, framework="pt") as f:
@@ -131,15 +158,25 @@ def _look(
                         seen[name] = _seen(t, _match(plain_name(name), tuple(t.shape), base) if base else None)
                         bar.update(t.nbytes)
             except (SafetensorError, OSError, ValueError) as e:
-                findings.append(Finding("error", f"{file.name} is truncated or damaged ({e})", "Copy it again from where it was written"))
+                findings.append(
+                    Finding(
+                        "error", f"{file.name} is truncated or damaged ({e})", "Copy it again from where it was written"
+                    )
+                )
     return seen
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #da45d8b5
 def _seen(t, there):
     floats = t.is_floating_point() and t.numel() > 0
     wide = t.float() if floats and t.element_size() < 2 else t
-    return Seen(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.nbytes, bool(torch.isfinite(wide).all()) if floats else True,
-                not bool(wide.any()) if t.numel() else False, _same(t, there) if there is not None else None)  # fmt: skip
+    return Seen(
+        tuple(t.shape),
+        str(t.dtype).removeprefix("torch."),
+        t.nbytes,
+        bool(torch.isfinite(wide).all()) if floats else True,
+        not bool(wide.any()) if t.numel() else False,
+        _same(t, there) if there is not None else None,
+    )
 
 
 def _same(t, there):
@@ -148,7 +185,12 @@ def _same(t, there):
         return False
     with safe_open(there.file, framework="pt") as f:
         other = f.get_tensor(there.name)
-    return bool(torch.equal(t.double() if t.dtype == torch.float64 else t.float(), other.double() if t.dtype == torch.float64 else other.float()))
+    return bool(
+        torch.equal(
+            t.double() if t.dtype == torch.float64 else t.float(),
+            other.double() if t.dtype == torch.float64 else other.float(),
+        )
+    )
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #8e21ed81
 @dataclass(frozen=True)
@@ -184,14 +226,19 @@ def _stored(base, findings):
     if base.folder is None:
         return None
     try:
-        return {n: _Place(s.file, n, s.shape) for n, s in stored_in(base.folder).items() if s.dtype in ("F64", "F32", "F16", "BF16")}
+        return {
+            n: _Place(s.file, n, s.shape)
+            for n, s in stored_in(base.folder).items()
+            if s.dtype in ("F64", "F32", "F16", "BF16")
+        }
     except InputError as e:
         findings.append(Finding("warning", f"the base could not be compared: {e.found}", e.remedy))
         return None
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #b73ba04c
 def _match(name, shape, stored):
-    "The base's tensor of a name. transformers stores some families under older names; then the longest common end decides, if only one has it."
+    """The base's tensor of a name. transformers stores some families under older names; then the longest common end
+    decides, if only one has it."""
     if name in stored:
         return stored[name]
     parts, best, found = name.split(".")[::-1], 1, []
@@ -249,7 +296,9 @@ def _check_lora(seen, config):
             pairs[m[1]][m[2]] = key
     zero, half, wrong = [], [], []
     for module, keys in pairs.items():
-        down, up = (keys.get(k) or keys.get(e) for k, e in (("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")))
+        down, up = (
+            keys.get(k) or keys.get(e) for k, e in (("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B"))
+        )
         if not down or not up:
             half.append(next(iter(keys.values())))
             continue
@@ -258,21 +307,59 @@ def _check_lora(seen, config):
         name = plain_name(module)
         packed = f"{name}.in_proj_weight"  # a parameter without a layer of its own, chapter 32
         name = packed if packed in (config.get("target_parameters") or ()) else name
-        said = [config.get(p, {}).get(get_pattern_key(config.get(p, {}), name), config.get(v)) for p, v in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))]
+        said = [
+            config.get(p, {}).get(get_pattern_key(config.get(p, {}), name), config.get(v))
+            for p, v in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        ]
         ranks[module] = (rank, said[1])
         if said[0] != rank:
             wrong.append(f"{name} (rank {rank}, not {said[0]})")
     found = []
     if named := [k for k in seen if _NAMED.search(k)]:
-        found.append(_say("error", named, "keys that still carry the adapter's name, while PEFT looks for keys without it", "Save with save_pretrained or save_adapter, not from state_dict()"))
+        found.append(
+            _say(
+                "error",
+                named,
+                "keys that still carry the adapter's name, while PEFT looks for keys without it",
+                "Save with save_pretrained or save_adapter, not from state_dict()",
+            )
+        )
     if zero and len(zero) == len(ranks):
-        found.append(_say("error", zero, "never trained: LoRA starts its second matrix at zero, and all of them still are", "Save after training"))
+        found.append(
+            _say(
+                "error",
+                zero,
+                "never trained: LoRA starts its second matrix at zero, and all of them still are",
+                "Save after training",
+            )
+        )
     elif zero:
-        found.append(_say("warning", zero, f"layers that never learned, whose second matrix still is zero as at the start, out of {len(ranks)}", "See chapter 60: gradients"))
+        found.append(
+            _say(
+                "warning",
+                zero,
+                f"layers that never learned, whose second matrix still is zero as at the start, out of {len(ranks)}",
+                "See chapter 60: gradients",
+            )
+        )
     if half:
-        found.append(_say("error", half, "matrices of LoRA without a partner", "Copy the folder again, or save it again from the model"))
+        found.append(
+            _say(
+                "error",
+                half,
+                "matrices of LoRA without a partner",
+                "Copy the folder again, or save it again from the model",
+            )
+        )
     if wrong:
-        found.append(_say("error", wrong, "layers whose rank is not what adapter_config.json says", "Configuration and weights belong to different trainings"))
+        found.append(
+            _say(
+                "error",
+                wrong,
+                "layers whose rank is not what adapter_config.json says",
+                "Configuration and weights belong to different trainings",
+            )
+        )
     return ranks, found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #f8271e7c
@@ -286,15 +373,44 @@ def _check_keys(seen, folder, base):
         with no_false_warning():
             wrapped = get_peft_model(base.empty, peft, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError) as e:
-        return [Finding("error", f"PEFT cannot put this adapter on the base {base.name!r} ({' '.join(str(e).split())[:200]})", "Name the base it was trained on: --base")]
-    wanted = get_peft_model_state_dict(wrapped, state_dict=wrapped.state_dict(keep_vars=True), save_embedding_layers=False)
+        return [
+            Finding(
+                "error",
+                f"PEFT cannot put this adapter on the base {base.name!r} ({' '.join(str(e).split())[:200]})",
+                "Name the base it was trained on: --base",
+            )
+        ]
+    wanted = get_peft_model_state_dict(
+        wrapped, state_dict=wrapped.state_dict(keep_vars=True), save_embedding_layers=False
+    )
     found, places = [], dict(wrapped.named_parameters()) | wanted
     if missing := set(wanted) - set(seen):
-        found.append(_say("error", missing, "tensors that adapter_config.json promises and the file does not hold", "What was trained there is lost; train again, and save with save_adapter"))
+        found.append(
+            _say(
+                "error",
+                missing,
+                "tensors that adapter_config.json promises and the file does not hold",
+                "What was trained there is lost; train again, and save with save_adapter",
+            )
+        )
     if left := {k for k in seen if k not in places and not _NAMED.search(k)}:
-        found.append(_say("error", left, "tensors without a place in the base, which PEFT would drop in silence", "Name the base it was trained on: --base"))
+        found.append(
+            _say(
+                "error",
+                left,
+                "tensors without a place in the base, which PEFT would drop in silence",
+                "Name the base it was trained on: --base",
+            )
+        )
     if wrong := [f"{k} {seen[k].shape}" for k in seen if k in places and tuple(places[k].shape) != seen[k].shape]:
-        found.append(_say("error", wrong, f"tensors of another shape than in {base.name!r}", "Name the base it was trained on: --base"))
+        found.append(
+            _say(
+                "error",
+                wrong,
+                f"tensors of another shape than in {base.name!r}",
+                "Name the base it was trained on: --base",
+            )
+        )
     return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #5f361b13
@@ -305,12 +421,35 @@ def _check_plan(seen, plan, base, layout):
         promised = {(p, r.word) for p in PARTS for r in plan.rules(p) if r.word != "freeze"}
         there = {(_part(layout, k), "lora" if ".lora_" in k else "full") for k in seen}
         lost = {f"{p} ({word})" for p, word in promised - there}
-        return [_say("error", lost, "parts that plan.json promises and the file does not hold", "Train again, and save with save_adapter")] if layout and lost else []
-    beside = {n: n.removesuffix(".in_proj_weight") for n in lora_layers(base.empty, plan)}  # PEFT names the module of a packed projection
+        return (
+            [
+                _say(
+                    "error",
+                    lost,
+                    "parts that plan.json promises and the file does not hold",
+                    "Train again, and save with save_adapter",
+                )
+            ]
+            if layout and lost
+            else []
+        )
+    # PEFT names the module of a packed projection
+    beside = {n: n.removesuffix(".in_proj_weight") for n in lora_layers(base.empty, plan)}
     lacking = {n for n, of in beside.items() if not any(m.startswith(f"{of}.lora_") or m == of for m in modules)}
     wholes = full_modules(base.empty, plan)
     lacking |= {n for w in wholes for n, _ in base.empty.get_submodule(w).named_parameters(prefix=w) if n not in full}
-    return [_say("error", lacking, "layers that plan.json promises and the file does not hold", "Train again, and save with save_adapter")] if lacking else []
+    return (
+        [
+            _say(
+                "error",
+                lacking,
+                "layers that plan.json promises and the file does not hold",
+                "Train again, and save with save_adapter",
+            )
+        ]
+        if lacking
+        else []
+    )
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #c271636c
 def _buffers(seen, provenance, base):
@@ -321,31 +460,77 @@ def _buffers(seen, provenance, base):
 
 def _copies(keys, config, layout):
     "What PEFT writes a second time: the trained embeddings, as the head that is tied to them."
-    return [k for k in keys if ".lora_" not in k and config.get("ensure_weight_tying") and layout and plain_name(k).rpartition(".")[0] in layout.head]
+    return [
+        k
+        for k in keys
+        if ".lora_" not in k
+        and config.get("ensure_weight_tying")
+        and layout
+        and plain_name(k).rpartition(".")[0] in layout.head
+    ]
 
 
 def _check_full(seen, config, layout, provenance, base):
     "What is held in full: asked for or not, the base's own or not, the whole base or not."
     full, saved = [k for k in seen if not _LORA.match(k) and not _NAMED.search(k)], config.get("modules_to_save") or []
-    inside = lambda k, m: f".{m}." in f".{plain_name(k)}."  # noqa: E731
+
+    def inside(k, m):
+        return f".{m}." in f".{plain_name(k)}."
+
     tied = _copies(full, config, layout)
     by_hand, found = [k for k in full if k not in tied and not any(inside(k, m) for m in saved)], []
     if lost := [m for m in saved if not any(inside(k, m) for k in full)]:
-        found.append(_say("error", lost, "modules that modules_to_save names and the file does not hold", "What was trained there is lost; train again"))
+        found.append(
+            _say(
+                "error",
+                lost,
+                "modules that modules_to_save names and the file does not hold",
+                "What was trained there is lost; train again",
+            )
+        )
     moving = [k for k in full if k not in tied and k not in _buffers(seen, provenance, base)]
     if same := [k for k in moving if seen[k].same]:
-        found.append(_say("warning", same, f"not trained, being the base's own bit for bit, out of {len(moving)} tensors in full", "See chapter 60: gradients"))
+        found.append(
+            _say(
+                "warning",
+                same,
+                f"not trained, being the base's own bit for bit, out of {len(moving)} tensors in full",
+                "See chapter 60: gradients",
+            )
+        )
     if unknown := [k for k in moving if seen[k].same is None] if base.folder is not None else []:
-        found.append(_say("note", unknown, "tensors in full that could not be compared with the base, which stores them under other names"))
+        found.append(
+            _say(
+                "note",
+                unknown,
+                "tensors in full that could not be compared with the base, which stores them under other names",
+            )
+        )
     if unsaid := [k for k in by_hand if k not in provenance.get("by_hand", by_hand if not provenance else ())]:
-        found.append(_say("warning", unsaid, "tensors in full that neither modules_to_save nor provenance.json knows of", "Ask who put them there"))
+        found.append(
+            _say(
+                "warning",
+                unsaid,
+                "tensors in full that neither modules_to_save nor provenance.json knows of",
+                "Ask who put them there",
+            )
+        )
     elif by_hand and not provenance:
-        found.append(_say("note", by_hand, "tensors in full outside of modules_to_save, which PEFT loads where their names fit"))
+        found.append(
+            _say("note", by_hand, "tensors in full outside of modules_to_save, which PEFT loads where their names fit")
+        )
     if base.empty is not None:
         unasked = [k for k in by_hand if k not in provenance.get("by_hand", ())]
         share = sum(torch.Size(seen[k].shape).numel() for k in unasked) / sum(count(base.empty).values())
         if share > 0.3:
-            found.append(Finding("warning", f"the file holds {share:.0%} of the base's own weights without saying why; this is a model rather than an adapter", "Save what was trained: save_adapter"))
+            found.append(
+                Finding(
+                    "warning",
+                    f"the file holds {share:.0%} of the base's own weights without saying why; this is a model rather "
+                    "than an adapter",
+                    "Save what was trained: save_adapter",
+                )
+            )
     return by_hand, found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #dc047e39
@@ -353,26 +538,61 @@ def _check_beside(folder, provenance, base, adapter=True):
     found = []
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
     if state := [n for n in pickles if _STATE.fullmatch(n)]:
-        found.append(Finding("note", f"of the Trainer, to go on with the run, and no weights of the model: {', '.join(state)}"))
+        found.append(
+            Finding("note", f"of the Trainer, to go on with the run, and no weights of the model: {', '.join(state)}")
+        )
     if pickles := [n for n in pickles if n not in state]:
-        found.append(Finding("warning", f"pickles beside, which can hold programs and were not opened: {', '.join(pickles[:5])}",
-                             "Weights in them are missing from this account"))  # fmt: skip
+        found.append(
+            Finding(
+                "warning",
+                f"pickles beside, which can hold programs and were not opened: {', '.join(pickles[:5])}",
+                "Weights in them are missing from this account",
+            )
+        )
     if (folder / "provenance.json").is_file():
         try:
             broken = broken_seals(folder)
         except InputError as e:
             return [*found, Finding("error", f"provenance.json cannot be read: {e.found}", "Copy the folder again")]
         if broken is None:
-            found.append(Finding("note", "the folder is not sealed, so a flipped byte would go unnoticed", "Save with save_adapter"))
-        found += [Finding("error", f"{name} {what}", "Copy the whole folder again from where it was trained") for name, what in (broken or {}).items()]
+            found.append(
+                Finding(
+                    "note", "the folder is not sealed, so a flipped byte would go unnoticed", "Save with save_adapter"
+                )
+            )
+        found += [
+            Finding("error", f"{name} {what}", "Copy the whole folder again from where it was trained")
+            for name, what in (broken or {}).items()
+        ]
     elif provenance.get("unsealed"):
         found.append(Finding("note", provenance["unsealed"].rstrip(".")))
     elif adapter:
-        found.append(Finding("note", "there is no provenance.json: data, versions and the base's hash are not known, and a flipped byte would go unnoticed"))
-    if (provenance.get("base_fingerprint") or provenance.get("base_sha256")) and base.folder is not None and not is_base(base.folder, provenance):
-        found.append(Finding("error", f"{base.name!r} is not the base that this adapter was trained on; its weights differ", "Name the right one: --base"))
+        found.append(
+            Finding(
+                "note",
+                "there is no provenance.json: data, versions and the base's hash are not known, and a flipped byte "
+                "would go unnoticed",
+            )
+        )
+    if (
+        (provenance.get("base_fingerprint") or provenance.get("base_sha256"))
+        and base.folder is not None
+        and not is_base(base.folder, provenance)
+    ):
+        found.append(
+            Finding(
+                "error",
+                f"{base.name!r} is not the base that this adapter was trained on; its weights differ",
+                "Name the right one: --base",
+            )
+        )
     if provenance.get("other_adapters"):
-        found.append(Finding("note", f"the model had other adapters, which are not in here: {', '.join(provenance['other_adapters'])}"))
+        found.append(
+            Finding(
+                "note",
+                f"the model had other adapters, which are not in here: {', '.join(provenance['other_adapters'])}",
+            )
+        )
     if bad := {k: v for k, v in (provenance.get("metrics") or {}).items() if isinstance(v, float) and v != v}:
         found.append(Finding("warning", f"its own metrics hold NaN: {', '.join(bad)}"))
     return found
@@ -382,9 +602,23 @@ def _check_values(seen):
     "What no weight should be."
     found = []
     if bad := [k for k, s in seen.items() if not s.finite]:
-        found.append(_say("error", bad, "tensors with NaN or infinity", "Go back to an earlier checkpoint; chapter 61 finds the cause"))
+        found.append(
+            _say(
+                "error",
+                bad,
+                "tensors with NaN or infinity",
+                "Go back to an earlier checkpoint; chapter 61 finds the cause",
+            )
+        )
     if empty := [k for k, s in seen.items() if 0 in s.shape]:
-        found.append(_say("error", empty, "empty tensors, which were sharded elsewhere when they were saved (ZeRO-3)", "Gather before saving"))
+        found.append(
+            _say(
+                "error",
+                empty,
+                "empty tensors, which were sharded elsewhere when they were saved (ZeRO-3)",
+                "Gather before saving",
+            )
+        )
     return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #11d739a4
@@ -400,8 +634,12 @@ def _holdings(seen, kind_of, layout, ranks):
     rows = []
     for (part, kind), keys in sorted(groups.items(), key=lambda g: (order.get(g[0][0], 9), g[0])):
         mine = {ranks[m[1]] for k in keys if (m := _LORA.match(k)) and m[1] in ranks}
-        joined = lambda i: "+".join(f"{v:g}" for v in sorted({r[i] for r in mine if isinstance(r[i], (int, float))}))  # noqa: E731
-        weights = 0 if kind == _COPY else sum(torch.Size(seen[k].shape).numel() for k in keys)  # they are counted where they are trained
+
+        def joined(i):
+            return "+".join(f"{v:g}" for v in sorted({r[i] for r in mine if isinstance(r[i], (int, float))}))
+
+        # they are counted where they are trained
+        weights = 0 if kind == _COPY else sum(torch.Size(seen[k].shape).numel() for k in keys)
         rows.append(Holding(part, kind, len(keys), weights, sum(seen[k].nbytes for k in keys), joined(0), joined(1)))
     return tuple(rows)
 
@@ -422,13 +660,18 @@ def _json_or(path, findings, kinds=()):
         findings.append(Finding("error", f"{path.name} cannot be read: {e.found}", "Copy the folder again"))
         return {}
     wrong = wrong_in(values, dict(kinds), path.name)
-    findings.extend(Finding("error", f"{path.name} says what cannot be: {e.found}", "Copy the folder again") for e in wrong.values())
+    findings.extend(
+        Finding("error", f"{path.name} says what cannot be: {e.found}", "Copy the folder again") for e in wrong.values()
+    )
     return {k: v for k, v in values.items() if k not in wrong}
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #6d502aa2
 def _adapter(folder, base):
     findings = []
-    config, provenance = _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG), _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE)
+    config, provenance = (
+        _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG),
+        _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE),
+    )
     provenance = {k: v for k, v in provenance.items() if k not in ("unsealed", "plan")}
     if not (folder / "provenance.json").is_file():
         try:
@@ -439,11 +682,27 @@ def _adapter(folder, base):
     base = _base_of(base or (find_base(said, folder) if isinstance(said, str) else said))
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        findings.append(Finding("error", "there is no adapter_model.safetensors", "Copy the whole folder; a pickle (adapter_model.bin) is not opened here"))
+        findings.append(
+            Finding(
+                "error",
+                "there is no adapter_model.safetensors",
+                "Copy the whole folder; a pickle (adapter_model.bin) is not opened here",
+            )
+        )
     if not config and not any(f.text.startswith("adapter_config") for f in findings):
-        findings.append(Finding("error", "there is no adapter_config.json: rank, scale and layers are not known", "Copy the whole folder"))
+        findings.append(
+            Finding(
+                "error",
+                "there is no adapter_config.json: rank, scale and layers are not known",
+                "Copy the whole folder",
+            )
+        )
     if config and config.get("peft_type") != "LORA":
-        findings.append(Finding("warning", f"this is PEFT's {config.get('peft_type')}, not LoRA; only names and values are looked at"))
+        findings.append(
+            Finding(
+                "warning", f"this is PEFT's {config.get('peft_type')}, not LoRA; only names and values are looked at"
+            )
+        )
     seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
     layout = _layout(list(seen), provenance.get("model_type"), base)
     ranks, said = _check_lora(seen, config)
@@ -453,15 +712,43 @@ def _adapter(folder, base):
         findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
     findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
     if base.why:
-        findings.append(Finding("note", f"the base is not at hand ({base.why}), so keys, shapes and values were not compared with it", "Say where it is: --base"))
+        findings.append(
+            Finding(
+                "note",
+                f"the base is not at hand ({base.why}), so keys, shapes and values were not compared with it",
+                "Say where it is: --base",
+            )
+        )
     if layout is None and seen:
-        findings.append(Finding("note", "the family could not be told from the names; parts are shown as the beginnings of names"))
+        findings.append(
+            Finding("note", "the family could not be told from the names; parts are shown as the beginnings of names")
+        )
     copies = _copies(seen, config, layout)
-    kind_of = lambda k: "LoRA" if ".lora_" in k else _COPY if k in copies else "table" if k in tables else "by hand" if k in set(by_hand) else "in full"  # noqa: E731
-    about = (("base", base.name or "not said"), ("family", layout.family if layout else "not known"), ("variant", _variant(config) if config else "not known"),
-             ("trained beside", {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known")),
-             ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
-             ("data", ", ".join(provenance.get("data") or ()) or "not known"))  # fmt: skip
+
+    def kind_of(k):
+        return (
+            "LoRA"
+            if ".lora_" in k
+            else _COPY
+            if k in copies
+            else "table"
+            if k in tables
+            else "by hand"
+            if k in set(by_hand)
+            else "in full"
+        )
+
+    about = (
+        ("base", base.name or "not said"),
+        ("family", layout.family if layout else "not known"),
+        ("variant", _variant(config) if config else "not known"),
+        (
+            "trained beside",
+            {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known"),
+        ),
+        ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
+        ("data", ", ".join(provenance.get("data") or ()) or "not known"),
+    )
     return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #18b3d50f
@@ -484,7 +771,11 @@ def _model(folder, base):
         findings.append(Finding("error", f"config.json cannot be used: {here.why}", "Copy the folder again"))
     try:
         stored = stored_in(folder)
-        if here.empty is not None and layout_of(here.empty).family.startswith(("MiniCPM-V", "MiniCPM-o", "Qwen-VL")) and config.get("model_type") in ("minicpmv", "minicpmo", "qwen"):
+        if (
+            here.empty is not None
+            and layout_of(here.empty).family.startswith(("MiniCPM-V", "MiniCPM-o", "Qwen-VL"))
+            and config.get("model_type") in ("minicpmv", "minicpmo", "qwen")
+        ):
             account(stored, here.empty, folder)
     except InputError as e:
         findings.append(Finding("error", e.found, e.remedy))
@@ -494,34 +785,70 @@ def _model(folder, base):
     findings += _check_values(seen) + _check_beside(folder, {}, base, adapter=False)
     compared = {k: s.same for k, s in seen.items() if s.same is not None}
     if compared and all(compared.values()):
-        findings.append(Finding("error", f"all {len(compared)} tensors equal those of {base.name!r}: whatever was merged into it changed nothing", "Look into the adapter: vlm-lora-lab inspect"))
+        findings.append(
+            Finding(
+                "error",
+                f"all {len(compared)} tensors equal those of {base.name!r}: whatever was merged into it changed "
+                "nothing",
+                "Look into the adapter: vlm-lora-lab inspect",
+            )
+        )
     elif compared:
-        findings.append(Finding("note", f"{sum(not s for s in compared.values())} of {len(compared)} tensors differ from {base.name!r}"))
+        findings.append(
+            Finding(
+                "note", f"{sum(not s for s in compared.values())} of {len(compared)} tensors differ from {base.name!r}"
+            )
+        )
     elif base.why:
         findings.append(Finding("warning", f"it could not be compared with a base ({base.why})"))
     if (folder / "adapter_config.json").exists():
-        findings.append(Finding("warning", "an adapter lies in the same folder, and would be loaded along with it", "Move it to a folder of its own"))
+        findings.append(
+            Finding(
+                "warning",
+                "an adapter lies in the same folder, and would be loaded along with it",
+                "Move it to a folder of its own",
+            )
+        )
     layout = layout_of(here.empty) if here.empty is not None else None
     kinds = Counter(s.dtype for s in seen.values())
-    about = (("family", layout.family if layout else "not known"), ("types", ", ".join(f"{k} ×{n}" for k, n in kinds.items())), ("compared with", base.name or "nothing; give --base"))
-    return Inspection(folder.name, "whole model", about, _holdings(seen, lambda k: "weights", layout, {}), _sorted(findings))
+    about = (
+        ("family", layout.family if layout else "not known"),
+        ("types", ", ".join(f"{k} ×{n}" for k, n in kinds.items())),
+        ("compared with", base.name or "nothing; give --base"),
+    )
+    return Inspection(
+        folder.name, "whole model", about, _holdings(seen, lambda k: "weights", layout, {}), _sorted(findings)
+    )
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #b1290c1d
 def inspect_adapter(
     folder: str | Path,  # an adapter, ours or any of PEFT's; or a whole model
     base: str | Path | None = None,  # "lab", a folder or a published name; None: what the adapter names
 ) -> Inspection:
-    "Say what is in a folder, without loading a model or fetching anything. Raises `InputError` for a folder that holds neither adapter nor model."
+    """Say what is in a folder, without loading a model or fetching anything.
+
+    Raises `InputError` for a folder that holds neither adapter nor model."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("there is no such folder", folder, "Give the folder of an adapter or of a model")
     if folder.name.endswith(".partial"):
-        raise InputError("this folder was left behind by a save that was stopped", folder, "Remove it; what is whole has its name without .partial")
-    adapter = [n for n in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin") if (folder / n).exists()]
+        raise InputError(
+            "this folder was left behind by a save that was stopped",
+            folder,
+            "Remove it; what is whole has its name without .partial",
+        )
+    adapter = [
+        n for n in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin") if (folder / n).exists()
+    ]
     if adapter and not ((folder / "config.json").is_file() and list(folder.glob("model*.safetensors"))):
         return _adapter(folder, base)
     if (folder / "config.json").is_file():
         return _model(folder, base)
     inside = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
-    raise InputError("this folder holds neither an adapter (adapter_config.json) nor a model (config.json)", folder,
-                     f"There are adapters in it: {', '.join(inside[:5])}" if inside else "Give the folder of an adapter or of a model")  # fmt: skip
+    raise InputError(
+        "this folder holds neither an adapter (adapter_config.json) nor a model (config.json)",
+        folder,
+        f"There are adapters in it: {', '.join(inside[:5])}"
+        if inside
+        else "Give the folder of an adapter or of a model",
+    )

@@ -27,10 +27,12 @@ from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
-from .save import _or_rescue, check_base, check_seals, check_settings, fingerprint, lora_config, read_provenance, take_tokenizer
+from .save import _or_rescue, check_base, check_seals, check_settings, fingerprint, lora_config
+from .save import read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
-from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in, true_config, weight_files
+from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in
+from ..models.files import true_config, weight_files
 from ..models.load import load_vlm, model_folder
 from ..models.minicpmv import MiniCPMV
 from ..models.parts import linear_layers, mixed_precision
@@ -43,8 +45,18 @@ from ..train.identity import located
 # %% ../../nbs/71_checkpoint.merge.ipynb #d938d342
 CHUNK = 2**24  # weights that are held at a time
 
-KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-         "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+KINDS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NAMES = {t: n for n, t in KINDS.items()}
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #8429437b
@@ -59,8 +71,17 @@ class Reader:
                 for name, entry in json.loads(f.read(length), object_pairs_hook=unique).items():
                     if name != "__metadata__":
                         if entry["dtype"] not in KINDS:
-                            raise InputError(f"{name} is stored as {entry['dtype']}, which is not read here", file, "Give a checkpoint in 16 or 32 bit")
-                        self.places[name] = file, KINDS[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+                            raise InputError(
+                                f"{name} is stored as {entry['dtype']}, which is not read here",
+                                file,
+                                "Give a checkpoint in 16 or 32 bit",
+                            )
+                        self.places[name] = (
+                            file,
+                            KINDS[entry["dtype"]],
+                            tuple(entry["shape"]),
+                            8 + length + entry["data_offsets"][0],
+                        )
 
     def flat(
         self,
@@ -135,7 +156,8 @@ class Lora:
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #ad4ad88e
 _LORA = r"(.+)\.(?:(lora_[AB])(?:\.weight)|(lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?)"
-_STARTS = (True, False, "gaussian", "pissa")  # of LoRA's matrices; what else PEFT offers changes the base in ways that cannot be repeated from the file
+# of LoRA's matrices; what else PEFT offers changes the base in ways that cannot be repeated from the file
+_STARTS = (True, False, "gaussian", "pissa")
 
 
 class Adapter:
@@ -146,21 +168,43 @@ class Adapter:
         folder: str | Path,  # written by `save_adapter`; also a checkpoint of a run, or a plain folder of PEFT's
         base: str | Path | None = None,  # the model it belongs to, where the folder does not say
     ):
-        self.folder, self.provenance, file = Path(folder), read_provenance(folder, base), Path(folder) / "adapter_model.safetensors"
+        self.folder, self.provenance, file = (
+            Path(folder),
+            read_provenance(folder, base),
+            Path(folder) / "adapter_model.safetensors",
+        )
         check_seals(self.folder)
         try:
             with safe_open(file, framework="pt"):  # it looks at the whole header, and at the length of the file
                 self.reader = Reader(file)
             self.config = lora_config(self.folder)
         except (SafetensorError, OSError) as e:
-            raise InputError(f"this file is truncated or damaged ({e})", file, "Copy the whole folder again from where it was trained") from None
-        if self.config.init_lora_weights not in _STARTS or self.config.lora_bias or self.config.layer_replication or self.config.use_qalora:
-            raise InputError(f"init_lora_weights={self.config.init_lora_weights!r}, lora_bias={self.config.lora_bias}: this variant is not merged here",
-                             self.folder / "adapter_config.json", "Merge it with PEFT's merge_and_unload")  # fmt: skip
+            raise InputError(
+                f"this file is truncated or damaged ({e})",
+                file,
+                "Copy the whole folder again from where it was trained",
+            ) from None
+        if (
+            self.config.init_lora_weights not in _STARTS
+            or self.config.lora_bias
+            or self.config.layer_replication
+            or self.config.use_qalora
+        ):
+            raise InputError(
+                f"init_lora_weights={self.config.init_lora_weights!r}, lora_bias={self.config.lora_bias}: this variant "
+                "is not merged here",
+                self.folder / "adapter_config.json",
+                "Merge it with PEFT's merge_and_unload",
+            )
         if other := [p for p in self.config.target_parameters or () if not p.endswith(".in_proj_weight")]:
-            raise InputError(f"LoRA on the parameter {other[0]} is not merged here", self.folder / "adapter_config.json", "Merge it with PEFT's merge_and_unload")
+            raise InputError(
+                f"LoRA on the parameter {other[0]} is not merged here",
+                self.folder / "adapter_config.json",
+                "Merge it with PEFT's merge_and_unload",
+            )
         layers, self.full = {}, {}
-        self.copies: dict[str, str] = {}  # of embeddings that have LoRA: PEFT's save_pretrained writes the base's own beside it
+        # of embeddings that have LoRA: PEFT's save_pretrained writes the base's own beside it
+        self.copies: dict[str, str] = {}
         with _or_rescue(self.folder, self.provenance):
             self._sort(layers, file)
             self.loras = {module: _layer(self, module, keys) for module, keys in layers.items()}
@@ -170,9 +214,12 @@ class Adapter:
         for key in self.reader.places:
             name = key.removeprefix("base_model.model.")
             if m := re.fullmatch(_LORA, name):
-                layers.setdefault(m[1].replace(".base_layer.", "."), {})[m[2] or m[3]] = key  # PEFT nests a layer inside an attention whose parameter has LoRA
+                # PEFT nests a layer inside an attention whose parameter has LoRA
+                layers.setdefault(m[1].replace(".base_layer.", "."), {})[m[2] or m[3]] = key
             elif name == key or ".lora_" in name or "token_adapter" in name:
-                raise InputError(f"the key {key} means nothing here", file, "Give an adapter of LoRA and modules_to_save")
+                raise InputError(
+                    f"the key {key} means nothing here", file, "Give an adapter of LoRA and modules_to_save"
+                )
             elif name.endswith(".base_layer.weight"):
                 self.copies[name.replace(".base_layer.", ".")] = key
             else:
@@ -183,7 +230,11 @@ def _layer(adapter, module, keys):
     "The configuration of one layer, patterns resolved."
     c, remedy = adapter.config, "Copy the whole folder again from where it was trained"
     first, second = sorted(k for k in keys if k != "lora_magnitude_vector") if len(keys) > 1 else (None, None)
-    if first not in ("lora_A", "lora_embedding_A") or second != first[:-1] + "B" or ("lora_magnitude_vector" in keys) != bool(c.use_dora):
+    if (
+        first not in ("lora_A", "lora_embedding_A")
+        or second != first[:-1] + "B"
+        or ("lora_magnitude_vector" in keys) != bool(c.use_dora)
+    ):
         raise InputError(f"of LoRA for {module} there is only {', '.join(sorted(keys))}", adapter.folder, remedy)
     tensor = "in_proj_weight" if f"{module}.in_proj_weight" in (c.target_parameters or ()) else "weight"
     named = module if tensor == "weight" else f"{module}.{tensor}"
@@ -193,7 +244,14 @@ def _layer(adapter, module, keys):
     if found != r and c.init_lora_weights != "pissa":  # PiSSA has no more directions than the matrix
         raise InputError(f"adapter_config.json gives {module} rank {r}, and the file {found}", adapter.folder, remedy)
     start = "pissa" if c.init_lora_weights == "pissa" else False
-    alone = LoraConfig(r=r, lora_alpha=alpha, target_modules=["layer"], use_rslora=c.use_rslora, use_dora=c.use_dora, init_lora_weights=start)
+    alone = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=["layer"],
+        use_rslora=c.use_rslora,
+        use_dora=c.use_dora,
+        init_lora_weights=start,
+    )
     return Lora(alone, keys, tensor)
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #0919849b
@@ -207,19 +265,28 @@ def by_peft(
     "Merge one layer with PEFT's own arithmetic. Raises `ValueError` when the result is not finite."
     holder = nn.Module()
     make = nn.Embedding if lora.embedding else nn.Linear
-    holder.layer = make(*(weight.shape if lora.embedding else weight.shape[::-1]), device="meta", **({} if lora.embedding else {"bias": False}))
+    holder.layer = make(
+        *(weight.shape if lora.embedding else weight.shape[::-1]),
+        device="meta",
+        **({} if lora.embedding else {"bias": False}),
+    )
     holder.layer.weight = nn.Parameter(weight, requires_grad=False)
     with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that are overwritten below
         inject_adapter_in_model(lora.config, holder)
     layer = holder.layer
     for kind, key in lora.keys.items():
         t = reader.whole(key).float()
-        if kind != "lora_A" and not (kind == "lora_magnitude_vector" and lora.embedding):  # the others have a row or a column for each row of the weight
+        # the others have a row or a column for each row of the weight
+        if kind != "lora_A" and not (kind == "lora_magnitude_vector" and lora.embedding):
             t = t[:, rows] if kind == "lora_embedding_A" else t if kind == "lora_embedding_B" else t[rows]
         stored = getattr(layer, kind)["default"]
         stored = stored if isinstance(stored, nn.Parameter) else stored.weight
         if stored.shape != t.shape:
-            raise InputError(f"{key} is {shape_of(t.shape)}, and the base asks for {shape_of(stored.shape)}", reader.places[key][0], "This adapter belongs to another base")
+            raise InputError(
+                f"{key} is {shape_of(t.shape)}, and the base asks for {shape_of(stored.shape)}",
+                reader.places[key][0],
+                "This adapter belongs to another base",
+            )
         stored.data = t
     if not keep:
         layer.merge(safe_merge=True)
@@ -240,7 +307,9 @@ def _unpacked(reader, name):
     "A weight that a checkpoint holds in 4 bit."
     import bitsandbytes as bnb
 
-    state = bnb.functional.QuantState.from_dict({n: reader.whole(n) for n in reader.places if n.startswith(f"{name}.")}, device=torch.device("cpu"))
+    state = bnb.functional.QuantState.from_dict(
+        {n: reader.whole(n) for n in reader.places if n.startswith(f"{name}.")}, device=torch.device("cpu")
+    )
     return bnb.functional.dequantize_4bit(reader.whole(name), state).float()
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #7e2ccabe
@@ -266,7 +335,8 @@ def _renamed(model, stored):
         return {n: n for n in model.state_dict() if n in stored}, lambda name: name
     state, steps = model.state_dict(), get_model_conversion_mapping(model)
     renamings, converters = ([s for s in steps if isinstance(s, kind)] for kind in (WeightRenaming, WeightConverter))
-    found = {name: old for old, name in model_names(model, stored).items()}  # a tensor that is rebuilt can be copied, but not changed
+    # a tensor that is rebuilt can be copied, but not changed
+    found = {name: old for old, name in model_names(model, stored).items()}
     back = [r.reverse_transform() for r in renamings[::-1] if not isinstance(r, PrefixChange)]
 
     def as_stored(name):
@@ -284,9 +354,19 @@ def _check_copies(adapter, source, names):
     for name, key in adapter.copies.items():
         there, numel = names.get(name), torch.Size(adapter.reader.places[key][2]).numel()
         same = there in base.places and base.places[there][2] == adapter.reader.places[key][2]
-        same = same and all(torch.equal(base.flat(there, i, min(i + CHUNK, numel)).float(), adapter.reader.flat(key, i, min(i + CHUNK, numel)).float()) for i in range(0, numel, CHUNK))
+        same = same and all(
+            torch.equal(
+                base.flat(there, i, min(i + CHUNK, numel)).float(),
+                adapter.reader.flat(key, i, min(i + CHUNK, numel)).float(),
+            )
+            for i in range(0, numel, CHUNK)
+        )
         if not same:
-            raise InputError(f"{key} was trained in full beside LoRA for the same layer, or belongs to another base", adapter.folder, "Merge it with PEFT's merge_and_unload")
+            raise InputError(
+                f"{key} was trained in full beside LoRA for the same layer, or belongs to another base",
+                adapter.folder,
+                "Merge it with PEFT's merge_and_unload",
+            )
 
 
 def changes(
@@ -295,12 +375,18 @@ def changes(
     onto: str,  # nf4 or original
     keep: frozenset[str] = frozenset(),  # modules whose LoRA stays outside
 ) -> tuple[dict[str, Change], bool]:  # name to be written -> what happens; whether head and embeddings come apart
-    """Decide about every tensor of the base. Raises `InputError` for what the adapter holds and the base has no place for."""
+    """Decide about every tensor of the base.
+
+    Raises `InputError` for what the adapter holds and the base has no place for."""
     stored, model = stored_in(source), on_meta(source)
     names, as_stored = _renamed(model, stored)
     packed = {n for n, s in stored.items() if s.dtype in ("NF4", "FP4")}
     if packed and onto == "original":
-        raise InputError(f"{str(source)!r} is published in 4 bit, so there is no original to merge onto", "merge, onto", "Write 'nf4'")
+        raise InputError(
+            f"{str(source)!r} is published in 4 bit, so there is no original to merge onto",
+            "merge, onto",
+            "Write 'nf4'",
+        )
     rounds = onto == "nf4" and adapter.provenance["four_bit"] and not packed
     low = {f"{n}.weight" for n in linear_layers(model)["language"]} if rounds else set()
     tied, apart = getattr(model, "all_tied_weights_keys", None) or {}, False
@@ -315,9 +401,14 @@ def changes(
         if not {head, embeddings} & set(wanted):
             continue
         by_hand = {k.removeprefix("base_model.model.") for k in adapter.provenance.get("by_hand") or ()}
-        if adapter.config.ensure_weight_tying or (embeddings in by_hand and head not in adapter.full):  # the two stayed one tensor, which PEFT stores twice
+        # the two stayed one tensor, which PEFT stores twice
+        if adapter.config.ensure_weight_tying or (embeddings in by_hand and head not in adapter.full):
             if any("lora" in wanted[n] for n in {head, embeddings} & set(wanted)):
-                raise InputError("ensure_weight_tying is set, and tied embeddings have LoRA", adapter.folder, "Merge it with PEFT's merge_and_unload")
+                raise InputError(
+                    "ensure_weight_tying is set, and tied embeddings have LoRA",
+                    adapter.folder,
+                    "Merge it with PEFT's merge_and_unload",
+                )
             learned = wanted.get(embeddings) or wanted[head]
             wanted |= {n: learned for n in (head, embeddings) if n in names}  # a base may store it twice as well
             if head not in names:
@@ -328,13 +419,31 @@ def changes(
     for name, what in wanted.items():
         if name not in names:
             key = what.get("full") or next(iter(what["lora"].keys.values()))
-            raise InputError(f"{key} has no place in {adapter.provenance['base']!r}, or one that transformers rebuilds on loading", adapter.folder, "Give the base that the adapter was trained on")
+            raise InputError(
+                f"{key} has no place in {adapter.provenance['base']!r}, or one that transformers rebuilds on loading",
+                adapter.folder,
+                "Give the base that the adapter was trained on",
+            )
         if len(what) > 1:
-            raise InputError(f"{name} is both replaced and added to", adapter.folder, "Copy the whole folder again from where it was trained")
+            raise InputError(
+                f"{name} is both replaced and added to",
+                adapter.folder,
+                "Copy the whole folder again from where it was trained",
+            )
         was, shape = result[names[name]], stored[result[names[name]].source].shape
         if "full" in what and (found := adapter.reader.places[what["full"]][2]) != shape:
-            raise InputError(f"{what['full']} is {shape_of(found)}, and the base has {shape_of(shape)} there", adapter.folder, "Give the base that the adapter was trained on")
-        result[names[name]] = Change(was.source, was.rounded and "full" not in what, was.packed, keep=name.removesuffix(".weight") in keep and "lora" in what, **what)
+            raise InputError(
+                f"{what['full']} is {shape_of(found)}, and the base has {shape_of(shape)} there",
+                adapter.folder,
+                "Give the base that the adapter was trained on",
+            )
+        result[names[name]] = Change(
+            was.source,
+            was.rounded and "full" not in what,
+            was.packed,
+            keep=name.removesuffix(".weight") in keep and "lora" in what,
+            **what,
+        )
     return result, apart
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #95019623
@@ -356,14 +465,22 @@ def _pieces(change, base, adapter, chunk=None):
         if change.full:
             after = adapter.reader.flat(change.full, i, j).float()
             if not torch.isfinite(after).all():
-                raise InputError(f"{change.full} holds a NaN or an infinite number", adapter.folder, "Take an earlier checkpoint")
+                raise InputError(
+                    f"{change.full} holds a NaN or an infinite number", adapter.folder, "Take an earlier checkpoint"
+                )
         elif change.lora and (not change.keep or at_once):
             try:
-                after = by_peft(before.view(-1, width), change.lora, adapter.reader, slice(i // width, j // width), change.keep).flatten()
+                after = by_peft(
+                    before.view(-1, width), change.lora, adapter.reader, slice(i // width, j // width), change.keep
+                ).flatten()
             except ValueError as e:
                 if isinstance(e, InputError):
                     raise
-                raise InputError(f"LoRA beside {change.source} holds a NaN or an infinite number", adapter.folder, "Take an earlier checkpoint") from None
+                raise InputError(
+                    f"LoRA beside {change.source} holds a NaN or an infinite number",
+                    adapter.folder,
+                    "Take an earlier checkpoint",
+                ) from None
         yield before, after
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #0bd19253
@@ -384,9 +501,15 @@ class Merged:
     tokenizer: str = ""  # what the adapter's tokenizer has that the base's has not; empty: it is the base's
 
     def __str__(self):
-        lines = [f"{self.touched} of {self.tensors} tensors merged, {self.nbytes / 1e9:.2f} GB in {self.shards} file{'s' * (self.shards > 1)}: {self.folder}"]
+        lines = [
+            f"{self.touched} of {self.tensors} tensors merged, {self.nbytes / 1e9:.2f} GB in {self.shards} "
+            f"file{'s' * (self.shards > 1)}: {self.folder}"
+        ]
         if self.lost:
-            lines.append(f"{self.kept:.1%} of the change is kept; rounding to the type of the file adds an error of {self.lost:.1%} of it.")
+            lines.append(
+                f"{self.kept:.1%} of the change is kept; rounding to the type of the file adds an error of "
+                f"{self.lost:.1%} of it."
+            )
         if self.unmoved:
             lines.append(f"{len(self.unmoved)} of them came out as they were, such as {self.unmoved[0]}.")
         if self.apart:
@@ -394,7 +517,10 @@ class Merged:
         if self.tokenizer:
             lines.append(f"Its tokenizer is the adapter's, with {self.tokenizer}.")
         if self.max_pixels:
-            lines.append(f"It looks at {self.max_pixels:,} pixels of a picture at most, as in training; the picture processor's file says so.")
+            lines.append(
+                f"It looks at {self.max_pixels:,} pixels of a picture at most, as in training; the picture processor's "
+                "file says so."
+            )
         return "\n".join(lines)
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #3d47f4ef
@@ -409,7 +535,10 @@ class _Sums:
 
     def count(self, before, after, written):
         "Adds up squares and products; says whether a written weight differs from what it would have been."
-        square = lambda x: torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2  # noqa: E731
+
+        def square(x):
+            return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
+
         was, change = before.to(written.dtype), after - before
         size = square(change)
         self.asked += size
@@ -433,7 +562,8 @@ def merge_into(
 ) -> Merged:
     """Fold LoRA and modules trained in full into the base, tensor by tensor, and write the result in the base's layout.
 
-    Raises `InputError` for a wrong base, an adapter with other keys, a folder in use or a full disk, `Finding` when the merge changed nothing."""
+    Raises `InputError` for a wrong base, an adapter with other keys, a folder in use or a full disk, `Finding` when the
+    merge changed nothing."""
     fitting(max_shard_size, Annotated[float, Within(1, 10**15)], "max_shard_size", "merge")
     folder = empty_folder(folder)
     if onto not in ("nf4", "original"):
@@ -450,29 +580,63 @@ def merge_into(
         shards = _write(partial, plan, source, opened, dtype, max_shard_size, sums, kinds)
         touched = [n for n, c in plan.items() if c.touched]
         if touched and len(sums.unmoved) == len(touched) and not sums.asked:
-            raise Finding("the merged model equals its base: this adapter changes nothing", adapter, "Was it trained? Look at what it holds: vlm-lora-lab inspect")
+            raise Finding(
+                "the merged model equals its base: this adapter changes nothing",
+                adapter,
+                "Was it trained? Look at what it holds: vlm-lora-lab inspect",
+            )
         if touched and sums.kept < 0.1 * sums.asked:
             kind = str(dtype or "the type of the base").removeprefix("torch.")
-            raise Finding(f"the merged model all but equals its base: {sums.kept / sums.asked:.1%} of what this adapter changes is left in {kind}", adapter, "Write it in float32 (--dtype float32)")
+            raise Finding(
+                f"the merged model all but equals its base: {sums.kept / sums.asked:.1%} of what this adapter changes "
+                f"is left in {kind}",
+                adapter,
+                "Write it in float32 (--dtype float32)",
+            )
         config = true_config(read_json(source / "config.json"), kinds, tied=not apart)
         write_json(partial / "config.json", config)
         if own := opened.provenance.get("own_tokenizer") or "":
             take_tokenizer(adapter, partial)
         if seen := opened.provenance.get("max_pixels", 0):
             keep_limits(partial, load_processor(partial, max_pixels=seen))
-        result = Merged(folder, len(plan), len(touched), tuple(sums.unmoved), sums.kept / sums.asked if sums.asked else 1.0, (sums.lost / sums.asked) ** 0.5 if sums.asked else 0.0, len(shards),
-                        sum(f.stat().st_size for f in shards), apart, seen, own)  # fmt: skip
-        write_json(partial / "merge.json", {"adapter": located(adapter), "onto": onto, "base": located(base or opened.provenance["base"]), "base_fingerprint": opened.provenance["base_fingerprint"],
-                                            **{k: v for k, v in asdict(result).items() if k != "folder"}})  # fmt: skip
+        result = Merged(
+            folder,
+            len(plan),
+            len(touched),
+            tuple(sums.unmoved),
+            sums.kept / sums.asked if sums.asked else 1.0,
+            (sums.lost / sums.asked) ** 0.5 if sums.asked else 0.0,
+            len(shards),
+            sum(f.stat().st_size for f in shards),
+            apart,
+            seen,
+            own,
+        )
+        write_json(
+            partial / "merge.json",
+            {
+                "adapter": located(adapter),
+                "onto": onto,
+                "base": located(base or opened.provenance["base"]),
+                "base_fingerprint": opened.provenance["base_fingerprint"],
+                **{k: v for k, v in asdict(result).items() if k != "folder"},
+            },
+        )
     return result
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #923ae314
 def _write(folder, plan, source, adapter, dtype, max_shard_size, sums, kinds):
     "Write all shards and their index; returns the files."
     base, files = Reader(*weight_files(source)), weight_files(source)
-    stored, usual = stored_in(source), Counter(k for _, k, *_ in base.places.values() if _NAMES[k] in FLOATS).most_common(1)[0][0]
+    stored, usual = (
+        stored_in(source),
+        Counter(k for _, k, *_ in base.places.values() if _NAMES[k] in FLOATS).most_common(1)[0][0],
+    )
     groups, room = [], 0
-    for name, change in sorted(plan.items(), key=lambda nc: (files.index(base.places[nc[1].source][0]), base.places[nc[1].source][3])):  # as they lie on the disk
+    # as they lie on the disk
+    for name, change in sorted(
+        plan.items(), key=lambda nc: (files.index(base.places[nc[1].source][0]), base.places[nc[1].source][3])
+    ):
         kind = usual if change.packed else base.places[change.source][1]
         kind = dtype if dtype and kind.is_floating_point else kind
         shape = stored[change.source].shape
@@ -482,9 +646,15 @@ def _write(folder, plan, source, adapter, dtype, max_shard_size, sums, kinds):
             room = 0
         groups[-1].append((name, kind, shape, change))
         room, kinds[kind] = room + size, kinds[kind] + torch.Size(shape).numel()
-    names = ["model.safetensors"] if len(groups) == 1 else [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    names = (
+        ["model.safetensors"]
+        if len(groups) == 1
+        else [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    )
     total = sum(torch.Size(s).numel() * k.itemsize for g in groups for _, k, s, _ in g)
-    with tqdm(total=total, desc="merging", unit="B", unit_scale=True, **({"disable": True} if total < 2**27 else {})) as bar:
+    with tqdm(
+        total=total, desc="merging", unit="B", unit_scale=True, **({"disable": True} if total < 2**27 else {})
+    ) as bar:
         for file, group in zip(names, groups):
             shard = _Shard(folder / file, [e[:3] for e in group])
             try:
@@ -526,10 +696,17 @@ def changes_nothing(
     adapter: Adapter,
     base: str | Path,  # the model it belongs to
 ) -> bool:
-    "Does an adapter leave every weight of its base as it is? For one that learned, a look at a single matrix is enough."
+    """Does an adapter leave every weight of its base as it is?
+
+    For one that learned, a look at a single matrix is enough."""
     source = model_folder(base)
     reader, (plan, _) = Reader(*weight_files(source)), changes(adapter, source, "nf4")
-    return all(torch.equal(before, after) for change in plan.values() if change.touched for before, after in _pieces(change, reader, adapter))
+    return all(
+        torch.equal(before, after)
+        for change in plan.values()
+        if change.touched
+        for before, after in _pieces(change, reader, adapter)
+    )
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #1a7b5878
 def merge_adapter(
@@ -537,7 +714,9 @@ def merge_adapter(
     base: str | Path | None = None,  # another place of the same base; None: the one it was trained on
     onto: str = "nf4",  # "nf4": the weights it was trained beside; "original": the base's own
 ) -> nn.Module:  # whole, float32, on the CPU, in evaluation mode
-    "A merged model in memory, in float32, by way of a temporary folder. Raises what `merge_into` raises; for large models, use that."
+    """A merged model in memory, in float32, by way of a temporary folder.
+
+    Raises what `merge_into` raises; for large models, use that."""
     with tempfile.TemporaryDirectory() as place:
         merge_into(adapter, Path(place) / "merged", base, onto, torch.float32)
         return load_vlm(Path(place) / "merged", dtype=torch.float32, device="cpu")
@@ -549,7 +728,8 @@ def save_merged(
     base: str | Path,  # whose configuration, tokenizer and processor files go with it
     dtype: torch.dtype = torch.float32,  # in which the weights are written
 ) -> Path:
-    "Write a model in the layout of its base (`save_vlm`, chapter 17); `load_vlm` and `from_pretrained` read it like any other."
+    """Write a model in the layout of its base (`save_vlm`, chapter 17); `load_vlm` and `from_pretrained` read it like
+    any other."""
     return save_vlm(model, folder, model_folder(base), dtype)
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #54f09f8c
@@ -619,15 +799,30 @@ def noise_checkpoint(
         weight_map[n] = min(shards - 1, int(sum(torch.Size(s).numel() for _, s in list(state.values())[:i]) / room))
     model = apply_plan(on_meta(values), plan)
     model.active_peft_config.save_pretrained(adapter)
-    learned = {n: (torch.float32, tuple(t.shape)) for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-    files = {base / f"model-{i + 1:05}-of-{shards:05}.safetensors": {n: state[n] for n, k in weight_map.items() if k == i} for i in range(shards)}
+    learned = {
+        n: (torch.float32, tuple(t.shape))
+        for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    files = {
+        base / f"model-{i + 1:05}-of-{shards:05}.safetensors": {n: state[n] for n, k in weight_map.items() if k == i}
+        for i in range(shards)
+    }
     for file, entries in {**files, adapter / "adapter_model.safetensors": learned}.items():
         shard = _Shard(file, [(n, *e) for n, e in entries.items()])
         for kind, shape in entries.values():
             for left in range(torch.Size(shape).numel(), 0, -len(noise)):
                 shard.add(noise[:left].to(kind))
         shard.close()
-    write_json(base / INDEX, {"metadata": {}, "weight_map": {n: f"model-{k + 1:05}-of-{shards:05}.safetensors" for n, k in weight_map.items()}})
+    write_json(
+        base / INDEX,
+        {
+            "metadata": {},
+            "weight_map": {n: f"model-{k + 1:05}-of-{shards:05}.safetensors" for n, k in weight_map.items()},
+        },
+    )
     write_json(adapter / "plan.json", plan.to_dict())
-    write_json(adapter / "provenance.json", {"base": str(base), "base_fingerprint": fingerprint(base), "four_bit": four_bit, "versions": {}})
+    write_json(
+        adapter / "provenance.json",
+        {"base": str(base), "base_fingerprint": fingerprint(base), "four_bit": four_bit, "versions": {}},
+    )
     return base, adapter

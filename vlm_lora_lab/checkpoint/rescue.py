@@ -28,9 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .save import PROCESSOR_FILES, TOKENIZER_FILES, base_sha256, fingerprint, most_pixels, picture_limit, seal
+from .save import PROCESSOR_FILES, TOKENIZER_FILES, base_sha256, fingerprint, most_pixels
+from .save import picture_limit, seal
 from ..data.native import keep_limits, load_processor
-from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, text_of, write_json, yaml_value
+from ..errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, text_of
+from ..errors import write_json, yaml_value
 from ..flags import SCRIPTS, from_flags
 from ..models.files import _unpickle, save_vlm, shape_of, stored_in
 from ..models.load import load_vlm, model_folder
@@ -61,42 +63,114 @@ def _at(place, *parts):
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #32dd659b
 FORMATS = {
-    "minicpmv-2024": Format("MiniCPM-V finetune.py, May to July 2024", r"target_modules 'llm\..*layers\.\d+\.self_attn\.(…)' and neither modules_to_save nor a side file",
-                            _LORA | _at("lost", "vision", "connector", "embeddings"),
-                            ("https://github.com/OpenBMB/MiniCPM-V/blob/d2db62b034fba20c7273db7acd039973c48690f4/finetune/finetune.py", f"{_ISSUE}/272", f"{_ISSUE}/222")),
-    "minicpmv-side": Format("MiniCPM-V finetune.py, June 2024, with a side file", "vpm_resampler_embedtokens.pt beside an adapter",
-                            _LORA | _at("beside", "vision", "connector", "embeddings"),
-                            ("https://github.com/OpenBMB/MiniCPM-V/blob/main/finetune/readme.md", f"{_ISSUE}/272")),
-    "minicpmv": Format("MiniCPM-V finetune.py since 15 July 2024", "the same target_modules, and resampler in modules_to_save",
-                       _LORA | _at("adapter", "vision", "connector", "embeddings"), ("https://github.com/OpenBMB/MiniCPM-V/blob/main/finetune/finetune.py", f"{_ISSUE}/489")),
-    "qwenvl": Format("Qwen-VL finetune.py", "target_modules c_attn, attn.c_proj, w1, w2", _LORA | _at("lost", "embeddings", "head"),
-                     ("https://github.com/QwenLM/Qwen-VL/blob/master/finetune.py", "https://github.com/QwenLM/Qwen-VL/issues/378")),
-    "qwen3vl": Format("Qwen3-VL qwen-vl-finetune", "target_modules q_proj, k_proj, v_proj, o_proj on a Qwen2-VL or later", _LORA,
-                      ("https://github.com/QwenLM/Qwen3-VL/blob/main/qwen-vl-finetune/qwenvl/train/train_qwen.py", "https://github.com/QwenLM/Qwen3-VL/issues/1952")),
-    "2u1": Format("2U1/Qwen-VL-Series-Finetune", "non_lora_state_dict.bin (or LLaVA's non_lora_trainables.bin) beside an adapter",
-                  _LORA | {"embeddings": ("lora", "adapter"), "head": ("lora", "adapter")} | _at("beside", "vision", "connector"),
-                  ("https://github.com/2U1/Qwen-VL-Series-Finetune/blob/master/src/train/train_sft.py", "https://github.com/2U1/Qwen-VL-Series-Finetune/issues/231",
-                   "https://github.com/2U1/Qwen-VL-Series-Finetune/pull/259")),
-    "swift-vit": Format("ms-swift, lora_llm", "vit.safetensors beside an adapter", _LORA | _at("beside", "vision", "connector"),
-                        ("https://github.com/modelscope/ms-swift/blob/main/swift/tuner_plugin/lora_llm.py", "https://github.com/modelscope/ms-swift/issues/9187")),
-    "swift": Format("ms-swift, lora", "args.json with freeze_vit and freeze_aligner beside an adapter", _LORA | {"vision": ("lora", "adapter"), "connector": ("lora", "adapter")},
-                    ("https://swift.readthedocs.io/en/latest/Instruction/Command-line-parameters.html",)),
-    "llamafactory": Format("LLaMA-Factory, lora", "trainer_log.jsonl, training_args.yaml, or README.md tagged llama-factory, beside an adapter", _LORA | _at("adapter", "embeddings", "head"),
-                           ("https://github.com/hiyouga/LLaMA-Factory/blob/main/src/llamafactory/model/adapter.py", "https://github.com/hiyouga/LlamaFactory/issues/7665")),
-    "recipe": Format("all that asked for a gradient, in one pickle", "lora_adapter_model.pth", {"language": ("lora", "beside")} | _at("beside", "vision", "connector", "embeddings", "head"),
-                     ("https://github.com/QwenLM/Qwen-VL/issues/378",)),
-    "peft": Format("another script, through PEFT", "adapter_config.json and adapter_model.safetensors (or .bin)", _LORA, ("https://github.com/huggingface/peft",)),
-    "whole": Format("a whole model", "config.json and model*.safetensors (or pytorch_model*.bin)", {p: ("full", "adapter") for p in PARTS}, ("https://github.com/huggingface/transformers",)),
-}  # fmt: skip
+    "minicpmv-2024": Format(
+        "MiniCPM-V finetune.py, May to July 2024",
+        r"target_modules 'llm\..*layers\.\d+\.self_attn\.(…)' and neither modules_to_save nor a side file",
+        _LORA | _at("lost", "vision", "connector", "embeddings"),
+        (
+            "https://github.com/OpenBMB/MiniCPM-V/blob/d2db62b034fba20c7273db7acd039973c48690f4/finetune/finetune.py",
+            f"{_ISSUE}/272",
+            f"{_ISSUE}/222",
+        ),
+    ),
+    "minicpmv-side": Format(
+        "MiniCPM-V finetune.py, June 2024, with a side file",
+        "vpm_resampler_embedtokens.pt beside an adapter",
+        _LORA | _at("beside", "vision", "connector", "embeddings"),
+        ("https://github.com/OpenBMB/MiniCPM-V/blob/main/finetune/readme.md", f"{_ISSUE}/272"),
+    ),
+    "minicpmv": Format(
+        "MiniCPM-V finetune.py since 15 July 2024",
+        "the same target_modules, and resampler in modules_to_save",
+        _LORA | _at("adapter", "vision", "connector", "embeddings"),
+        ("https://github.com/OpenBMB/MiniCPM-V/blob/main/finetune/finetune.py", f"{_ISSUE}/489"),
+    ),
+    "qwenvl": Format(
+        "Qwen-VL finetune.py",
+        "target_modules c_attn, attn.c_proj, w1, w2",
+        _LORA | _at("lost", "embeddings", "head"),
+        ("https://github.com/QwenLM/Qwen-VL/blob/master/finetune.py", "https://github.com/QwenLM/Qwen-VL/issues/378"),
+    ),
+    "qwen3vl": Format(
+        "Qwen3-VL qwen-vl-finetune",
+        "target_modules q_proj, k_proj, v_proj, o_proj on a Qwen2-VL or later",
+        _LORA,
+        (
+            "https://github.com/QwenLM/Qwen3-VL/blob/main/qwen-vl-finetune/qwenvl/train/train_qwen.py",
+            "https://github.com/QwenLM/Qwen3-VL/issues/1952",
+        ),
+    ),
+    "2u1": Format(
+        "2U1/Qwen-VL-Series-Finetune",
+        "non_lora_state_dict.bin (or LLaVA's non_lora_trainables.bin) beside an adapter",
+        _LORA | {"embeddings": ("lora", "adapter"), "head": ("lora", "adapter")} | _at("beside", "vision", "connector"),
+        (
+            "https://github.com/2U1/Qwen-VL-Series-Finetune/blob/master/src/train/train_sft.py",
+            "https://github.com/2U1/Qwen-VL-Series-Finetune/issues/231",
+            "https://github.com/2U1/Qwen-VL-Series-Finetune/pull/259",
+        ),
+    ),
+    "swift-vit": Format(
+        "ms-swift, lora_llm",
+        "vit.safetensors beside an adapter",
+        _LORA | _at("beside", "vision", "connector"),
+        (
+            "https://github.com/modelscope/ms-swift/blob/main/swift/tuner_plugin/lora_llm.py",
+            "https://github.com/modelscope/ms-swift/issues/9187",
+        ),
+    ),
+    "swift": Format(
+        "ms-swift, lora",
+        "args.json with freeze_vit and freeze_aligner beside an adapter",
+        _LORA | {"vision": ("lora", "adapter"), "connector": ("lora", "adapter")},
+        ("https://swift.readthedocs.io/en/latest/Instruction/Command-line-parameters.html",),
+    ),
+    "llamafactory": Format(
+        "LLaMA-Factory, lora",
+        "trainer_log.jsonl, training_args.yaml, or README.md tagged llama-factory, beside an adapter",
+        _LORA | _at("adapter", "embeddings", "head"),
+        (
+            "https://github.com/hiyouga/LLaMA-Factory/blob/main/src/llamafactory/model/adapter.py",
+            "https://github.com/hiyouga/LlamaFactory/issues/7665",
+        ),
+    ),
+    "recipe": Format(
+        "all that asked for a gradient, in one pickle",
+        "lora_adapter_model.pth",
+        {"language": ("lora", "beside")} | _at("beside", "vision", "connector", "embeddings", "head"),
+        ("https://github.com/QwenLM/Qwen-VL/issues/378",),
+    ),
+    "peft": Format(
+        "another script, through PEFT",
+        "adapter_config.json and adapter_model.safetensors (or .bin)",
+        _LORA,
+        ("https://github.com/huggingface/peft",),
+    ),
+    "whole": Format(
+        "a whole model",
+        "config.json and model*.safetensors (or pytorch_model*.bin)",
+        {p: ("full", "adapter") for p in PARTS},
+        ("https://github.com/huggingface/transformers",),
+    ),
+}
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #86e8ca55
-_SIDE = {"vpm_resampler_embedtokens.pt", "non_lora_state_dict.bin", "non_lora_trainables.bin", "vit.safetensors", "lora_adapter_model.pth"}
+_SIDE = {
+    "vpm_resampler_embedtokens.pt",
+    "non_lora_state_dict.bin",
+    "non_lora_trainables.bin",
+    "vit.safetensors",
+    "lora_adapter_model.pth",
+}
 _NO_WEIGHTS = {
     "training_args.bin": "the run's settings as a pickle, never opened; if you know the flags, give them as --flags",
-    "optimizer.*": "Adam's running averages of gradients, under numbers; no weights, so nothing that was lost can come from here",
-    "scheduler.pt": "the learning rate's place", "scaler.pt": "fp16's loss scale", "rng_state*.pth": "dice",
+    "optimizer.*": "Adam's running averages of gradients, under numbers; no weights, so nothing that was lost can come "
+    "from here",
+    "scheduler.pt": "the learning rate's place",
+    "scaler.pt": "fp16's loss scale",
+    "rng_state*.pth": "dice",
     "pytorch_model*.bin": "not read, because safetensors of a whole model lie beside it",
-}  # fmt: skip
+}
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -116,26 +190,39 @@ class Found:
     def __repr__(self):
         lines = [f"{FORMATS[self.format].title} [{self.format}]", *(f"  · {e}" for e in self.evidence)]
         lines += [f"  {w.name}: weights, {w.stat().st_size:,} bytes" for w in self.weights]
-        return "\n".join(lines + [f"  {name}: {what}" for name, what in self.others.items()] + [f"  note: {n}" for n in self.notes])
+        return "\n".join(
+            lines + [f"  {name}: {what}" for name, what in self.others.items()] + [f"  note: {n}" for n in self.notes]
+        )
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #8a53bf4f
 def _weights(folder, names):
-    "The files of a folder that hold tensors. Raises `InputError` for a shard that is missing and for a file that might be one and is not known."
+    """The files of a folder that hold tensors.
+
+    Raises `InputError` for a shard that is missing and for a file that might be one and is not known."""
     adapters = [n for n in ("adapter_model.safetensors", "adapter_model.bin", *sorted(_SIDE)) if n in names]
     whole = sorted(n for n in names if re.fullmatch(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)", n))
     for index in sorted(n for n in names if n in ("model.safetensors.index.json", "pytorch_model.bin.index.json")):
         listed = read_json(folder / index).get("weight_map")
         if not isinstance(listed, dict) or (lost := sorted({f for f in map(str, listed.values())} - names)):
-            raise InputError(f"{index} lists {', '.join(lost) if isinstance(listed, dict) else 'no files'}, which is not here", folder, "Copy the whole folder again")
+            raise InputError(
+                f"{index} lists {', '.join(lost) if isinstance(listed, dict) else 'no files'}, which is not here",
+                folder,
+                "Copy the whole folder again",
+            )
     for n in whole:
         if (m := re.search(r"-of-(\d+)(\.\w+)$", n)) and (there := sum(o.endswith(m[0]) for o in whole)) != int(m[1]):
-            raise InputError(f"{n} is one of {int(m[1])} files, and {there} are here", folder, "Copy the whole folder again")
+            raise InputError(
+                f"{n} is one of {int(m[1])} files, and {there} are here", folder, "Copy the whole folder again"
+            )
     if any(n.endswith(".safetensors") for n in whole):
         whole = [n for n in whole if n.endswith(".safetensors")]  # the same once more, as transformers writes it
     known = {*adapters, *whole} | {n for n in names if any(fnmatchcase(n, p) for p in _NO_WEIGHTS)}
     if strange := sorted(n for n in names - known if Path(n).suffix in _SUFFIXES):
-        raise InputError(f"{strange[0]} may hold weights, and no script known here writes it", folder,
-                         "If it holds what was trained beside LoRA, name it non_lora_state_dict.bin; else move it away")  # fmt: skip
+        raise InputError(
+            f"{strange[0]} may hold weights, and no script known here writes it",
+            folder,
+            "If it holds what was trained beside LoRA, name it non_lora_state_dict.bin; else move it away",
+        )
     return tuple(folder / n for n in adapters + whole)
 
 
@@ -150,24 +237,44 @@ def _settings(folder, names):
         except InputError:
             raise
         except (yaml.YAMLError, ValueError, RecursionError) as e:
-            raise InputError(f"this file is damaged ({str(e).splitlines()[0]})", folder / "training_args.yaml", "Copy the whole folder again, or move this file away") from None
+            raise InputError(
+                f"this file is damaged ({str(e).splitlines()[0]})",
+                folder / "training_args.yaml",
+                "Copy the whole folder again, or move this file away",
+            ) from None
         said |= values if isinstance(values, dict) else {}
     return said
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #23e2d8b2
 def _signs(folder, names, config, settings):
     "Formats that fit, the most particular first, each with its sign."
-    targets, saved = (config or {}).get("target_modules"), [str(m).rpartition(".")[2] for m in (config or {}).get("modules_to_save") or ()]
-    targets = {t.rpartition(".")[2] if "c_proj" not in t else t for t in targets} if isinstance(targets, list) else targets
+    targets, saved = (
+        (config or {}).get("target_modules"),
+        [str(m).rpartition(".")[2] for m in (config or {}).get("modules_to_save") or ()],
+    )
+    targets = (
+        {t.rpartition(".")[2] if "c_proj" not in t else t for t in targets} if isinstance(targets, list) else targets
+    )
     base = str((config or {}).get("base_model_name_or_path"))
-    for file, key in {"vpm_resampler_embedtokens.pt": "minicpmv-side", "non_lora_state_dict.bin": "2u1", "non_lora_trainables.bin": "2u1", "vit.safetensors": "swift-vit"}.items():
+    for file, key in {
+        "vpm_resampler_embedtokens.pt": "minicpmv-side",
+        "non_lora_state_dict.bin": "2u1",
+        "non_lora_trainables.bin": "2u1",
+        "vit.safetensors": "swift-vit",
+    }.items():
         if file in names:
             yield key, f"{file} lies beside the adapter" + ("" if config else ", which is missing itself")
     if "lora_adapter_model.pth" in names:
         yield "recipe", "lora_adapter_model.pth, as a comment in Qwen-VL #378 names it"
     if isinstance(targets, str) and targets.startswith(r"llm\..*layers\.\d+\.self_attn\."):
-        yield ("minicpmv", "target_modules is that script's, and modules_to_save names " + ", ".join(saved)) if "resampler" in saved else (
-            "minicpmv-2024", "target_modules is that script's, modules_to_save is empty, and no side file is here")  # fmt: skip
+        yield (
+            ("minicpmv", "target_modules is that script's, and modules_to_save names " + ", ".join(saved))
+            if "resampler" in saved
+            else (
+                "minicpmv-2024",
+                "target_modules is that script's, modules_to_save is empty, and no side file is here",
+            )
+        )
     if targets == {"c_attn", "attn.c_proj", "w1", "w2"}:
         yield "qwenvl", "target_modules is that script's"
     if {"freeze_vit", "freeze_aligner"} <= set(settings):
@@ -178,7 +285,10 @@ def _signs(folder, names, config, settings):
     if config and card.is_file() and "llama-factory" in card.read_text(encoding="utf-8", errors="replace"):
         yield "llamafactory", "README.md is tagged llama-factory"
     if targets == {"q_proj", "k_proj", "v_proj", "o_proj"} and re.search(r"qwen.*vl", base, re.I) and not saved:
-        yield "qwen3vl", f"target_modules and the base {base} are that script's (any other could have written them as well)"
+        yield (
+            "qwen3vl",
+            f"target_modules and the base {base} are that script's (any other could have written them as well)",
+        )
     if config:
         yield "peft", "adapter_config.json and an adapter, with no sign of a script"
     if not config and "config.json" in names:
@@ -190,13 +300,23 @@ def recognise(
 ) -> Found:
     """Which script wrote a folder, and by what evidence. No tensor is read and no pickle opened.
 
-    Raises `InputError` for a folder that is empty, ours, or of no format known here; it lists what was found and what each format needs."""
+    Raises `InputError` for a folder that is empty, ours, or of no format known here; it lists what was found and what
+    each format needs."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("there is no such folder", folder, "Give the folder that the training script wrote")
-    names, inside = {f.name for f in folder.iterdir() if f.is_file()}, sorted(f.name for f in folder.iterdir() if f.is_dir())
-    if {"provenance.json", "adapter_config.json"} <= names and "base_fingerprint" in read_json(folder / "provenance.json"):
-        raise InputError("this adapter was written by this package and needs no rescue", folder, "Load it with load_adapter, or ask vlm-lora-lab inspect")
+    names, inside = (
+        {f.name for f in folder.iterdir() if f.is_file()},
+        sorted(f.name for f in folder.iterdir() if f.is_dir()),
+    )
+    if {"provenance.json", "adapter_config.json"} <= names and "base_fingerprint" in read_json(
+        folder / "provenance.json"
+    ):
+        raise InputError(
+            "this adapter was written by this package and needs no rescue",
+            folder,
+            "Load it with load_adapter, or ask vlm-lora-lab inspect",
+        )
     config = read_json(folder / "adapter_config.json") if "adapter_config.json" in names else None
     settings = _settings(folder, names)
     signs, weights = list(_signs(folder, names, config, settings)), _weights(folder, names)
@@ -205,34 +325,68 @@ def recognise(
         what = ", ".join(sorted(names)[:12] + inside[:6]) or "nothing"
         table = "".join(f"\n  {f.title}: {f.needs}" for f in FORMATS.values())
         hint = f"There are {', '.join(nested)} in it; give one of those. " if nested else ""
-        raise InputError(f"this is the checkpoint of no script known here; found: {what}", folder, f"{hint}What is known:{table}")
-    others = {n: next((what for p, what in _NO_WEIGHTS.items() if fnmatchcase(n, p)), "") for n in sorted(names - {w.name for w in weights})}
-    return Found(signs[0][0], folder, tuple(e for key, e in signs if key == signs[0][0]), config, weights, {n: w for n, w in others.items() if w}, settings,
-                 tuple(_beside(folder, inside)))  # fmt: skip
+        raise InputError(
+            f"this is the checkpoint of no script known here; found: {what}", folder, f"{hint}What is known:{table}"
+        )
+    others = {
+        n: next((what for p, what in _NO_WEIGHTS.items() if fnmatchcase(n, p)), "")
+        for n in sorted(names - {w.name for w in weights})
+    }
+    return Found(
+        signs[0][0],
+        folder,
+        tuple(e for key, e in signs if key == signs[0][0]),
+        config,
+        weights,
+        {n: w for n, w in others.items() if w},
+        settings,
+        tuple(_beside(folder, inside)),
+    )
 
 
 def _beside(folder, inside):
     "What lies around that could still hold what is missing here."
     for n in inside:
         if re.fullmatch(r"global_step\d+", n):
-            yield (f"{n}/ is DeepSpeed's: *_optim_states.pt hold all trained weights in 32 bit, but as pickles with programs in them, which are not opened here. "
-                   "DeepSpeed's own zero_to_fp32.py makes a pytorch_model.bin of them; put that into an empty folder with adapter_config.json and rescue it")  # fmt: skip
+            yield (
+                f"{n}/ is DeepSpeed's: *_optim_states.pt hold all trained weights in 32 bit, but as pickles with "
+                "programs in them, which are not opened here. "
+                "DeepSpeed's own zero_to_fp32.py makes a pytorch_model.bin of them; put that into an empty folder with "
+                "adapter_config.json and rescue it"
+            )
         if n.startswith("pytorch_model_fsdp"):
-            yield f"{n}/ is FSDP's, in pieces; accelerate merge-weights makes a model.safetensors of it: put that into an empty folder with adapter_config.json and rescue it"
+            yield (
+                f"{n}/ is FSDP's, in pieces; accelerate merge-weights makes a model.safetensors of it: put that into "
+                "an empty folder with adapter_config.json and rescue it"
+            )
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #330cf46d
-# Beginnings of names that differ between versions of transformers and between wrappers: what stands in a file -> what stands in the model.
-_OLDER = (("", ""), ("", "model."), ("model.", ""), ("model.", "model.language_model."), ("language_model.model.", "model.language_model."),
-          ("language_model.", ""), ("language_model.", "model.language_model."), ("model.", "model.model."))  # fmt: skip
-_ANEW = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")  # older versions of transformers stored what is computed when a model is built
-_LORA_NAME = re.compile(r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?$")
+# Beginnings of names that differ between versions of transformers and between wrappers: what stands in a file -> what
+# stands in the model.
+_OLDER = (
+    ("", ""),
+    ("", "model."),
+    ("model.", ""),
+    ("model.", "model.language_model."),
+    ("language_model.model.", "model.language_model."),
+    ("language_model.", ""),
+    ("language_model.", "model.language_model."),
+    ("model.", "model.model."),
+)
+# older versions of transformers stored what is computed when a model is built
+_ANEW = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
+_LORA_NAME = re.compile(
+    r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?$"
+)
 
 
 def place(
     name: str,  # without PEFT's wrapping
     known: set[str],  # names of the model's modules and tensors
 ) -> str | None:  # the same thing's name in the model; None: it has nothing of that name
-    "Where a name of another script, or of another version of transformers, belongs. Raises `InputError` when it could be two things."
+    """Where a name of another script, or of another version of transformers, belongs.
+
+    Raises `InputError` when it could be two things."""
     if name in known:
         return name
     found = sorted({new + name[len(old) :] for old, new in _OLDER if name.startswith(old)} & known)
@@ -243,7 +397,8 @@ def place(
 
 def plain_key(
     key: str,  # as it stands in a file
-) -> tuple[str, str, str]:  # name without wrappers; "lora_A", …, "copy" of a frozen original, or "" for a weight; name of the adapter
+    # name without wrappers; "lora_A", …, "copy" of a frozen original, or "" for a weight; name of the adapter
+) -> tuple[str, str, str]:
     "What a key says, without what DDP, torch.compile and PEFT wrapped around it."
     name = key.lstrip(".")
     while m := re.match(r"(module|_orig_mod|base_model\.model)\.", name):
@@ -275,11 +430,17 @@ def _tensors(found, allow_pickle):
                 with safe_open(file, framework="pt") as f:
                     keys = list(f.keys())
             except (SafetensorError, OSError) as e:
-                raise InputError(f"this file is truncated or damaged ({e})", file, "Copy it again from where it was trained") from None
+                raise InputError(
+                    f"this file is truncated or damaged ({e})", file, "Copy it again from where it was trained"
+                ) from None
             yield from (_Tensor(file.name, k, lambda file=file, k=k: _from(file, k)) for k in keys)
         elif not allow_pickle:
-            raise InputError("this file is a pickle, and was not opened", file,
-                             "If you trust where it comes from, say --allow-pickle: it is read by torch's weights_only reader, which runs no code")  # fmt: skip
+            raise InputError(
+                "this file is a pickle, and was not opened",
+                file,
+                "If you trust where it comes from, say --allow-pickle: it is read by torch's weights_only reader, "
+                "which runs no code",
+            )
         else:
             yield from (_Tensor(file.name, k, lambda t=t: t) for k, t in _unpickle(file).items())
 
@@ -303,7 +464,11 @@ class _Base:
             raise InputError(f"{name} is in no file of the base", self.folder, "Give the whole base model")
         s, key = self.stored[name]
         if s.dtype in ("NF4", "FP4"):
-            raise InputError(f"{name} is in 4 bit in the base, so there is nothing to compare with", s.file, "Give the base model in 16 or 32 bit")
+            raise InputError(
+                f"{name} is in 4 bit in the base, so there is nothing to compare with",
+                s.file,
+                "Give the base model in 16 or 32 bit",
+            )
         return _from(s.file, key)
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #793b75e4
@@ -327,7 +492,8 @@ class _Model:
         self.model = on_meta(self.folder)
         self.layout, self.tensors = layout_of(self.model), self.model.state_dict()
         self.modules = dict(self.model.named_modules())
-        self.owner = dict(getattr(self.model, "all_tied_weights_keys", None) or {})  # a tied name -> the name that holds the value
+        # a tied name -> the name that holds the value
+        self.owner = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         self.known = set(self.tensors) | set(self.modules) - {""}
         self.params = dict(self.model.named_parameters())
         self.part = {n: self.layout.part_of(n) for n in self.params}
@@ -337,17 +503,23 @@ class _Model:
     def adaptable(self):
         "Layers that LoRA can adapt -> part, embeddings among them."
         layers = {n: part for part, names in linear_layers(self.model).items() for n in names}
-        return layers | {n: "embeddings" for n in self.layout.embeddings if isinstance(self.modules.get(n), nn.Embedding)}
+        return layers | {
+            n: "embeddings" for n in self.layout.embeddings if isinstance(self.modules.get(n), nn.Embedding)
+        }
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #1fbeeeef
 def _read(found: Found, model: Any, allow_pickle: bool) -> _Contents:
-    "Put every tensor in its place. Raises `InputError` for names and shapes that the base does not have, and for two values of one name."
+    """Put every tensor in its place.
+
+    Raises `InputError` for names and shapes that the base does not have, and for two values of one name."""
     got, seen, foreign, adapters = _Contents(), {}, [], set()
     for t in _tensors(found, allow_pickle):
         name, kind, adapter = plain_key(t.key)
         at, where = place(name, model.known), f"{t.file}: {t.key}"
         if at is None and (_ANEW.search(name) or any(name.startswith(f"{p}.") for p in model.layout.aside)):
-            got.fates[where] = "computed anew: when a model is built" if _ANEW.search(name) else "not loaded here: part of a voice"
+            got.fates[where] = (
+                "computed anew: when a model is built" if _ANEW.search(name) else "not loaded here: part of a voice"
+            )
             continue
         if at is None or (at in model.modules) != kind.startswith("lora_"):
             foreign.append(where)
@@ -361,38 +533,73 @@ def _read(found: Found, model: Any, allow_pickle: bool) -> _Contents:
         elif (at, kind) in seen:
             first = seen[at, kind].read()
             if not (first.shape == value.shape and torch.equal(first.float(), value.float())):
-                raise InputError(f"{at} has another value in {t.file} than in {seen[at, kind].file}", found.folder, "Remove the file that is older")
+                raise InputError(
+                    f"{at} has another value in {t.file} than in {seen[at, kind].file}",
+                    found.folder,
+                    "Remove the file that is older",
+                )
             got.fates[where] = f"a second copy: {at}"
         else:
             seen[at, kind] = t
-            got.fates[where] = _lora_in(got, model, at, kind, value, where) if kind.startswith("lora_") else _weight_in(got, model, at, kind, value, where)
+            got.fates[where] = (
+                _lora_in(got, model, at, kind, value, where)
+                if kind.startswith("lora_")
+                else _weight_in(got, model, at, kind, value, where)
+            )
     if foreign:
         raise _foreign(found, model, foreign)
     if len(adapters) > 1:
-        raise InputError(f"there are several adapters in it: {', '.join(sorted(adapters))}", found.folder, "Save them one by one")
+        raise InputError(
+            f"there are several adapters in it: {', '.join(sorted(adapters))}", found.folder, "Save them one by one"
+        )
     return got
 
 
 def _foreign(found, model, names):
     "Names that the base does not have."
-    looks = {"attn.c_attn": "Qwen-VL", "resampler.": "MiniCPM-V", "vpm.": "MiniCPM-V", "visual.merger": "Qwen2-VL or later", "multi_modal_projector": "LLaVA and its kin"}
+    looks = {
+        "attn.c_attn": "Qwen-VL",
+        "resampler.": "MiniCPM-V",
+        "vpm.": "MiniCPM-V",
+        "visual.merger": "Qwen2-VL or later",
+        "multi_modal_projector": "LLaVA and its kin",
+    }
     like = sorted({family for sign, family in looks.items() if any(sign in n for n in names)} - {model.layout.family})
     said = (found.config or {}).get("base_model_name_or_path")
-    return InputError(f"{len(names)} of its tensors have no place in {str(model.name)!r} ({model.layout.family}), such as {names[0]}", found.folder,
-                      (f"They look like {' or '.join(like)}. " if like else "") + "Give the base that it was trained on" + (f"; adapter_config.json names {said}" if said else ""))  # fmt: skip
+    return InputError(
+        f"{len(names)} of its tensors have no place in {str(model.name)!r} ({model.layout.family}), such as {names[0]}",
+        found.folder,
+        (f"They look like {' or '.join(like)}. " if like else "")
+        + "Give the base that it was trained on"
+        + (f"; adapter_config.json names {said}" if said else ""),
+    )
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #8e1e1b6f
 def _lora_in(got, model, layer, kind, value, where):
     "Take one matrix of a LoRA, if the layer has that shape."
     weight = model.tensors.get(f"{layer}.weight")
     if weight is None or layer not in model.adaptable:
-        raise InputError(f"{where} is a LoRA beside {layer}, a {type(model.modules[layer]).__name__}, which this package cannot adapt", "rescue",
-                         "Merge it with the tool that trained it, and go on from the whole model")  # fmt: skip
+        raise InputError(
+            f"{where} is a LoRA beside {layer}, a {type(model.modules[layer]).__name__}, which this package cannot "
+            "adapt",
+            "rescue",
+            "Merge it with the tool that trained it, and go on from the whole model",
+        )
     rows, columns = weight.shape  # of an embedding: words, width
-    side = {"lora_A": (1, columns), "lora_B": (0, rows), "lora_embedding_A": (1, rows), "lora_embedding_B": (0, columns), "lora_magnitude_vector": (value.dim() - 1, rows)}
+    side = {
+        "lora_A": (1, columns),
+        "lora_B": (0, rows),
+        "lora_embedding_A": (1, rows),
+        "lora_embedding_B": (0, columns),
+        "lora_magnitude_vector": (value.dim() - 1, rows),
+    }
     axis, wanted = side[kind]
     if kind != "lora_magnitude_vector" and value.dim() != 2 or value.shape[axis] != wanted:
-        raise InputError(f"{where} is {shape_of(value.shape)}, but {layer} of {str(model.name)!r} is {shape_of(weight.shape)}", "rescue", "Give the base that it was trained on")
+        raise InputError(
+            f"{where} is {shape_of(value.shape)}, but {layer} of {str(model.name)!r} is {shape_of(weight.shape)}",
+            "rescue",
+            "Give the base that it was trained on",
+        )
     got.lora.setdefault(layer, {})[kind] = value
     return f"LoRA: {kind} of {layer}"
 
@@ -403,14 +610,22 @@ def _weight_in(got, model, name, kind, value, where):
     if value.dtype is torch.uint8 and value.numel() * 2 == wanted.numel():
         return f"packed base: {name}"
     if value.shape != wanted:
-        raise InputError(f"{where} is {shape_of(value.shape)}, but {name} of {str(model.name)!r} is {shape_of(wanted)}", "rescue",
-                         "Give the base that it was trained on" + ("; words were added to its vocabulary" if value.shape[1:] == wanted[1:] else ""))  # fmt: skip
+        raise InputError(
+            f"{where} is {shape_of(value.shape)}, but {name} of {str(model.name)!r} is {shape_of(wanted)}",
+            "rescue",
+            "Give the base that it was trained on"
+            + ("; words were added to its vocabulary" if value.shape[1:] == wanted[1:] else ""),
+        )
     if kind == "copy" or torch.equal(value, model.base[name].to(value.dtype)):
         got.same.add(name)
         return f"as in the base: {name}"
     if not value.is_floating_point() or value.dtype is torch.float64 or name not in model.params:
-        raise InputError(f"{where} is {str(value.dtype).removeprefix('torch.')} and differs from the base, which nothing here can have trained", "rescue",
-                         "Give the base that it was trained on")  # fmt: skip
+        raise InputError(
+            f"{where} is {str(value.dtype).removeprefix('torch.')} and differs from the base, which nothing here can "
+            "have trained",
+            "rescue",
+            "Give the base that it was trained on",
+        )
     got.full[name] = value
     return f"in full: {name}"
 
@@ -431,8 +646,11 @@ def modules_around(
             return []
         if (inside <= trained and name and not isinstance(module, (nn.ModuleList, nn.ModuleDict))) or bare:
             if not name or (bare and not inside <= trained and any(f"{n}.".startswith(f"{name}.") for n in language)):
-                raise InputError(f"{min(bare)} was trained in full, and PEFT cannot keep it without all of {name or 'the model'}", "rescue",
-                                 "Go on from the whole model: merge with the tool that trained it")  # fmt: skip
+                raise InputError(
+                    f"{min(bare)} was trained in full, and PEFT cannot keep it without all of {name or 'the model'}",
+                    "rescue",
+                    "Go on from the whole model: merge with the tool that trained it",
+                )
             return [name]
         return [n for child, m in module.named_children() for n in walk(f"{name}.{child}".lstrip("."), m)]
 
@@ -449,7 +667,10 @@ def lora_rules(
     usual: tuple[int, float],  # the plan's rank and alpha
 ) -> list[Rule]:  # one rule, if one can say it
     "Rules of a plan that give LoRA to exactly these layers of a part."
-    said = lambda rank, alpha: {} if (rank, alpha) == usual else {"rank": rank, "alpha": float(alpha)}  # noqa: E731
+
+    def said(rank, alpha):
+        return {} if (rank, alpha) == usual else {"rank": rank, "alpha": float(alpha)}
+
     if len(set(sizes.values())) == 1:
         options = said(*next(iter(sizes.values())))
         if set(sizes) == set(every):
@@ -480,38 +701,76 @@ def _plan_of(model: Any, sizes: dict, modules: Collection[str], options: dict) -
             words[part] = "full"
             continue
         here = {n: s for n, s in sizes.items() if layers[n] == part}
-        rules = lora_rules(here, [n for n, p in layers.items() if p == part and not _below(n, modules)], usual) if here else []
+        rules = (
+            lora_rules(here, [n for n, p in layers.items() if p == part and not _below(n, modules)], usual)
+            if here
+            else []
+        )
         rules += [Rule("full", on=m) for m in modules if any(_below(n, [m]) for n in mine)]
         words[part] = ", ".join(map(str, rules)) or "freeze"
     plan = TuningPlan(**words, rank=usual[0], alpha=usual[1], **options)
     wanted = {n for n in model.params if _below(n, modules)}
     given = {n: (r.rank, r.alpha) for n, r in lora_layers(model.model, plan).items()}
     kept = {n for n in model.params if _below(n, full_modules(model.model, plan))}
-    if {n: (r, a and float(a)) for n, (r, a) in given.items()} != {n: (r, float(a)) for n, (r, a) in sizes.items()} or kept != wanted:
-        raise RuntimeError(f"The plan {plan.words} does not say what is in the files: {sorted(set(given) ^ set(sizes))[:4]}, {sorted(kept ^ wanted)[:4]}.")
+    if {n: (r, a and float(a)) for n, (r, a) in given.items()} != {
+        n: (r, float(a)) for n, (r, a) in sizes.items()
+    } or kept != wanted:
+        raise RuntimeError(
+            f"The plan {plan.words} does not say what is in the files: {sorted(set(given) ^ set(sizes))[:4]}, "
+            f"{sorted(kept ^ wanted)[:4]}."
+        )
     return plan
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #7a459285
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # starts of LoRA that leave the base as it was
-_NOT_READ = ("layer_replication", "megatron_config", "trainable_token_indices", "lora_bias", "target_parameters", "use_qalora", "use_bdlora", "alora_invocation_tokens",
-             "fan_in_fan_out", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "lora_ga_config", "corda_config")  # fmt: skip
+_NOT_READ = (
+    "layer_replication",
+    "megatron_config",
+    "trainable_token_indices",
+    "lora_bias",
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "fan_in_fan_out",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "lora_ga_config",
+    "corda_config",
+)
 
 
 def _options(config, where):
     "What adapter_config.json says beyond names: dropout and variant. Raises `InputError` for what a plan cannot say."
     if (kind := str(config.get("peft_type", "LORA")).upper()) != "LORA":
-        raise InputError(f"peft_type is {kind}, and only LORA is read", where, "Merge it with the tool that trained it, and go on from the whole model")
+        raise InputError(
+            f"peft_type is {kind}, and only LORA is read",
+            where,
+            "Merge it with the tool that trained it, and go on from the whole model",
+        )
     for name in _NOT_READ:
         if config.get(name):
-            raise InputError(f"{name} is {config[name]!r}, which no plan can say", where, "Merge it with the tool that trained it, and go on from the whole model")
+            raise InputError(
+                f"{name} is {config[name]!r}, which no plan can say",
+                where,
+                "Merge it with the tool that trained it, and go on from the whole model",
+            )
     if (bias := config.get("bias", "none")) != "none":
-        raise InputError(f"bias is {bias!r}: biases of the layers with LoRA were trained, too, and no plan can say that", where,
-                         "Merge it with the tool that trained it, and go on from the whole model")  # fmt: skip
+        raise InputError(
+            f"bias is {bias!r}: biases of the layers with LoRA were trained, too, and no plan can say that",
+            where,
+            "Merge it with the tool that trained it, and go on from the whole model",
+        )
     start, flags = config.get("init_lora_weights", True), [n for n in ("dora", "rslora") if config.get(f"use_{n}")]
     if start not in _PLAIN_STARTS or len(flags) > 1:
         what = " and ".join(f"use_{n}" for n in flags) if len(flags) > 1 else f"init_lora_weights {start!r}"
-        raise InputError(f"it has {what}, which no plan of one adapter can say", where,
-                         "Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)")  # fmt: skip
+        raise InputError(
+            f"it has {what}, which no plan of one adapter can say",
+            where,
+            "Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)",
+        )
     return {"dropout": float(config.get("lora_dropout") or 0), "variant": flags[0] if flags else "lora"}
 
 
@@ -521,7 +780,11 @@ def _alpha(config, names):
         if any(re.match(rf"(.*\.)?({pattern})$", n) for n in names):
             return alpha
     if not isinstance(config.get("lora_alpha"), (int, float)):
-        raise InputError(f"lora_alpha is {config.get('lora_alpha')!r}", "adapter_config.json", "Without it nobody knows how strong the LoRA was; look for it in the run's script")
+        raise InputError(
+            f"lora_alpha is {config.get('lora_alpha')!r}",
+            "adapter_config.json",
+            "Without it nobody knows how strong the LoRA was; look for it in the run's script",
+        )
     return config["lora_alpha"]
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #f8f0c933
@@ -541,7 +804,10 @@ class Loss:
     def __str__(self):
         what = "layers with LoRA" if self.word == "lora" else "tensors trained in full"
         gone = "not in these files" if self.elsewhere else "lost for good"
-        return f"{self.part}: {self.missing} of {self.of} {what} are {'' if self.certain else 'probably '}{gone}. {self.why} ({self.link}){self.elsewhere and f'. But {self.elsewhere}'}"
+        return (
+            f"{self.part}: {self.missing} of {self.of} {what} are {'' if self.certain else 'probably '}{gone}. "
+            f"{self.why} ({self.link}){self.elsewhere and f'. But {self.elsewhere}'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -556,7 +822,14 @@ class _Claim:
     some: bool = False  # one layer of a part is enough
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #39ce363c
-_TELLS = {"swift": "freeze_vit", "llamafactory": "finetuning_type", "minicpmv": "tune_vision", "qwen3vl": "lora_enable", "qwenvl": "fix_vit"}  # a flag that only this script has
+# a flag that only this script has
+_TELLS = {
+    "swift": "freeze_vit",
+    "llamafactory": "finetuning_type",
+    "minicpmv": "tune_vision",
+    "qwen3vl": "lora_enable",
+    "qwenvl": "fix_vit",
+}
 
 
 def _script(found, flags):
@@ -580,7 +853,11 @@ def _targeted(config, model):
     "Layers that adapter_config.json gives LoRA to, as far as their names are the model's."
     targets, layers = config.get("target_modules"), set(model.adaptable)
     if isinstance(targets, str):
-        return {n for n in layers if targets == "all-linear" and model.adaptable[n] not in ("head", "embeddings") or re.fullmatch(targets, n)}
+        return {
+            n
+            for n in layers
+            if targets == "all-linear" and model.adaptable[n] not in ("head", "embeddings") or re.fullmatch(targets, n)
+        }
     names = {place(t, model.known) or t for t in targets or ()}
     return {n for n in layers if any(n == t or n.endswith(f".{t}") for t in names)}
 
@@ -588,26 +865,55 @@ def _targeted(config, model):
 def _claims(found, model, flags):
     "Everything that says what was trained."
     config, link = found.config or {}, FORMATS[found.format].sources[-1]
-    of = lambda *parts: frozenset(n for n, p in model.part.items() if p in parts)  # noqa: E731
+
+    def of(*parts):
+        return frozenset(n for n, p in model.part.items() if p in parts)
+
     for name in config.get("modules_to_save") or ():
         at = {m for m in model.modules if m == (place(name, model.known) or name) or m.endswith(f".{name}")}
-        yield _Claim("full", frozenset(n for n in model.params if _below(n, at)), f"adapter_config.json has {name} in modules_to_save.", link=link)
+        yield _Claim(
+            "full",
+            frozenset(n for n in model.params if _below(n, at)),
+            f"adapter_config.json has {name} in modules_to_save.",
+            link=link,
+        )
     if config and not any(config.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern")):
-        yield _Claim("lora", frozenset(_targeted(config, model)), "adapter_config.json has them in target_modules.", link=link)
+        yield _Claim(
+            "lora", frozenset(_targeted(config, model)), "adapter_config.json has them in target_modules.", link=link
+        )
     script, given = _script(found, flags)
-    if found.format == "swift-vit" or str(found.settings.get("train_type", found.settings.get("tuner_type"))) == "lora_llm":
-        yield _Claim("full", of("vision", "connector"), "lora_llm trains vision tower and aligner in full, and vit.safetensors is where they are.", link=FORMATS["swift-vit"].sources[-1])
+    if (
+        found.format == "swift-vit"
+        or str(found.settings.get("train_type", found.settings.get("tuner_type"))) == "lora_llm"
+    ):
+        yield _Claim(
+            "full",
+            of("vision", "connector"),
+            "lora_llm trains vision tower and aligner in full, and vit.safetensors is where they are.",
+            link=FORMATS["swift-vit"].sources[-1],
+        )
         return
     if script:
         was, _ = _said(script, given)
         for word in ("full", "lora") if was else ():
             for part in (p for p, w in was.plan.words.items() if w == word):
                 names = of(part) if word == "full" else frozenset(n for n, p in model.adaptable.items() if p == part)
-                yield _Claim(word, names, f"The flags of {script} say that it was trained.", link=link, some=word == "lora")
+                yield _Claim(
+                    word, names, f"The flags of {script} say that it was trained.", link=link, some=word == "lora"
+                )
     elif found.format == "minicpmv-2024":
-        why = "This version of the script trained it in full beside LoRA and saved only what has 'lora_' in its name (outside ZeRO-3)."
+        why = (
+            "This version of the script trained it in full beside LoRA and saved only what has 'lora_' in its name "
+            "(outside ZeRO-3)."
+        )
         yield _Claim("full", of("connector", "embeddings"), why, False, link=f"{_ISSUE}/222")
-        yield _Claim("full", of("vision"), f"{why} It was trained if --tune_vision was true, the default.", False, link=f"{_ISSUE}/222")
+        yield _Claim(
+            "full",
+            of("vision"),
+            f"{why} It was trained if --tune_vision was true, the default.",
+            False,
+            link=f"{_ISSUE}/222",
+        )
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #4c9d99d2
 def _losses(found, model, got, flags):
@@ -616,14 +922,27 @@ def _losses(found, model, got, flags):
     for name in sorted(got.empty):
         part = model.part.get(name, "")
         names = sorted(n for n in got.empty if model.part.get(n) == part)
-        lost[part, "full"] = Loss(part, "full", len(names), len(names), f"The file holds an empty tensor for {names[0]}: under ZeRO-3 it was saved before it was gathered.",
-                                  FORMATS["llamafactory"].sources[-1])  # fmt: skip
+        lost[part, "full"] = Loss(
+            part,
+            "full",
+            len(names),
+            len(names),
+            f"The file holds an empty tensor for {names[0]}: under ZeRO-3 it was saved before it was gathered.",
+            FORMATS["llamafactory"].sources[-1],
+        )
     for claim in _claims(found, model, flags):
-        have = there if claim.word == "full" else {n for n, kinds in got.lora.items() if len(kinds) > 1} | {n for n in model.modules if f"{n}.weight" in there}
+        have = (
+            there
+            if claim.word == "full"
+            else {n for n, kinds in got.lora.items() if len(kinds) > 1}
+            | {n for n in model.modules if f"{n}.weight" in there}
+        )
         for part in PARTS:
             mine = {n for n in claim.names if (model.part if claim.word == "full" else model.adaptable)[n] == part}
             if (missing := mine - have) and not (claim.some and mine & have) and (part, claim.word) not in lost:
-                lost[part, claim.word] = Loss(part, claim.word, len(missing), len(mine), claim.why, claim.link, claim.certain)
+                lost[part, claim.word] = Loss(
+                    part, claim.word, len(missing), len(mine), claim.why, claim.link, claim.certain
+                )
     return tuple(lost.values())
 
 
@@ -631,7 +950,10 @@ def _suspicious(found, model, got, flags):
     "What is in the files, and looks as if nothing had been learned, or worse."
     ups = {n: t for n, kinds in got.lora.items() for k, t in kinds.items() if k.endswith("_B")}
     if idle := [n for n, t in ups.items() if not t.any()]:
-        yield f"the second matrix of LoRA is all zero in {len(idle)} of {len(ups)} layers, such as {idle[0]}: there it learned nothing"
+        yield (
+            f"the second matrix of LoRA is all zero in {len(idle)} of {len(ups)} layers, such as {idle[0]}: there it "
+            "learned nothing"
+        )
     for name, t in [*got.full.items(), *((n, t) for n, kinds in got.lora.items() for t in kinds.values())]:
         if not torch.isfinite(t).all():
             yield f"{name} holds a value that is no number"
@@ -639,31 +961,51 @@ def _suspicious(found, model, got, flags):
         for part in PARTS if claim.word == "full" else ():
             mine = {n for n in claim.names if model.part[n] == part}
             if mine and mine <= got.same - set(got.full):
-                yield f"{part} was to be trained in full, is in the files, and equals the base in all {len(mine)} tensors"
+                yield (
+                    f"{part} was to be trained in full, is in the files, and equals the base in all {len(mine)} tensors"
+                )
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #b15e4120
 def _elsewhere(found, model, allow_pickle):
-    "Folders nearby that hold whole tensors: part, and what to say of it; an empty part for a folder that could not be read."
+    """Folders nearby that hold whole tensors: part, and what to say of it; an empty part for a folder that could not be
+    read."""
     near = [found.folder.resolve().parent] if found.folder.resolve().name.startswith("checkpoint-") else []
-    near += sorted(d for root in (found.folder, *near) for d in root.glob("checkpoint-*") if d.is_dir() and d.resolve() != found.folder.resolve())
+    near += sorted(
+        d
+        for root in (found.folder, *near)
+        for d in root.glob("checkpoint-*")
+        if d.is_dir() and d.resolve() != found.folder.resolve()
+    )
     for folder in near:
         try:
             names = {f.name for f in folder.iterdir() if f.is_file()}
             beside = Found("peft", folder, (), None, _weights(folder, names), {}, {})
-            held = {place(name, model.known) for t in _tensors(beside, allow_pickle) for name, kind, _ in [plain_key(t.key)] if not kind}
+            held = {
+                place(name, model.known)
+                for t in _tensors(beside, allow_pickle)
+                for name, kind, _ in [plain_key(t.key)]
+                if not kind
+            }
         except InputError as e:
             yield "", f"{folder.name} was not looked into: {e.found}"
             continue
         for part in PARTS:
             if n := sum(model.part.get(h) == part for h in held):
-                yield part, f"{folder.name} still holds {n} tensors of it, as they were at that step: rescue that folder, too"
+                yield (
+                    part,
+                    f"{folder.name} still holds {n} tensors of it, as they were at that step: rescue that folder, too",
+                )
 
 
 def _placed(lost, near, found):
     "Losses, with the place where some of it still is."
     for loss in lost:
         there = [text for part, text in near if part == loss.part and loss.word == "full"]
-        yield replace(loss, elsewhere="; ".join(there) or ("the pieces that DeepSpeed or FSDP left may hold it, see the note" if found.notes else ""))
+        yield replace(
+            loss,
+            elsewhere="; ".join(there)
+            or ("the pieces that DeepSpeed or FSDP left may hold it, see the note" if found.notes else ""),
+        )
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #365e71ec
 @dataclass(frozen=True)
@@ -691,32 +1033,69 @@ class Rescue:
     def __repr__(self):
         cells = list(self._cells())
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        lines = [repr(self.found), "", *("  ".join(c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells), ""]
+        lines = [
+            repr(self.found),
+            "",
+            *(
+                "  ".join(c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+                for row in cells
+            ),
+            "",
+        ]
         kinds = Counter(f.partition(":")[0] for f in self.fates.values())
-        lines += [f"{len(self.fates)} tensors in the files: " + ", ".join(f"{n} {k}" for k, n in kinds.most_common()) + "."]
+        lines += [
+            f"{len(self.fates)} tensors in the files: " + ", ".join(f"{n} {k}" for k, n in kinds.most_common()) + "."
+        ]
         for title, said in (("LOST", self.lost), ("SUSPICIOUS", self.suspicious), ("note", self.notes)):
             lines += [f"{title}: {s}" for s in said]
-        return "\n".join([*lines, *([] if self.lost else ["Nothing is known to be lost."]), *([f"Written: {self.written}"] if self.written else [])])
+        return "\n".join(
+            [
+                *lines,
+                *([] if self.lost else ["Nothing is known to be lost."]),
+                *([f"Written: {self.written}"] if self.written else []),
+            ]
+        )
 
     def _repr_html_(self):
         head, *body = self._cells()
-        row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
-        said = [("lost", str(x)) for x in self.lost] + [("suspicious", s) for s in self.suspicious] + [("note", n) for n in self.notes]
-        return (f"<table><caption>{html.escape(FORMATS[self.found.format].title)}</caption><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
-                f"<ul>{''.join(f'<li><b>{k}</b>: {html.escape(s)}</li>' for k, s in said)}</ul>")  # fmt: skip
+
+        def row(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        said = (
+            [("lost", str(x)) for x in self.lost]
+            + [("suspicious", s) for s in self.suspicious]
+            + [("note", n) for n in self.notes]
+        )
+        return (
+            f"<table><caption>{html.escape(FORMATS[self.found.format].title)}</caption><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
+            f"<ul>{''.join(f'<li><b>{k}</b>: {html.escape(s)}</li>' for k, s in said)}</ul>"
+        )
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #18abb8a0
 def _sizes(got, config, options):
     "Rank and alpha of every LoRA. Raises `InputError` for one that is not whole."
     sizes = {}
     for layer, kinds in got.lora.items():
-        pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in kinds or "lora_embedding_B" in kinds else ("lora_A", "lora_B")
+        pair = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if "lora_embedding_A" in kinds or "lora_embedding_B" in kinds
+            else ("lora_A", "lora_B")
+        )
         wanted = {*pair, "lora_magnitude_vector"} if options["variant"] == "dora" else set(pair)
         if set(kinds) != wanted:
-            raise InputError(f"LoRA beside {layer} has {', '.join(sorted(kinds))} and should have {', '.join(sorted(wanted))}", "rescue", "Copy the whole folder again")
+            raise InputError(
+                f"LoRA beside {layer} has {', '.join(sorted(kinds))} and should have {', '.join(sorted(wanted))}",
+                "rescue",
+                "Copy the whole folder again",
+            )
         rank = kinds[pair[0]].shape[0]
         if kinds[pair[1]].shape[1] != rank:
-            raise InputError(f"the two matrices of LoRA beside {layer} have ranks {rank} and {kinds[pair[1]].shape[1]}", "rescue", "Copy the whole folder again")
+            raise InputError(
+                f"the two matrices of LoRA beside {layer} have ranks {rank} and {kinds[pair[1]].shape[1]}",
+                "rescue",
+                "Copy the whole folder again",
+            )
         sizes[layer] = (rank, _alpha(config, (got.raw[layer], layer)))
     return sizes
 
@@ -724,21 +1103,30 @@ def _sizes(got, config, options):
 def _fold(got, model, layer, size, variant):
     "Add a LoRA to the weight beside it, which was trained in full as well: no plan can say both."
     if variant == "dora":
-        raise InputError(f"{layer} has DoRA and lies in a module that was trained in full", "rescue", "Merge it with the tool that trained it, and go on from the whole model")
+        raise InputError(
+            f"{layer} has DoRA and lies in a module that was trained in full",
+            "rescue",
+            "Merge it with the tool that trained it, and go on from the whole model",
+        )
     (down, up), name = [t.float() for _, t in sorted(got.lora.pop(layer).items())], f"{layer}.weight"
     delta = up @ down * size[1] / (math.sqrt(size[0]) if variant == "rslora" else size[0])
     weight = got.full[name] if name in got.full else model.base[name]
     got.full[name] = weight.float() + (delta.T if delta.shape != weight.shape else delta)
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #f72082e1
-_BY_LLAMA_FACTORY = 768 * 768  # pixels; image_max_pixels of ProcessorArguments in its src/llamafactory/hparams/model_args.py
+# pixels; image_max_pixels of ProcessorArguments in its src/llamafactory/hparams/model_args.py
+_BY_LLAMA_FACTORY = 768 * 768
 
 
 def _asked_for(found, model):
     "Most pixels of a picture that a run looked at, and what says so; 0: nothing says less than the base's files."
     said = {f"{picture_file(found.folder)[1]} there": picture_limit(found.folder, model.folder)}
     if most := most_pixels(picture_file(model.folder)[0]):
-        said |= {f"its settings, {key}": n for key in ("max_pixels", "image_max_pixels") if type(n := found.settings.get(key)) is int and n < most}
+        said |= {
+            f"its settings, {key}": n
+            for key in ("max_pixels", "image_max_pixels")
+            if type(n := found.settings.get(key)) is int and n < most
+        }
     less = {where: n for where, n in said.items() if n > 0}
     where = min(less, key=less.__getitem__, default="")
     return less.get(where, 0), where
@@ -762,8 +1150,11 @@ def _notes_on_pictures(found, model):
     if note:
         yield note
     elif found.format == "llamafactory" and most_pixels(picture_file(model.folder)[0]):
-        yield (f"LLaMA-Factory makes pictures smaller than {_BY_LLAMA_FACTORY:,} pixels unless image_max_pixels says otherwise, and no file here says what it was; "
-               f"if you left it alone, ask with --max-pixels {_BY_LLAMA_FACTORY}")  # fmt: skip
+        yield (
+            f"LLaMA-Factory makes pictures smaller than {_BY_LLAMA_FACTORY:,} pixels unless image_max_pixels says "
+            "otherwise, and no file here says what it was; "
+            f"if you left it alone, ask with --max-pixels {_BY_LLAMA_FACTORY}"
+        )
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #3490141b
 def _rows(model, got, sizes):
@@ -783,19 +1174,32 @@ def _notes(found, model, got, flags, four_bit, completed, folded):
     "What a reader should know besides."
     said = (found.config or {}).get("base_model_name_or_path")
     if said and Path(str(said)).name != Path(str(model.name)).name:
-        yield f"adapter_config.json names {said} as the base; here it was {model.name}. Shapes agree; values of the base are in no adapter"
+        yield (
+            f"adapter_config.json names {said} as the base; here it was {model.name}. Shapes agree; values of the "
+            "base are in no adapter"
+        )
     if found.config and four_bit is None and not {"quant_bits", "quantization_bit"} & set(found.settings):
         yield "no file says whether the base was in 4 bit in training; taken as whole. Say --four-bit if it was Q-LoRA"
     if renamed := {raw: at for at, raw in got.raw.items() if raw != at}:
         raw, at = next(iter(renamed.items()))
         yield f"{len(renamed)} names were translated to those of the base, such as {raw} -> {at}"
     if completed:
-        yield f"{len(completed)} tensors that were not trained come from the base, because PEFT keeps whole modules: {', '.join(completed[:3])}" + (", …" if completed[3:] else "")
+        yield (
+            f"{len(completed)} tensors that were not trained come from the base, because PEFT keeps whole modules: "
+            f"{', '.join(completed[:3])}" + (", …" if completed[3:] else "")
+        )
     if folded:
-        yield f"LoRA beside {len(folded)} layers that were trained in full as well was added to their weights, such as {folded[0]}; if that is news to you, this is not the base they were trained on"
+        yield (
+            f"LoRA beside {len(folded)} layers that were trained in full as well was added to their weights, such as "
+            f"{folded[0]}; if that is news to you, this is not the base they were trained on"
+        )
     script, given = _script(found, flags)
     if script and (refused := _said(script, given)[1]):
-        ignored = "; what it ignored was never trained, so nothing of it is lost" if "ignores" in refused or "does not train" in refused else ""
+        ignored = (
+            "; what it ignored was never trained, so nothing of it is lost"
+            if "ignores" in refused or "does not train" in refused
+            else ""
+        )
         yield f"flags of {script}: {refused}{ignored}"
     yield from _notes_on_pictures(found, model)
     yield from found.notes
@@ -805,33 +1209,55 @@ def rescue(
     folder: str | Path,  # written by some script
     base: str | Path,  # the model that it was trained on: "lab", or a folder
     output: str | Path | None = None,  # must not exist, or be empty; None: only look
-    flags: tuple[str, dict] | None = None,  # the script and the flags it ran with, as for `from_flags`, where you know them
+    # the script and the flags it ran with, as for `from_flags`, where you know them
+    flags: tuple[str, dict] | None = None,
     four_bit: bool | None = None,  # was the base in 4 bit in training? None: as the run's JSON says, else no
     allow_pickle: bool = False,  # read *.bin, *.pt and *.pth through torch's weights_only reader, which runs no code
 ) -> Rescue:
-    """Say what a foreign checkpoint holds and what is lost, and write what is there as an adapter of ours, or as a whole model when there is no LoRA.
+    """Say what a foreign checkpoint holds and what is lost, and write what is there as an adapter of ours, or as a
+    whole model when there is no LoRA.
 
-    Raises `InputError` for a folder of no known format, a pickle that was not allowed or holds more than tensors, a damaged file, another base, and for what no plan can say."""
+    Raises `InputError` for a folder of no known format, a pickle that was not allowed or holds more than tensors, a
+    damaged file, another base, and for what no plan can say."""
     found, output = recognise(folder), None if output is None else empty_folder(output)
     model = _Model(base)
     got = _read(found, model, allow_pickle)
     if got.lora and found.config is None:
-        raise InputError("there is LoRA in it, and no adapter_config.json: nobody knows its alpha", found.folder, "Find that file, or write one with lora_alpha, r and target_modules")
+        raise InputError(
+            "there is LoRA in it, and no adapter_config.json: nobody knows its alpha",
+            found.folder,
+            "Find that file, or write one with lora_alpha, r and target_modules",
+        )
     options = _options(found.config, found.folder / "adapter_config.json") if got.lora else {}
     sizes, modules = _sizes(got, found.config, options), modules_around(model.model, set(got.full))
-    lost, suspicious, rows = _losses(found, model, got, flags), tuple(_suspicious(found, model, got, flags)), tuple(_rows(model, got, sizes))
+    lost, suspicious, rows = (
+        _losses(found, model, got, flags),
+        tuple(_suspicious(found, model, got, flags)),
+        tuple(_rows(model, got, sizes)),
+    )
     folded = [n for n in sizes if _below(n, modules)]
     for layer in folded:
         _fold(got, model, layer, sizes.pop(layer), options["variant"])
     plan = _plan_of(model, sizes, modules, options) if sizes else None
-    completed = sorted(n for n in model.params if _below(n, modules) and n not in got.full and n not in got.same) if plan else []
+    completed = (
+        sorted(n for n in model.params if _below(n, modules) and n not in got.full and n not in got.same)
+        if plan
+        else []
+    )
     near = list(_elsewhere(found, model, allow_pickle)) if lost else []
     lost = tuple(_placed(lost, near, found))
     notes = [*_notes(found, model, got, flags, four_bit, completed, folded), *(text for part, text in near if not part)]
     if not sizes:
-        notes.append("there is no LoRA in it" + (": it becomes a whole model" if got.full else ", and nothing that differs from the base"))
+        notes.append(
+            "there is no LoRA in it"
+            + (": it becomes a whole model" if got.full else ", and nothing that differs from the base")
+        )
     result = Rescue(found, rows, got.fates, lost, suspicious, tuple(notes), plan)
-    return result if output is None else _write(result, model, got, output, bool(_four_bit(found) if four_bit is None else four_bit))
+    return (
+        result
+        if output is None
+        else _write(result, model, got, output, bool(_four_bit(found) if four_bit is None else four_bit))
+    )
 
 
 def _four_bit(found):
@@ -844,8 +1270,12 @@ def _refuse_apart(found, model, got):
     saved = () if config.get("ensure_weight_tying") else config.get("modules_to_save") or ()
     for head, embeddings in model.owner.items():
         if embeddings in got.full and any(f".{m}." in f".{embeddings}" for m in saved):
-            raise InputError(f"{embeddings} was trained apart from {head}, which is the same tensor in this base and stayed as it was", found.folder,
-                             "No plan can say that. PEFT loads this adapter as it is, and its merge_and_unload keeps the two apart")  # fmt: skip
+            raise InputError(
+                f"{embeddings} was trained apart from {head}, which is the same tensor in this base and stayed as it "
+                "was",
+                found.folder,
+                "No plan can say that. PEFT loads this adapter as it is, and its merge_and_unload keeps the two apart",
+            )
 
 
 def _write(result, model, got, output, four_bit):
@@ -862,7 +1292,9 @@ def _write(result, model, got, output, four_bit):
         state[key] = value.float().contiguous().clone()
         if state[key].shape != like.shape:
             raise RuntimeError(f"{key} is {shape_of(state[key].shape)} and should be {shape_of(like.shape)}.")
-    if lost := ({f"{n} {k}" for n, kinds in got.lora.items() for k in kinds} | set(got.full)) - {" ".join(filter(None, plain_key(k)[:2])) for k in wanted}:
+    if lost := ({f"{n} {k}" for n, kinds in got.lora.items() for k in kinds} | set(got.full)) - {
+        " ".join(filter(None, plain_key(k)[:2])) for k in wanted
+    }:
         raise RuntimeError(f"{len(lost)} tensors would be lost: {sorted(lost)[:5]}.")
     config = wrapped.active_peft_config
     config.base_model_name_or_path, config.inference_mode = located(model.name), True
@@ -870,17 +1302,39 @@ def _write(result, model, got, output, four_bit):
         config.save_pretrained(partial)
         with explain_write_errors(output):
             save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        for file in sorted(f for f in model.folder.iterdir() if any(fnmatchcase(f.name, p) for p in (*TOKENIZER_FILES, *PROCESSOR_FILES))):
+        for file in sorted(
+            f
+            for f in model.folder.iterdir()
+            if any(fnmatchcase(f.name, p) for p in (*TOKENIZER_FILES, *PROCESSOR_FILES))
+        ):
             shutil.copyfile(file, partial / file.name)
         processor, pixels, _ = _eyes(result.found, model)
         if processor:
             keep_limits(partial, processor)
         write_json(partial / "plan.json", result.plan.to_dict())
         packages = ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")
-        write_json(partial / "rescue.json", {"format": result.found.format, "lost": [asdict(x) for x in result.lost], "suspicious": result.suspicious,
-                                             "notes": result.notes, "tensors": result.fates})  # fmt: skip
-        seal(partial, {"base": located(model.name), "base_fingerprint": fingerprint(model.name), "base_sha256": base_sha256(model.name), "four_bit": four_bit, "max_pixels": pixels,
-                       "versions": {p: version(p) for p in packages}, "rescued_from": result.found.format})  # fmt: skip
+        write_json(
+            partial / "rescue.json",
+            {
+                "format": result.found.format,
+                "lost": [asdict(x) for x in result.lost],
+                "suspicious": result.suspicious,
+                "notes": result.notes,
+                "tensors": result.fates,
+            },
+        )
+        seal(
+            partial,
+            {
+                "base": located(model.name),
+                "base_fingerprint": fingerprint(model.name),
+                "base_sha256": base_sha256(model.name),
+                "four_bit": four_bit,
+                "max_pixels": pixels,
+                "versions": {p: version(p) for p in packages},
+                "rescued_from": result.found.format,
+            },
+        )
         again = load_peft_weights(str(partial), device="cpu")
         if set(again) != set(state) or any(not torch.equal(again[k], state[k]) for k in state):
             raise RuntimeError(f"What was read back from {partial} is not what was written.")
@@ -890,7 +1344,11 @@ def _write(result, model, got, output, four_bit):
 def _write_whole(found, model, got, output):
     "The base with what was trained in its place, in the layout of the base."
     if not got.full:
-        raise InputError("there is nothing in it that was trained, so there is nothing to write", output, "Read the report: leave --output away")
+        raise InputError(
+            "there is nothing in it that was trained, so there is nothing to write",
+            output,
+            "Read the report: leave --output away",
+        )
     whole = load_vlm(model.name, dtype="stored", device="cpu")
     params = dict(whole.named_parameters())
     for name, value in got.full.items():

@@ -58,7 +58,8 @@ from ..train.run import last_checkpoint
 def fingerprint(
     name: str | Path,  # "lab", or a model folder
 ) -> str:  # hexadecimal SHA-256
-    "What tells one base model from another: names, types and shapes of all tensors, and 256 samples of 64 bytes from each file."
+    """What tells one base model from another: names, types and shapes of all tensors, and 256 samples of 64 bytes from
+    each file."""
     digest = hashlib.sha256()
     for file in sorted(model_folder(name).glob("*.safetensors")):
         with safe_open(file, framework="pt") as f:
@@ -86,7 +87,9 @@ def tensor_hashes(
                 if name != "__metadata__":
                     begin, end = t["data_offsets"]
                     if start + end > len(view):
-                        raise InputError(f"this file is truncated: {name} should end at byte {start + end:,}", file, "Fetch it again")
+                        raise InputError(
+                            f"this file is truncated: {name} should end at byte {start + end:,}", file, "Fetch it again"
+                        )
                     digest = hashlib.sha256(f"{t['dtype']} {t['shape']}\n".encode())
                     with view[start + begin : start + end] as part:
                         digest.update(part)
@@ -101,13 +104,16 @@ def tensor_hashes(
 def base_sha256(
     name: str | Path,  # "lab", or a model folder
 ) -> str:  # hexadecimal SHA-256
-    "A hash of every byte of every tensor, whatever files they lie in. Computed once, and remembered in `hashes_folder` as long as the files do not change."
+    """A hash of every byte of every tensor, whatever files they lie in.
+
+    Computed once, and remembered in `hashes_folder` as long as the files do not change."""
     files = sorted({s.file for s in stored_in(model_folder(name)).values()})
     key, changed = _state_of(files)
     if known := _remembered(key):
         return known
     started, value = time.time_ns(), _sha256_of(files)
-    if changed < started - _SETTLED and _state_of(files)[0] == key:  # a file that was just written may change again at the same moment
+    # a file that was just written may change again at the same moment
+    if changed < started - _SETTLED and _state_of(files)[0] == key:
         _remember(key, value)
     return value
 
@@ -115,7 +121,14 @@ def base_sha256(
 def _sha256_of(files):
     "The hash itself; a bar shows after two seconds."
     hashes = {}
-    with tqdm(total=sum(f.stat().st_size for f in files), desc="hashing the base", unit="B", unit_scale=True, leave=False, delay=2) as bar:
+    with tqdm(
+        total=sum(f.stat().st_size for f in files),
+        desc="hashing the base",
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        delay=2,
+    ) as bar:
         for file in files:
             hashes |= tensor_hashes(file)
             bar.update(file.stat().st_size)
@@ -128,14 +141,22 @@ _SETTLED = 2 * 10**9  # ns
 def hashes_folder() -> Path:  # a small file for each base
     "Where hashes are remembered: the environment variable `VLM_LORA_LAB_HASHES`, or the user's cache."
     own = os.environ.get("VLM_LORA_LAB_HASHES")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_lora_lab" / "hashes"
+    return (
+        Path(own)
+        if own
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_lora_lab" / "hashes"
+    )
 
 
 def _state_of(files):
-    "A key of path, size, inode and times, and the time of the last change (ns). A program can set the first of the two times back, not the second."
+    """A key of path, size, inode and times, and the time of the last change (ns).
+
+    A program can set the first of the two times back, not the second."""
     seen = [(str(f.resolve()), f.stat()) for f in files]
     facts = [[path, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for path, s in seen]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest(), max(max(s.st_mtime_ns, s.st_ctime_ns) for _, s in seen)
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest(), max(
+        max(s.st_mtime_ns, s.st_ctime_ns) for _, s in seen
+    )
 
 
 def _remembered(key):
@@ -156,7 +177,6 @@ def _remember(key, value):
         partial.write_text(f"{value} {hashlib.sha256(f'{key} {value}'.encode()).hexdigest()}\n", encoding="utf-8")
         os.replace(partial, folder / key)
 
-
 # %% ../../nbs/70_checkpoint.save.ipynb #d1ed76c2
 _SEAL = re.compile(r'"seal": "([0-9a-f]{64})"')
 
@@ -167,8 +187,15 @@ def seal(
 ) -> Path:  # of provenance.json
     "Write provenance.json with size and SHA-256 of every file in the folder, and of itself."
     folder = Path(folder)
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(folder.iterdir()) if f.is_file() and f.name != "provenance.json"}
-    path, value = folder / "provenance.json", {k: v for k, v in provenance.items() if k not in ("files", "seal")} | {"files": files, "seal": "0" * 64}
+    files = {
+        f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)}
+        for f in sorted(folder.iterdir())
+        if f.is_file() and f.name != "provenance.json"
+    }
+    path, value = (
+        folder / "provenance.json",
+        {k: v for k, v in provenance.items() if k not in ("files", "seal")} | {"files": files, "seal": "0" * 64},
+    )
     write_json(path, value)
     write_json(path, value | {"seal": file_sha256(path)})
     return path
@@ -183,7 +210,11 @@ def broken_seals(
     files, sealed = read_json(folder / "provenance.json").get("files"), _SEAL.findall(text)
     if files is None and not sealed:
         return None
-    if len(sealed) != 1 or hashlib.sha256(_SEAL.sub(f'"seal": "{"0" * 64}"', text).encode()).hexdigest() != sealed[0] or not isinstance(files, dict):
+    if (
+        len(sealed) != 1
+        or hashlib.sha256(_SEAL.sub(f'"seal": "{"0" * 64}"', text).encode()).hexdigest() != sealed[0]
+        or not isinstance(files, dict)
+    ):
         return {"provenance.json": "is not as it was written"}
     for name, written in files.items():
         file = folder / name
@@ -200,7 +231,9 @@ def _read_text(path):
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"this file cannot be read ({e})", path, "Copy the whole folder again from where it was trained") from None
+        raise InputError(
+            f"this file cannot be read ({e})", path, "Copy the whole folder again from where it was trained"
+        ) from None
 
 # %% ../../nbs/70_checkpoint.save.ipynb #d793e085
 def _unwrapped(model):
@@ -208,7 +241,9 @@ def _unwrapped(model):
     while not isinstance(model, PeftModel):
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
-            raise InputError(f"this {type(model).__name__} carries no adapter", "save_adapter", "Save a whole model with save_vlm")
+            raise InputError(
+                f"this {type(model).__name__} carries no adapter", "save_adapter", "Save a whole model with save_vlm"
+            )
         model = inner
     return model
 
@@ -217,31 +252,48 @@ def _adapter_name(model, adapter):
     "Which adapter is meant, if there are several."
     active = model.active_adapters if isinstance(model.active_adapters, list) else [model.active_adapter]
     if adapter is None and len(active) != 1:
-        raise InputError(f"{len(active)} adapters are active at once: {', '.join(active)}", "save_adapter", "Say which: save_adapter(…, adapter='name'), one folder for each")
+        raise InputError(
+            f"{len(active)} adapters are active at once: {', '.join(active)}",
+            "save_adapter",
+            "Say which: save_adapter(…, adapter='name'), one folder for each",
+        )
     adapter = adapter or active[0]
     if adapter not in model.peft_config:
-        raise InputError(f"there is no adapter {adapter!r}", "save_adapter", f"Give one of {', '.join(model.peft_config)}")
+        raise InputError(
+            f"there is no adapter {adapter!r}", "save_adapter", f"Give one of {', '.join(model.peft_config)}"
+        )
     return adapter
 
 
 def kept_tensors(
     model: PeftModel,  # also sharded by FSDP2
     adapter: str = "default",  # whose LoRA and modules are meant
-) -> tuple[dict[str, torch.Tensor], list[str]]:  # key in the file -> live tensor; keys that PEFT alone would have left out
+    # key in the file -> live tensor; keys that PEFT alone would have left out
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Everything that belongs to an adapter, under the keys that plain PEFT reads.
 
     Raises `InputError` for a model that FSDP 1 has taken apart."""
     if any("_fsdp_wrapped_module" in n for n, _ in model.named_parameters()):
-        raise InputError("FSDP 1 has taken this model apart under other names", "save_adapter", "Use FSDP 2 (fsdp_version: 2 in Accelerate's configuration)")
-    state = get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True), adapter_name=adapter, save_embedding_layers=False)
+        raise InputError(
+            "FSDP 1 has taken this model apart under other names",
+            "save_adapter",
+            "Use FSDP 2 (fsdp_version: 2 in Accelerate's configuration)",
+        )
+    state = get_peft_model_state_dict(
+        model, state_dict=model.state_dict(keep_vars=True), adapter_name=adapter, save_embedding_layers=False
+    )
     stored = {id(t) for t in state.values()}
     others = re.compile("|".join(rf"\.{re.escape(a)}(\.|$)" for a in model.peft_config if a != adapter) or "(?!)")
-    hand = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in stored and not others.search(n)}
+    hand = {
+        n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in stored and not others.search(n)
+    }
     return state | hand, list(hand)
 
 # %% ../../nbs/70_checkpoint.save.ipynb #1f0fdffe
 def _collected(state, given, names):
-    "The tensors on the CPU, whole, each in memory of its own; and the keys of those that are not here. Every process must call it."
+    """The tensors on the CPU, whole, each in memory of its own; and the keys of those that are not here.
+
+    Every process must call it."""
     found, empty, seen = {}, [], set()
     for key, t in state.items():
         if given is not None:
@@ -249,7 +301,12 @@ def _collected(state, given, names):
         if t is None or t.numel() == 0:
             empty.append(key)
             continue
-        t = (t.full_tensor() if isinstance(t, DTensor) else t).detach().to("cpu", copy=isinstance(t, DTensor) or t.data_ptr() in seen).contiguous()
+        t = (
+            (t.full_tensor() if isinstance(t, DTensor) else t)
+            .detach()
+            .to("cpu", copy=isinstance(t, DTensor) or t.data_ptr() in seen)
+            .contiguous()
+        )
         seen.add(t.data_ptr())
         found[key] = t
     return found, empty
@@ -272,23 +329,42 @@ def _first_process_only(write):
         dist.broadcast_object_list(said, src=0)
         if said[0]:
             raise RuntimeError(f"The first process could not save the adapter. {said[0]}")
+    return None
 
 # %% ../../nbs/70_checkpoint.save.ipynb #65ce2788
 def _compare(folder, state, base):
     "What was written, read back as bytes and through plain PEFT."
-    bits = lambda t: t.contiguous().flatten().view(torch.uint8)  # noqa: E731 (NaN is not equal to itself, its bits are)
+
+    def bits(t):  # NaN is not equal to itself, its bits are
+        return t.contiguous().flatten().view(torch.uint8)
+
     written = load_file(folder / "adapter_model.safetensors")
-    if set(written) != set(state) or any(written[k].dtype != t.dtype or not torch.equal(bits(written[k]), bits(t)) for k, t in state.items()):
+    if set(written) != set(state) or any(
+        written[k].dtype != t.dtype or not torch.equal(bits(written[k]), bits(t)) for k, t in state.items()
+    ):
         raise RuntimeError(f"What was read back from {folder} is not what was written.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about copies onto a device without memory
-        plain = PeftModel.from_pretrained(on_meta(model_folder(base, weights=False)), folder, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-    places = dict(plain.named_parameters()) | get_peft_model_state_dict(plain, state_dict=plain.state_dict(keep_vars=True), save_embedding_layers=False)
+        plain = PeftModel.from_pretrained(
+            on_meta(model_folder(base, weights=False)), folder, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+        )
+    places = dict(plain.named_parameters()) | get_peft_model_state_dict(
+        plain, state_dict=plain.state_dict(keep_vars=True), save_embedding_layers=False
+    )
     if homeless := [k for k, t in state.items() if k not in places or places[k].shape != t.shape]:
-        raise RuntimeError(f"Plain PEFT finds no place for {len(homeless)} tensors, such as {homeless[0]}. Is {str(base)!r} the base of this adapter?")
+        raise RuntimeError(
+            f"Plain PEFT finds no place for {len(homeless)} tensors, such as {homeless[0]}. Is {str(base)!r} the base "
+            "of this adapter?"
+        )
 
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja")
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 def _own_tokenizer(tokenizer, base):
@@ -333,9 +409,11 @@ def save_adapter(
     ancestor: dict | None = None,  # the adapter that it went on from, from `ancestry`
     state: dict[str, torch.Tensor] | None = None,  # the gathered state of the wrapped model, under ZeRO-3
 ) -> Path:
-    """Save all that was trained, and prove it. Under `torch.distributed` every process must call it; the first one writes.
+    """Save all that was trained, and prove it. Under `torch.distributed` every process must call it; the first one
+    writes.
 
-    Raises `InputError` for a folder that is in use, a disk that is full, weights that are not here or are no numbers, `RuntimeError` when model and plan disagree."""
+    Raises `InputError` for a folder that is in use, a disk that is full, weights that are not here or are no numbers,
+    `RuntimeError` when model and plan disagree."""
     peft, folder = _unwrapped(model), Path(folder)
     if plan is not None:
         audit(peft, plan)
@@ -343,35 +421,67 @@ def save_adapter(
     live, by_hand = kept_tensors(peft, adapter)
     if not any(t.requires_grad for t in live.values()):
         warnings.warn(f"nothing of the adapter {adapter!r} asks for a gradient; it is saved as it is.", stacklevel=2)
-    tensors, empty = _collected(live, state, {id(p): n for n, p in peft.state_dict(keep_vars=True).items()} if state is not None else None)
+    tensors, empty = _collected(
+        live, state, {id(p): n for n, p in peft.state_dict(keep_vars=True).items()} if state is not None else None
+    )
     if bad := not_finite(tensors):
-        raise InputError(f"{len(bad)} of {len(tensors)} trained tensors hold NaN or infinity, such as {bad[0]}", folder,
-                         "Nothing was written: such an adapter is of no use. Take an earlier checkpoint, and train on with a lower learning rate")  # fmt: skip
+        raise InputError(
+            f"{len(bad)} of {len(tensors)} trained tensors hold NaN or infinity, such as {bad[0]}",
+            folder,
+            "Nothing was written: such an adapter is of no use. Take an earlier checkpoint, and train on with a lower "
+            "learning rate",
+        )
     config = copy.deepcopy(peft.peft_config[adapter])
     config.base_model_name_or_path, config.inference_mode = located(base), True
     provenance = {
-        "format": 1, "base": located(base), "model_type": peft.config.model_type, "four_bit": four_bit, "adapter": adapter,
-        "other_adapters": [a for a in peft.peft_config if a != adapter], "by_hand": by_hand,
-        "not_trained": [k for k, t in live.items() if not t.requires_grad], "data": data or {}, "metrics": metrics or {}, "max_pixels": max_pixels,
+        "format": 1,
+        "base": located(base),
+        "model_type": peft.config.model_type,
+        "four_bit": four_bit,
+        "adapter": adapter,
+        "other_adapters": [a for a in peft.peft_config if a != adapter],
+        "by_hand": by_hand,
+        "not_trained": [k for k, t in live.items() if not t.requires_grad],
+        "data": data or {},
+        "metrics": metrics or {},
+        "max_pixels": max_pixels,
         "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
-    }  # fmt: skip
+    }
     if ancestor:
         provenance["from_adapter"] = ancestor
-    _first_process_only(lambda: _write(folder, tensors, empty, config, plan, base, tokenizer, provenance | {"base_sha256": base_hash}, hash_base))
+    _first_process_only(
+        lambda: _write(
+            folder, tensors, empty, config, plan, base, tokenizer, provenance | {"base_sha256": base_hash}, hash_base
+        )
+    )
     return folder
 
 # %% ../../nbs/70_checkpoint.save.ipynb #4838840f
 def _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base):
     "Everything into a folder beside the right one, compared and sealed; then one rename."
     if empty:
-        raise InputError(f"{len(empty)} trained tensors are not here, such as {empty[0]}; they are sharded elsewhere (ZeRO-3)", "save_adapter",
-                         "Gather them on every process and pass them on: save_adapter(…, state=accelerator.get_state_dict(model))")  # fmt: skip
+        raise InputError(
+            f"{len(empty)} trained tensors are not here, such as {empty[0]}; they are sharded elsewhere (ZeRO-3)",
+            "save_adapter",
+            "Gather them on every process and pass them on: save_adapter(…, state=accelerator.get_state_dict(model))",
+        )
     folder = empty_folder(folder)
-    provenance = provenance | {"own_tokenizer": _own_tokenizer(tokenizer, base), "base_fingerprint": fingerprint(base), "base_sha256": provenance["base_sha256"] or (base_sha256(base) if hash_base else None)}
+    provenance = provenance | {
+        "own_tokenizer": _own_tokenizer(tokenizer, base),
+        "base_fingerprint": fingerprint(base),
+        "base_sha256": provenance["base_sha256"] or (base_sha256(base) if hash_base else None),
+    }
     with complete_or_nothing(folder) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(partial)
-        _write_beside(partial, base, tokenizer, plan, _CARD.format(base=base, count=len(tensors), name=folder.name), provenance["max_pixels"])
+        _write_beside(
+            partial,
+            base,
+            tokenizer,
+            plan,
+            _CARD.format(base=base, count=len(tensors), name=folder.name),
+            provenance["max_pixels"],
+        )
         _compare(partial, tensors, base)
         seal(partial, provenance)
         if wrong := broken_seals(partial):
@@ -392,12 +502,33 @@ model = load_adapter("{name}")
 
 # %% ../../nbs/70_checkpoint.save.ipynb #ea4f25ac
 _RANK, _ALPHA = Annotated[int, Within(1, 2**20)], Annotated[float, Within(-(10**9), 10**9)]
-SAYS_PROVENANCE: dict[str, Any] = {"base": Annotated[str, FilePath()], "four_bit": bool, "versions": dict, "max_pixels": Annotated[int, Within(0, 10**9)], "data": dict,
-                                   "metrics": dict, "model_type": str | None, "own_tokenizer": str | None, "from_adapter": dict | None, "not_trained": tuple[str, ...] | None, "by_hand": tuple[str, ...] | None,
-                                   "other_adapters": tuple[str, ...] | None}  # fmt: skip
-SAYS_CONFIG: dict[str, Any] = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": Annotated[float, Within(0, 1)], "rank_pattern": dict | None, "alpha_pattern": dict | None,
-                               "use_dora": bool, "use_rslora": bool, "peft_type": str, "bias": str,
-                               "target_parameters": tuple[str, ...] | None, "modules_to_save": tuple[str, ...] | None}  # fmt: skip
+SAYS_PROVENANCE: dict[str, Any] = {
+    "base": Annotated[str, FilePath()],
+    "four_bit": bool,
+    "versions": dict,
+    "max_pixels": Annotated[int, Within(0, 10**9)],
+    "data": dict,
+    "metrics": dict,
+    "model_type": str | None,
+    "own_tokenizer": str | None,
+    "from_adapter": dict | None,
+    "not_trained": tuple[str, ...] | None,
+    "by_hand": tuple[str, ...] | None,
+    "other_adapters": tuple[str, ...] | None,
+}
+SAYS_CONFIG: dict[str, Any] = {
+    "r": _RANK,
+    "lora_alpha": _ALPHA,
+    "lora_dropout": Annotated[float, Within(0, 1)],
+    "rank_pattern": dict | None,
+    "alpha_pattern": dict | None,
+    "use_dora": bool,
+    "use_rslora": bool,
+    "peft_type": str,
+    "bias": str,
+    "target_parameters": tuple[str, ...] | None,
+    "modules_to_save": tuple[str, ...] | None,
+}
 
 
 def wrong_in(
@@ -415,14 +546,18 @@ def wrong_in(
         try:
             fitting(value, kind, name, where)
         except InputError as e:
-            found[name.partition("[")[0]] = InputError(e.found, where, "Copy the whole folder again from where it was trained")
+            found[name.partition("[")[0]] = InputError(
+                e.found, where, "Copy the whole folder again from where it was trained"
+            )
     return found
 
 
 def lora_config(
     folder: str | Path,  # of an adapter
 ) -> LoraConfig:
-    "What adapter_config.json says, with the fields that this PEFT knows. Raises `InputError` for a value that cannot be."
+    """What adapter_config.json says, with the fields that this PEFT knows.
+
+    Raises `InputError` for a value that cannot be."""
     path = Path(folder) / "adapter_config.json"
     values = read_json(path)
     for error in wrong_in(values, SAYS_CONFIG, str(path)).values():
@@ -430,14 +565,22 @@ def lora_config(
     try:
         return LoraConfig(**{k: v for k, v in values.items() if k in LoraConfig.__dataclass_fields__})
     except (ValueError, TypeError, AttributeError, KeyError) as e:
-        raise InputError(f"PEFT cannot use it ({' '.join(str(e).split())[:160]})", path, "Copy the whole folder again from where it was trained") from None
+        raise InputError(
+            f"PEFT cannot use it ({' '.join(str(e).split())[:160]})",
+            path,
+            "Copy the whole folder again from where it was trained",
+        ) from None
 
 
 def read_provenance(
-    folder: str | Path,  # of an adapter written by `save_adapter`; also a checkpoint of a run, or a plain folder of PEFT's
+    # of an adapter written by `save_adapter`; also a checkpoint of a run, or a plain folder of PEFT's
+    folder: str | Path,
     base: str | Path | None = None,  # the model it belongs to, where the folder does not say
-) -> dict:  # base, base_fingerprint, four_bit, versions, and in newer folders more; "unsealed": what could not be verified
-    "What an adapter belongs to. Raises `InputError` for a folder that holds no adapter, or one that cannot be read as it is."
+    # base, base_fingerprint, four_bit, versions, and in newer folders more; "unsealed": what could not be verified
+) -> dict:
+    """What an adapter belongs to.
+
+    Raises `InputError` for a folder that holds no adapter, or one that cannot be read as it is."""
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise _no_adapter(folder)
@@ -449,10 +592,13 @@ def read_provenance(
             raise KeyError(min(lacking))
         for error in wrong_in(provenance, SAYS_PROVENANCE, str(folder / "provenance.json")).values():
             raise error
-        provenance = {k: v for k, v in provenance.items() if k not in ("unsealed", "plan")}  # which only we say, of other folders
+        # which only we say, of other folders
+        provenance = {k: v for k, v in provenance.items() if k not in ("unsealed", "plan")}
         provenance["base"] = find_base(provenance["base"], folder)
     except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise InputError(f"provenance.json is damaged ({e!r})", folder, "Copy the whole folder again from where it was trained") from None
+        raise InputError(
+            f"provenance.json is damaged ({e!r})", folder, "Copy the whole folder again from where it was trained"
+        ) from None
     return provenance
 
 
@@ -460,7 +606,8 @@ def find_base(
     name: str,  # as an adapter says it
     folder: str | Path,  # of the adapter
 ) -> str:  # a folder that is there, or the name as it was
-    "Older adapters name their base from a folder that may not be the current one: it is looked for upwards from the adapter."
+    """Older adapters name their base from a folder that may not be the current one: it is looked for upwards from the
+    adapter."""
     if name == "lab" or os.path.isabs(name) or os.path.exists(name):
         return name
     places = (p / name for p in Path(os.path.abspath(folder)).parents)
@@ -473,8 +620,12 @@ def check_seals(
     "Every file as it was written, if the folder is sealed. Raises `InputError` naming the first that is not."
     if (Path(folder) / "provenance.json").is_file() and (wrong := broken_seals(folder)):
         file, what = next(iter(wrong.items()))
-        raise InputError(f"{file} {what}" + (f" ({len(wrong)} files in all)" if len(wrong) > 1 else ""), folder,
-                         "Copy the whole folder again from where it was trained; after a change on purpose, call seal(folder, read_provenance(folder))")  # fmt: skip
+        raise InputError(
+            f"{file} {what}" + (f" ({len(wrong)} files in all)" if len(wrong) > 1 else ""),
+            folder,
+            "Copy the whole folder again from where it was trained; after a change on purpose, call seal(folder, "
+            "read_provenance(folder))",
+        )
 
 
 def is_base(
@@ -482,7 +633,9 @@ def is_base(
     provenance: dict,  # of an adapter, from `read_provenance`
     quick: bool = False,  # be content where names, shapes and samples agree
 ) -> bool:
-    "Is this the base that an adapter was trained on, by every byte of its weights? Other shards or another place do not matter. Where an older adapter holds no full hash, samples decide."
+    """Is this the base that an adapter was trained on, by every byte of its weights?
+
+    Other shards or another place do not matter. Where an older adapter holds no full hash, samples decide."""
     full = provenance.get("base_sha256")
     if full and not quick:
         return base_sha256(base) == full
@@ -496,11 +649,17 @@ def check_base(
     verify: bool = False,  # refuse an adapter that holds no full hash
     quick: bool = False,  # be content where names, shapes and samples agree
 ) -> None:
-    "Raises `InputError` for another base than the one that the adapter was trained on. Says so on stderr where not every byte was compared."
+    """Raises `InputError` for another base than the one that the adapter was trained on.
+
+    Says so on stderr where not every byte was compared."""
     if verify and quick:
         raise InputError("verify asks for every byte, and quick for samples", folder, "Give one of the two")
     if verify and provenance.get("base_sha256") is None:
-        raise InputError("the full hash of the base was not stored, so it cannot be verified", folder, "Load without verify; names, shapes and a sample are compared")
+        raise InputError(
+            "the full hash of the base was not stored, so it cannot be verified",
+            folder,
+            "Load without verify; names, shapes and a sample are compared",
+        )
     if provenance.get("unsealed"):
         print(f"{folder}: {provenance['unsealed']}", file=sys.stderr)
     if provenance.get("unsealed") and not provenance.get("base_sha256"):
@@ -508,16 +667,36 @@ def check_base(
     try:
         same = is_base(base, provenance, quick)
     except InputError as e:
-        raise InputError(f"the base cannot be looked at ({e.found})", base, f"It was trained on {provenance['base']!r}; say where that is: base=FOLDER") from None
+        raise InputError(
+            f"the base cannot be looked at ({e.found})",
+            base,
+            f"It was trained on {provenance['base']!r}; say where that is: base=FOLDER",
+        ) from None
     if not same:
-        raise InputError(f"this adapter was trained on another base than {str(base)!r}", folder, f"It was trained on {provenance['base']!r}; give that model")
+        raise InputError(
+            f"this adapter was trained on another base than {str(base)!r}",
+            folder,
+            f"It was trained on {provenance['base']!r}; give that model",
+        )
     if quick or not provenance.get("base_sha256"):
         why = "quick" if quick else "the adapter is of an older version and holds no full hash"
-        print(f"{folder}: its base {base} was compared by names, shapes and samples, not by every byte ({why}). A single changed number would not be seen.", file=sys.stderr)
+        print(
+            f"{folder}: its base {base} was compared by names, shapes and samples, not by every byte ({why}). A single "
+            "changed number would not be seen.",
+            file=sys.stderr,
+        )
 
 # %% ../../nbs/70_checkpoint.save.ipynb #b2e6a90d
-SAYS_JOB: dict[str, Any] = {"model": Annotated[str, FilePath()], "four_bit": bool, "plan": dict, "reading": dict, "stages": tuple[dict, ...] | None, STARTED: dict}
-_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)\b.*|rng_state_\d+\.pth")  # of a Trainer, not of a model
+SAYS_JOB: dict[str, Any] = {
+    "model": Annotated[str, FilePath()],
+    "four_bit": bool,
+    "plan": dict,
+    "reading": dict,
+    "stages": tuple[dict, ...] | None,
+    STARTED: dict,
+}
+# of a Trainer, not of a model
+_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)\b.*|rng_state_\d+\.pth")
 
 
 def rescue_command(
@@ -527,13 +706,20 @@ def rescue_command(
     "The command that says what is in a folder, and writes it as an adapter of ours."
     pickles = any(f.suffix in (".bin", ".pt", ".pth") and not _STATE.fullmatch(f.name) for f in Path(folder).iterdir())
     place = os.path.normpath(folder)
-    return f"vlm-lora-lab rescue {shlex.quote(place)} --base {shlex.quote(str(base)) if base else 'MODEL'} --output {shlex.quote(place + '-rescued')}" + " --allow-pickle" * pickles
+    return (
+        f"vlm-lora-lab rescue {shlex.quote(place)} --base {shlex.quote(str(base)) if base else 'MODEL'} --output "
+        f"{shlex.quote(place + '-rescued')}" + " --allow-pickle" * pickles
+    )
 
 
 def _no_adapter(folder):
     "The error for a folder without the two files of an adapter: it names what is there instead."
     if not folder.is_dir():
-        return InputError("there is no such folder", folder, "Give the folder that `vlm-lora-lab train` or `demo` named as the adapter")
+        return InputError(
+            "there is no such folder",
+            folder,
+            "Give the folder that `vlm-lora-lab train` or `demo` named as the adapter",
+        )
     lacking = next(n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file())
     remedy = "Give the folder that `vlm-lora-lab train` or `demo` named as the adapter"
     newest = last_checkpoint(folder / "checkpoints") or last_checkpoint(folder)
@@ -542,7 +728,9 @@ def _no_adapter(folder):
         remedy = f"Give what lies in it: {' or '.join(inside)}"
     elif (folder / "model" / "config.json").is_file():
         remedy = f"This run trained a whole model, and no adapter: give {folder / 'model'} as --model"
-    elif (folder / "adapter_config.json").is_file() or any(f.suffix in (".bin", ".pt", ".pth") and not _STATE.fullmatch(f.name) for f in folder.iterdir()):
+    elif (folder / "adapter_config.json").is_file() or any(
+        f.suffix in (".bin", ".pt", ".pth") and not _STATE.fullmatch(f.name) for f in folder.iterdir()
+    ):
         remedy = f"If another program wrote it: {rescue_command(folder)}"
     elif (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         remedy = "This is a whole model and no adapter: give it as --model, or as it is to compare and evaluate"
@@ -572,17 +760,36 @@ def _of_checkpoint(folder, base):
         raise InputError(f"{lacking[0]!r} is missing", where, "Copy the whole folder of the run again")
     if last_checkpoint(folder.parent) is None or not _finished(folder):
         whole = last_checkpoint(folder.parent)
-        raise InputError("this checkpoint is not complete; it was being written when the run ended", folder, f"Take {whole}" if whole else "There is no other: train again")
+        raise InputError(
+            "this checkpoint is not complete; it was being written when the run ended",
+            folder,
+            f"Take {whole}" if whole else "There is no other: train again",
+        )
     if job.get("stages"):
-        raise InputError("this is a checkpoint in the middle of stages, which stands on what the stages before it left", folder,
-                         f"Go on with the run and take its adapter: vlm-lora-lab train --resume --output {shlex.quote(str(run))}")  # fmt: skip
+        raise InputError(
+            "this is a checkpoint in the middle of stages, which stands on what the stages before it left",
+            folder,
+            f"Go on with the run and take its adapter: vlm-lora-lab train --resume --output {shlex.quote(str(run))}",
+        )
     started, pixels = job.get(STARTED) or {}, (job.get("reading") or {}).get("max_pixels", 0)
     pixels = fitting(pixels, SAYS_PROVENANCE["max_pixels"], "reading, max_pixels", where)
     sha256 = started.get("base_sha256") if isinstance(started.get("base_sha256"), str) else None
-    known = "its base is compared by every byte" if sha256 else "its base was not hashed, so only names and shapes of it are compared"
+    known = (
+        "its base is compared by every byte"
+        if sha256
+        else "its base was not hashed, so only names and shapes of it are compared"
+    )
     said = f"a checkpoint without a seal, read as {where} says: a flipped byte in it would go unnoticed; {known}."
-    return {"base": find_base(job["model"], folder), "base_fingerprint": None, "base_sha256": sha256 or None, "four_bit": job["four_bit"], "versions": {}, "max_pixels": pixels,
-            "plan": TuningPlan.of(job["plan"]).to_dict(), "unsealed": said}  # fmt: skip
+    return {
+        "base": find_base(job["model"], folder),
+        "base_fingerprint": None,
+        "base_sha256": sha256 or None,
+        "four_bit": job["four_bit"],
+        "versions": {},
+        "max_pixels": pixels,
+        "plan": TuningPlan.of(job["plan"]).to_dict(),
+        "unsealed": said,
+    }
 
 
 def _finished(checkpoint):
@@ -597,7 +804,8 @@ def picture_limit(
     folder: str | Path,  # of a checkpoint that another program wrote
     base: str | Path,  # folder of its base
 ) -> int:  # most pixels of a picture; 0: it speaks of no less than the base
-    "How much of a picture was looked at in training, where the picture processor's file beside a checkpoint allows less than the base's."
+    """How much of a picture was looked at in training, where the picture processor's file beside a checkpoint allows
+    less than the base's."""
     (own, _), (there, _) = picture_file(folder), picture_file(base)
     slices, scale = own.get("max_slice_nums"), own.get("scale_resolution", 448)
     if type(slices) is int and type(scale) is int and 0 < slices < there.get("max_slice_nums", 9):
@@ -611,30 +819,75 @@ def most_pixels(
 ) -> int:  # 0: it does not say
     "The most pixels of a picture that a file allows, in whichever notation."
     size = values["size"] if isinstance(values.get("size"), dict) else {}
-    return min((v for v in (values.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")) if type(v) is int and v > 0), default=0)
+    return min(
+        (
+            v
+            for v in (values.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"))
+            if type(v) is int and v > 0
+        ),
+        default=0,
+    )
 
 
 def _of_plain(folder, base):
     "What a folder of PEFT's own says, if nothing but LoRA and modules_to_save of a known base is in it."
     if (folder / "plan.json").is_file():
-        raise InputError("there is no provenance.json in this folder, though this package wrote it", folder, "Copy the whole folder again from where it was trained")
+        raise InputError(
+            "there is no provenance.json in this folder, though this package wrote it",
+            folder,
+            "Copy the whole folder again from where it was trained",
+        )
     config = read_json(folder / "adapter_config.json")
-    for error in wrong_in(config, SAYS_CONFIG | {"base_model_name_or_path": str | None}, str(folder / "adapter_config.json")).values():
+    for error in wrong_in(
+        config, SAYS_CONFIG | {"base_model_name_or_path": str | None}, str(folder / "adapter_config.json")
+    ).values():
         raise error
     named = config.get("base_model_name_or_path")
     base = base or (find_base(named, folder) if named else None)
     command = rescue_command(folder, base)
     if config.get("peft_type", "LORA") != "LORA":
-        raise InputError(f"this is PEFT's {config['peft_type']}, and LoRA is what is read here", folder, f"See what can be kept of it: {command}")
-    if others := sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth") and f.name != "adapter_model.safetensors" and not _STATE.fullmatch(f.name)):
-        raise InputError(f"weights lie beside this adapter, which PEFT would not read ({', '.join(others[:3])})", folder, f"Another program wrote them. Take them along: {command}")
+        raise InputError(
+            f"this is PEFT's {config['peft_type']}, and LoRA is what is read here",
+            folder,
+            f"See what can be kept of it: {command}",
+        )
+    if others := sorted(
+        f.name
+        for f in folder.iterdir()
+        if f.suffix in (".safetensors", ".bin", ".pt", ".pth")
+        and f.name != "adapter_model.safetensors"
+        and not _STATE.fullmatch(f.name)
+    ):
+        raise InputError(
+            f"weights lie beside this adapter, which PEFT would not read ({', '.join(others[:3])})",
+            folder,
+            f"Another program wrote them. Take them along: {command}",
+        )
     if base is None:
-        raise InputError("adapter_config.json does not say which model this adapter belongs to", folder, f"Add --model MODEL, or: {command}")
+        raise InputError(
+            "adapter_config.json does not say which model this adapter belongs to",
+            folder,
+            f"Add --model MODEL, or: {command}",
+        )
     if not _at_hand(base):
-        raise InputError(f"this adapter belongs to {str(base)!r}, which is not on this machine", folder, f"Add --model FOLDER, or: {rescue_command(folder)}")
-    said = (f"a plain PEFT folder. That {base} is the model it was trained on, and that this was not in 4 bit, is taken on trust: only names and shapes are compared. "
-            f"If it was in 4 bit: {command} --four-bit")  # fmt: skip
-    return {"base": str(base), "base_fingerprint": None, "four_bit": False, "versions": {}, "max_pixels": picture_limit(folder, model_folder(base, weights=False)), "unsealed": said}
+        raise InputError(
+            f"this adapter belongs to {str(base)!r}, which is not on this machine",
+            folder,
+            f"Add --model FOLDER, or: {rescue_command(folder)}",
+        )
+    said = (
+        f"a plain PEFT folder. That {base} is the model it was trained on, and that this was not in 4 bit, is taken on "
+        "trust: only names and shapes are compared. "
+        f"If it was in 4 bit: {command} --four-bit"
+    )
+    return {
+        "base": str(base),
+        "base_fingerprint": None,
+        "four_bit": False,
+        "versions": {},
+        "max_pixels": picture_limit(folder, model_folder(base, weights=False)),
+        "unsealed": said,
+    }
 
 
 def _at_hand(base):
@@ -655,29 +908,44 @@ def _or_rescue(folder, provenance):
     except InputError as e:
         if not provenance.get("unsealed") or provenance.get("plan"):
             raise
-        raise InputError(e.found, e.where, f"If another program wrote it: {rescue_command(folder, provenance['base'])}") from None
-
+        raise InputError(
+            e.found, e.where, f"If another program wrote it: {rescue_command(folder, provenance['base'])}"
+        ) from None
 
 # %% ../../nbs/70_checkpoint.save.ipynb #d4eaaaf9
 def _kept_whole(weights):
     "The modules whose own weights an adapter holds, and which therefore cannot be in 4 bit."
-    plain = (k.removeprefix("base_model.model.").replace(".base_layer.", ".") for k, t in weights.items() if ".lora_" not in k and t.dim() == 2)
+    plain = (
+        k.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        for k, t in weights.items()
+        if ".lora_" not in k and t.dim() == 2
+    )
     return sorted({n.removesuffix(".weight") for n in plain if n.endswith(".weight")})
 
 
 def _places(adapted, weights, folder):
     "The live tensor that belongs to each key of the file. Raises `InputError` naming keys and shapes that do not fit."
-    wanted = get_peft_model_state_dict(adapted, state_dict=adapted.state_dict(keep_vars=True), save_embedding_layers=False)
+    wanted = get_peft_model_state_dict(
+        adapted, state_dict=adapted.state_dict(keep_vars=True), save_embedding_layers=False
+    )
     live = dict(adapted.named_parameters(remove_duplicate=False))  # a tied head has a name of its own
     places = wanted | {k: live[k] for k in weights if k not in wanted and k in live}
     left, missing = sorted(set(weights) - set(places)), sorted(set(wanted) - set(weights))
     if left or missing:
-        raise InputError(f"keys do not match; {len(left)} only in the file: {left[:5]}, {len(missing)} only in the model: {missing[:5]}", folder,
-                         "Copy the whole folder again, or give the base that it was trained on")  # fmt: skip
+        raise InputError(
+            f"keys do not match; {len(left)} only in the file: {left[:5]}, {len(missing)} only in the model: "
+            f"{missing[:5]}",
+            folder,
+            "Copy the whole folder again, or give the base that it was trained on",
+        )
     if wrong := [k for k, t in weights.items() if places[k].shape != t.shape]:
         k = wrong[0]
-        raise InputError(f"{len(wrong)} shapes do not match, such as {k}: {tuple(weights[k].shape)} in the file, {tuple(places[k].shape)} in the model", folder,
-                         "Give the base that it was trained on")  # fmt: skip
+        raise InputError(
+            f"{len(wrong)} shapes do not match, such as {k}: {tuple(weights[k].shape)} in the file, "
+            f"{tuple(places[k].shape)} in the model",
+            folder,
+            "Give the base that it was trained on",
+        )
     return places
 
 
@@ -685,13 +953,24 @@ def _wrap(model, config, weights, folder):
     "The base with an empty adapter."
     if hasattr(model, "peft_config"):
         raise InputError("this model carries an adapter already", "load_adapter", "Give a fresh base")
-    if packed := [n for n in _kept_whole(weights) if hasattr(model.get_submodule(n).weight if n in dict(model.named_modules()) else None, "quant_state")]:
-        raise InputError(f"{packed[0]} is in 4 bit, and the adapter holds it in full", folder, "Leave the base to load_adapter, or load it with whole=[…]")
+    if packed := [
+        n
+        for n in _kept_whole(weights)
+        if hasattr(model.get_submodule(n).weight if n in dict(model.named_modules()) else None, "quant_state")
+    ]:
+        raise InputError(
+            f"{packed[0]} is in 4 bit, and the adapter holds it in full",
+            folder,
+            "Leave the base to load_adapter, or load it with whole=[…]",
+        )
     try:
         with no_false_warning():
             return get_peft_model(model, config, autocast_adapter_dtype=False)
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError, ImportError) as e:  # PEFT's, about layers that are not there, or fields that it does not check itself
-        raise InputError(f"this adapter does not fit the model ({e})", folder, "Give the base that it was trained on") from None
+    # PEFT's, about layers that are not there, or fields that it does not check itself
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, ImportError) as e:
+        raise InputError(
+            f"this adapter does not fit the model ({e})", folder, "Give the base that it was trained on"
+        ) from None
 
 # %% ../../nbs/70_checkpoint.save.ipynb #8831fb60
 def load_adapter(
@@ -705,7 +984,8 @@ def load_adapter(
 ) -> PeftModel:  # in evaluation mode, or in training mode if trainable
     """A base model with a saved adapter.
 
-    Raises `InputError` when a file is not as it was written, when the base is not the one that the adapter was trained on, or when keys do not match."""
+    Raises `InputError` when a file is not as it was written, when the base is not the one that the adapter was trained
+    on, or when keys do not match."""
     folder, provenance = Path(folder), read_provenance(folder, base)
     check_seals(folder)
     lora_config(folder)
@@ -714,19 +994,30 @@ def load_adapter(
     try:
         weights, config = load_file(folder / "adapter_model.safetensors"), PeftConfig.from_pretrained(str(folder))
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
-        raise InputError(f"a file is truncated or damaged ({e})", folder, "Copy the whole folder again from where it was trained") from None
+        raise InputError(
+            f"a file is truncated or damaged ({e})", folder, "Copy the whole folder again from where it was trained"
+        ) from None
     if whole := [k for k, t in weights.items() if ".lora_" in k and not t.is_floating_point()]:
-        raise InputError(f"{whole[0]} holds whole numbers ({str(weights[whole[0]].dtype).removeprefix('torch.')}), and LoRA's matrices are fractions", folder, "Copy the whole folder again from where it was trained")
-    config.inference_mode, config.base_model_name_or_path = not trainable, None  # PEFT would warn that the base lies elsewhere now
+        raise InputError(
+            f"{whole[0]} holds whole numbers ({str(weights[whole[0]].dtype).removeprefix('torch.')}), and LoRA's "
+            "matrices are fractions",
+            folder,
+            "Copy the whole folder again from where it was trained",
+        )
+    # PEFT would warn that the base lies elsewhere now
+    config.inference_mode, config.base_model_name_or_path = not trainable, None
     if model is None:
-        model = load_vlm(base, four_bit=provenance["four_bit"] if four_bit is None else four_bit, whole=_kept_whole(weights))
+        model = load_vlm(
+            base, four_bit=provenance["four_bit"] if four_bit is None else four_bit, whole=_kept_whole(weights)
+        )
     with _or_rescue(folder, provenance):
         adapted = _wrap(model, config, weights, folder)
         places = _places(adapted, weights, folder)
     config.base_model_name_or_path = provenance["base"]
     for key, t in weights.items():  # in the type of the file: PEFT would round it to the base's
         places[key].data = t.to(places[key].device, copy=True)  # out of the mapped file, whose bytes lie where they lie
-    copies = {k for k in weights if provenance.get("unsealed") and k.endswith(".base_layer.weight")}  # PEFT writes an embedding's own weight beside its LoRA
+    # PEFT writes an embedding's own weight beside its LoRA
+    copies = {k for k in weights if provenance.get("unsealed") and k.endswith(".base_layer.weight")}
     trained = {id(places[k]) for k in set(weights) - copies - set(provenance.get("not_trained", ()))}
     for p in adapted.parameters():
         if p.is_floating_point():
@@ -737,7 +1028,15 @@ def load_adapter(
     return adapted.train(trainable)
 
 # %% ../../nbs/70_checkpoint.save.ipynb #2f84eefc
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "chat_template*")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.tiktoken",
+    "chat_template*",
+)
 _LIMITS = ("size", "min_pixels", "max_pixels", "max_slice_nums")  # of which `max_pixels` makes less
 
 
@@ -746,7 +1045,10 @@ def take_tokenizer(
     folder: str | Path,  # with copies of a model's files; those of its tokenizer are replaced
 ) -> None:
     "Put the tokenizer that an adapter was trained with into a model's folder."
-    ours = lambda file: file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in TOKENIZER_FILES)  # noqa: E731
+
+    def ours(file):
+        return file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in TOKENIZER_FILES)
+
     for file in filter(ours, list(Path(folder).iterdir())):
         file.unlink()
     for file in filter(ours, Path(adapter).iterdir()):
@@ -760,11 +1062,20 @@ def check_settings(
 ) -> None:
     "Raises `InputError` when the base's picture settings differ from those that the adapter was trained with."
     (was, _), (now, file) = picture_file(adapter), picture_file(base)
-    skipped = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map", *(_LIMITS if provenance.get("max_pixels") else ())}
+    skipped = {
+        "image_processor_type",
+        "processor_class",
+        "feature_extractor_type",
+        "auto_map",
+        *(_LIMITS if provenance.get("max_pixels") else ()),
+    }
     for key in sorted(set(was) & set(now) - skipped):
         if None not in (was[key], now[key]) and was[key] != now[key]:
-            raise InputError(f"{key} is {now[key]!r:.60}, and the adapter in {adapter} was trained with {was[key]!r:.60}", base / file,
-                             "Give the base as it was in training, or copy the adapter's file over this one")  # fmt: skip
+            raise InputError(
+                f"{key} is {now[key]!r:.60}, and the adapter in {adapter} was trained with {was[key]!r:.60}",
+                base / file,
+                "Give the base as it was in training, or copy the adapter's file over this one",
+            )
 
 
 def adapter_processor(
@@ -802,7 +1113,10 @@ def plan_of(
 def _merge_first(folder):
     place = str(folder).rstrip("/")
     merged = shlex.quote(f"{place}-merged")
-    return f"Merge it, and train on the result: vlm-lora-lab merge {shlex.quote(place)} --output {merged}, then vlm-lora-lab train --model {merged} --data … --output …"
+    return (
+        f"Merge it, and train on the result: vlm-lora-lab merge {shlex.quote(place)} --output {merged}, then "
+        f"vlm-lora-lab train --model {merged} --data … --output …"
+    )
 
 
 def _trained_in_full(model, plan):
@@ -819,17 +1133,29 @@ def check_start(
     "Raises `InputError`, with another way, for a plan that does not contain what the adapter holds."
     was = plan_of(folder, provenance)
     if was.variant != plan.variant:
-        raise InputError(f"the adapter is {was.variant}, and the plan says variant: {plan.variant}", folder, _merge_first(folder))
+        raise InputError(
+            f"the adapter is {was.variant}, and the plan says variant: {plan.variant}", folder, _merge_first(folder)
+        )
     old, new = lora_layers(model, was), lora_layers(model, plan)
     for name, rule in old.items():
         now = new.get(name)
         if now is None:
-            raise InputError(f"the adapter holds LoRA beside {name}, and the plan has none there", folder, _merge_first(folder))
+            raise InputError(
+                f"the adapter holds LoRA beside {name}, and the plan has none there", folder, _merge_first(folder)
+            )
         if (now.rank, now.alpha) != (rule.rank, rule.alpha):
-            raise InputError(f"the adapter's LoRA beside {name} has rank {rule.rank} and alpha {rule.alpha:g}, and the plan says {now.rank} and {now.alpha:g}", folder,
-                             f"Write rank {rule.rank} and alpha {rule.alpha:g}; or m{_merge_first(folder)[1:]}")  # fmt: skip
+            raise InputError(
+                f"the adapter's LoRA beside {name} has rank {rule.rank} and alpha {rule.alpha:g}, and the plan says "
+                f"{now.rank} and {now.alpha:g}",
+                folder,
+                f"Write rank {rule.rank} and alpha {rule.alpha:g}; or m{_merge_first(folder)[1:]}",
+            )
     if lacking := sorted(_trained_in_full(model, was) - _trained_in_full(model, plan)):
-        raise InputError(f"the adapter holds {lacking[0]} in full, and the plan does not train it in full", folder, _merge_first(folder))
+        raise InputError(
+            f"the adapter holds {lacking[0]} in full, and the plan does not train it in full",
+            folder,
+            _merge_first(folder),
+        )
 
 
 @torch.no_grad()
@@ -842,8 +1168,11 @@ def start_from(
     try:
         weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
-        raise InputError(f"this file is truncated or damaged ({e})", path, "Copy the whole folder again from where it was trained") from None
-    weights = {k: t for k, t in weights.items() if not k.endswith(".base_layer.weight")}  # an embedding's own, which PEFT writes beside its LoRA
+        raise InputError(
+            f"this file is truncated or damaged ({e})", path, "Copy the whole folder again from where it was trained"
+        ) from None
+    # an embedding's own, which PEFT writes beside its LoRA
+    weights = {k: t for k, t in weights.items() if not k.endswith(".base_layer.weight")}
     places, _ = kept_tensors(model)
     plain = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
     for key, tensor in weights.items():
@@ -852,7 +1181,12 @@ def start_from(
             raise InputError(f"{key} does not fit the plan's model", path, _merge_first(folder))
         place.copy_(tensor)
         if not torch.equal(place.to(tensor.dtype).cpu(), tensor):
-            raise InputError(f"{key} is in {str(tensor.dtype).removeprefix('torch.')}, which {str(place.dtype).removeprefix('torch.')} cannot hold", path, _merge_first(folder))
+            raise InputError(
+                f"{key} is in {str(tensor.dtype).removeprefix('torch.')}, which "
+                f"{str(place.dtype).removeprefix('torch.')} cannot hold",
+                path,
+                _merge_first(folder),
+            )
     return len(weights)
 
 
@@ -861,6 +1195,10 @@ def ancestry(
     provenance: dict,  # from `read_provenance`
 ) -> dict:  # for the provenance of what goes on from it
     "Which adapter this was, what it had learned from, and which ones it came from itself."
-    own = {"folder": os.path.abspath(folder), "sha256": file_sha256(Path(folder) / "adapter_model.safetensors"), "data": provenance.get("data") or {}}
+    own = {
+        "folder": os.path.abspath(folder),
+        "sha256": file_sha256(Path(folder) / "adapter_model.safetensors"),
+        "data": provenance.get("data") or {},
+    }
     own["steps"] = (provenance.get("metrics") or {}).get("steps")
     return own | {"from_adapter": provenance.get("from_adapter")}

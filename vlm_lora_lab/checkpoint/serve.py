@@ -39,9 +39,14 @@ def lora_only(
     "Write LoRA alone in PEFT's format, with one rank and one scale for all layers."
     folder.mkdir()
     loras = {m: adapter.loras[m] for m in modules}
-    ranks = {m: adapter.reader.places[x.keys["lora_A"]][2][0] for m, x in loras.items()}  # PiSSA's may be less than it asked for
+    # PiSSA's may be less than it asked for
+    ranks = {m: adapter.reader.places[x.keys["lora_A"]][2][0] for m, x in loras.items()}
     rank, scale = max(ranks.values()), Counter(x.scale for x in loras.values()).most_common(1)[0][0]
-    shapes = {f"base_model.model.{m}.{k}.weight": adapter.reader.places[x.keys[k]][2] for m, x in loras.items() for k in ("lora_A", "lora_B")}
+    shapes = {
+        f"base_model.model.{m}.{k}.weight": adapter.reader.places[x.keys[k]][2]
+        for m, x in loras.items()
+        for k in ("lora_A", "lora_B")
+    }
     entries = [(n, torch.float32, (rank, s[1]) if "lora_A" in n else (s[0], rank)) for n, s in shapes.items()]
     shard = _Shard(folder / "adapter_model.safetensors", entries)
     for module, lora in loras.items():
@@ -50,8 +55,15 @@ def lora_only(
         shard.add(torch.nn.functional.pad(down, (0, 0, 0, zeros)))
         shard.add(torch.nn.functional.pad(up if lora.scale == scale else up * (lora.scale / scale), (0, zeros)))
     shard.close()
-    LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=sorted(modules), task_type="CAUSAL_LM", inference_mode=True, bias="none",
-               base_model_name_or_path=base).save_pretrained(folder)  # fmt: skip
+    LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,
+        target_modules=sorted(modules),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        bias="none",
+        base_model_name_or_path=base,
+    ).save_pretrained(folder)
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #a8b9870d
 @dataclass(frozen=True)
@@ -64,10 +76,17 @@ class Rule:
     source: str = ""  # where the rule is written
 
     def __str__(self):
-        return f"{'ok ' if self.ok else 'NO '} {self.asks}" + (f": {self.found}" if self.found and not self.ok else "") + (f"  [{self.source}]" if not self.ok and self.source else "")
+        return (
+            f"{'ok ' if self.ok else 'NO '} {self.asks}"
+            + (f": {self.found}" if self.found and not self.ok else "")
+            + (f"  [{self.source}]" if not self.ok and self.source else "")
+        )
 
 
-_VLLM, _LLAMA = "https://github.com/vllm-project/vllm/blob/main/vllm", "https://github.com/ggml-org/llama.cpp/blob/master"
+_VLLM, _LLAMA = (
+    "https://github.com/vllm-project/vllm/blob/main/vllm",
+    "https://github.com/ggml-org/llama.cpp/blob/master",
+)
 _HELPER, _MODEL = f"{_VLLM}/lora/peft_helper.py", f"{_VLLM}/lora/lora_model.py"
 _SURGERY = f"{_LLAMA}/tools/mtmd/legacy-models/minicpmv-surgery.py"
 _ENCODER = f"{_LLAMA}/tools/mtmd/legacy-models/minicpmv-convert-image-encoder-to-gguf.py"
@@ -88,7 +107,13 @@ def check_model(
             account(stored, model, folder)
         rules.append(Rule("the weights are those that config.json describes", True))
         low = [n for n, s in stored.items() if s.dtype in ("NF4", "FP4")]
-        rules.append(Rule("no tensor is in 4 bit", not low and "quantization_config" not in values, f"{len(low)} are, or quantization_config says so"))
+        rules.append(
+            Rule(
+                "no tensor is in 4 bit",
+                not low and "quantization_config" not in values,
+                f"{len(low)} are, or quantization_config says so",
+            )
+        )
     except InputError as e:
         rules.append(Rule("files and configuration agree", False, str(e)))
     try:
@@ -105,9 +130,19 @@ def _remote_code(folder, who):
     values = read_json(folder / "config.json")
     named = {v.split("--")[-1].split(".")[0] for v in (values.get("auto_map") or {}).values() if isinstance(v, str)}
     lacking = sorted(f"{n}.py" for n in named if not (folder / f"{n}.py").is_file())
-    return [Rule(f"config.json has an auto_map, through which {who} reads this family (with --trust-remote-code)", bool(named), "it has none"),
-            Rule("the Python files that auto_map names are there", not lacking,
-                 f"{', '.join(lacking)} missing; fetch them yourself, since this package never does: hf download NAME --include '*.py' --local-dir {folder.name}")]  # fmt: skip
+    return [
+        Rule(
+            f"config.json has an auto_map, through which {who} reads this family (with --trust-remote-code)",
+            bool(named),
+            "it has none",
+        ),
+        Rule(
+            "the Python files that auto_map names are there",
+            not lacking,
+            f"{', '.join(lacking)} missing; fetch them yourself, since this package never does: hf download NAME "
+            f"--include '*.py' --local-dir {folder.name}",
+        ),
+    ]
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #3bed90fb
 def check_lora(
@@ -125,16 +160,35 @@ def check_lora(
     patterns = [k for k in ("rank_pattern", "alpha_pattern") if config.get(k)]
     rules = [
         Rule("r, lora_alpha and target_modules are there", not lacking, ", ".join(lacking), _HELPER),
-        Rule("modules_to_save is empty", not config.get("modules_to_save"), str(config.get("modules_to_save")), _HELPER),
+        Rule(
+            "modules_to_save is empty", not config.get("modules_to_save"), str(config.get("modules_to_save")), _HELPER
+        ),
         Rule("no DoRA", not config.get("use_dora"), "use_dora", _HELPER),
         Rule("no biases", config.get("bias", "none") == "none", str(config.get("bias")), _HELPER),
-        Rule("no PiSSA or another start that changes the base", config.get("init_lora_weights", True) in (True, False, "gaussian"), str(config.get("init_lora_weights")), _HELPER),
+        Rule(
+            "no PiSSA or another start that changes the base",
+            config.get("init_lora_weights", True) in (True, False, "gaussian"),
+            str(config.get("init_lora_weights")),
+            _HELPER,
+        ),
         Rule("one rank and one scale for all layers", not patterns, ", ".join(patterns), _HELPER),
-        Rule(f"the rank is at most {RANKS[-1]}", 0 < config.get("r", 0) <= RANKS[-1], str(config.get("r")), f"{_VLLM}/config/lora.py"),
+        Rule(
+            f"the rank is at most {RANKS[-1]}",
+            0 < config.get("r", 0) <= RANKS[-1],
+            str(config.get("r")),
+            f"{_VLLM}/config/lora.py",
+        ),
     ]
     form = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
     odd = [n for n in shapes if not form.fullmatch(n)]
-    rules.append(Rule("every key is base_model.model.LAYER.lora_A.weight or lora_B", bool(shapes) and not odd, odd[0] if odd else "there are none", _MODEL))
+    rules.append(
+        Rule(
+            "every key is base_model.model.LAYER.lora_A.weight or lora_B",
+            bool(shapes) and not odd,
+            odd[0] if odd else "there are none",
+            _MODEL,
+        )
+    )
     pairs = {}
     for n in shapes:
         if m := form.fullmatch(n):
@@ -142,10 +196,28 @@ def check_lora(
     model = on_meta(base)
     modules, layers = dict(model.named_modules()), set(linear_layers(model)["language"])
     strange = sorted(set(pairs) - layers)
-    rules.append(Rule("LoRA sits on linear layers of the language model alone", not strange, ", ".join(strange[:3]), f"{_VLLM}/lora/model_manager.py"))
+    rules.append(
+        Rule(
+            "LoRA sits on linear layers of the language model alone",
+            not strange,
+            ", ".join(strange[:3]),
+            f"{_VLLM}/lora/model_manager.py",
+        )
+    )
     r = config.get("r")
-    wrong = [m for m, p in sorted(pairs.items()) if m in layers and p != {"lora_A": (r, modules[m].in_features), "lora_B": (modules[m].out_features, r)}]
-    rules.append(Rule("both matrices of each pair have the shapes of their layer", not wrong, ", ".join(f"{m}: {pairs[m]}" for m in wrong[:2]), _MODEL))
+    wrong = [
+        m
+        for m, p in sorted(pairs.items())
+        if m in layers and p != {"lora_A": (r, modules[m].in_features), "lora_B": (modules[m].out_features, r)}
+    ]
+    rules.append(
+        Rule(
+            "both matrices of each pair have the shapes of their layer",
+            not wrong,
+            ", ".join(f"{m}: {pairs[m]}" for m in wrong[:2]),
+            _MODEL,
+        )
+    )
     return rules
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #a08ffa57
@@ -161,10 +233,20 @@ def check_vllm(
     if not rules[0].ok:
         return rules
     values, where = read_json(folder / "config.json"), f"{_VLLM}/model_executor/models/minicpmv.py"
-    rules.append(Rule("config.json names its architecture", bool(values.get("architectures")), "architectures is missing"))
+    rules.append(
+        Rule("config.json names its architecture", bool(values.get("architectures")), "architectures is missing")
+    )
     if values.get("model_type") == "minicpmv":
-        version = str(values.get("version", "2.0" if (values.get("hidden_size"), values.get("query_num")) == (2304, 64) else "2.5"))
-        rules.append(Rule(f"version is one of {', '.join(_MINICPM)}, written with its point", version in _MINICPM, version, where))
+        version = str(
+            values.get(
+                "version", "2.0" if (values.get("hidden_size"), values.get("query_num")) == (2304, 64) else "2.5"
+            )
+        )
+        rules.append(
+            Rule(
+                f"version is one of {', '.join(_MINICPM)}, written with its point", version in _MINICPM, version, where
+            )
+        )
         rules.append(Rule("this version takes LoRA", not lora or version != "2.0", "MiniCPM-V 2.0 does not", where))
     if values.get("model_type") in ("minicpmv", "minicpmo", "qwen"):
         rules += _remote_code(folder, "vLLM")
@@ -174,21 +256,48 @@ def check_vllm(
     return rules
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #188b0253
-_GGUF = {"MiniCPMV4_6ForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration",
-         "Gemma3ForConditionalGeneration", "Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration", "LlavaForConditionalGeneration"}  # fmt: skip
-_NUMBERS = {("minicpmv", "2.5"): 2, ("minicpmv", "2.6"): 3, ("minicpmo", "2.6"): 4, ("minicpmv", "4.0"): 5, ("minicpmv", "4.5"): 6}  # --minicpmv_version
+_GGUF = {
+    "MiniCPMV4_6ForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Gemma3ForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+}
+# --minicpmv_version
+_NUMBERS = {
+    ("minicpmv", "2.5"): 2,
+    ("minicpmv", "2.6"): 3,
+    ("minicpmo", "2.6"): 4,
+    ("minicpmv", "4.0"): 5,
+    ("minicpmv", "4.5"): 6,
+}
 QWEN_PICTURES = tuple(kind for kind, pictures in NATIVE.items() if pictures is QwenPictures)
-_ASSUMED = {"hidden_size": 1152, "image_size": 980, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
+_ASSUMED = {
+    "hidden_size": 1152,
+    "image_size": 980,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
 
 
 def _nine_slices(folder):
     "llama.cpp reads neither max_slice_nums nor a limit of pixels for MiniCPM-V."
-    asks, where = "pictures are cut into 9 slices at most, since llama.cpp reads no other number", f"{_LLAMA}/tools/mtmd/clip.cpp"
+    asks, where = (
+        "pictures are cut into 9 slices at most, since llama.cpp reads no other number",
+        f"{_LLAMA}/tools/mtmd/clip.cpp",
+    )
     try:
         slices = picture_fields(load_processor(folder))["max_slice_nums"]
     except InputError as e:
         return Rule(asks, False, str(e), where)
-    return Rule(asks, slices == 9, f"this model looks at {slices}; serve it with vLLM, or make pictures smaller yourself", where)
+    return Rule(
+        asks, slices == 9, f"this model looks at {slices}; serve it with vLLM, or make pictures smaller yourself", where
+    )
 
 
 def _script_number(values):
@@ -207,24 +316,64 @@ def check_llama_cpp(
         found = (values.get("architectures") or ["none"])[0]
         if values.get("model_type") in ("minicpmv4_6", "minicpmv4_7"):
             rules.append(_nine_slices(folder))
-        return [*rules, Rule("the architecture has converters for words and for pictures", found in _GGUF, found, f"{_LLAMA}/conversion/__init__.py")]
+        return [
+            *rules,
+            Rule(
+                "the architecture has converters for words and for pictures",
+                found in _GGUF,
+                found,
+                f"{_LLAMA}/conversion/__init__.py",
+            ),
+        ]
     number = _script_number(values)
-    rules.append(Rule("the script has a number for this version", number is not None, f"{values.get('model_type')} {values.get('version')}", _ENCODER))
+    rules.append(
+        Rule(
+            "the script has a number for this version",
+            number is not None,
+            f"{values.get('model_type')} {values.get('version')}",
+            _ENCODER,
+        )
+    )
     rules.append(_nine_slices(folder))
     rules += _remote_code(folder, "minicpmv-surgery.py")
-    stored, vision = stored_in(folder), {**_ASSUMED, **{k: v for k, v in (values.get("vision_config") or {}).items() if k in _ASSUMED}}
+    stored, vision = (
+        stored_in(folder),
+        {**_ASSUMED, **{k: v for k, v in (values.get("vision_config") or {}).items() if k in _ASSUMED}},
+    )
     aside = layout_of(on_meta(folder)).aside
     strange = [n for n in stored if n.split(".")[0] not in ("llm", "vpm", "resampler", *aside)]
     rules.append(Rule("every tensor is below llm, vpm or resampler", not strange, ", ".join(strange[:3]), _SURGERY))
     width, side = vision["hidden_size"], vision["image_size"] // vision["patch_size"]
-    wanted = {"vpm.embeddings.patch_embedding.weight": (width, 3, vision["patch_size"], vision["patch_size"]), "vpm.embeddings.position_embedding.weight": (side * side, width),
-              f"vpm.encoder.layers.{vision['num_hidden_layers'] - 1}.mlp.fc1.weight": (vision["intermediate_size"], width), "vpm.post_layernorm.weight": (width,)}  # fmt: skip
-    wrong = [f"{n} is {shape_of(stored[n].shape) if n in stored else 'missing'}, it builds {shape_of(s)}" for n, s in wanted.items() if n not in stored or stored[n].shape != s]
+    wanted = {
+        "vpm.embeddings.patch_embedding.weight": (width, 3, vision["patch_size"], vision["patch_size"]),
+        "vpm.embeddings.position_embedding.weight": (side * side, width),
+        f"vpm.encoder.layers.{vision['num_hidden_layers'] - 1}.mlp.fc1.weight": (vision["intermediate_size"], width),
+        "vpm.post_layernorm.weight": (width,),
+    }
+    wrong = [
+        f"{n} is {shape_of(stored[n].shape) if n in stored else 'missing'}, it builds {shape_of(s)}"
+        for n, s in wanted.items()
+        if n not in stored or stored[n].shape != s
+    ]
     more = [n for n in stored if n.startswith(f"vpm.encoder.layers.{vision['num_hidden_layers']}.")]
-    rules.append(Rule("the tower that the script builds from config.json is the one in the files", not wrong and not more, "; ".join([*wrong, *more[:1]]), _ENCODER))
+    rules.append(
+        Rule(
+            "the tower that the script builds from config.json is the one in the files",
+            not wrong and not more,
+            "; ".join([*wrong, *more[:1]]),
+            _ENCODER,
+        )
+    )
     hidden, resampler = values.get("hidden_size", 1536), stored.get("resampler.query")
     shape = (values.get("query_num", 0), hidden)
-    rules.append(Rule("query_num and hidden_size are those of the resampler", resampler is not None and resampler.shape == shape, f"{shape}", _ENCODER))
+    rules.append(
+        Rule(
+            "query_num and hidden_size are those of the resampler",
+            resampler is not None and resampler.shape == shape,
+            f"{shape}",
+            _ENCODER,
+        )
+    )
     rules.append(Rule("positions are on a grid of 70 × 70", side == 70, f"{side} × {side}", _ENCODER))
     return rules
 
@@ -248,7 +397,15 @@ class Export:
 
     def __str__(self):
         held = f"{sum(r.ok for r in self.rules)} of {len(self.rules)} rules of {self.target} hold"
-        return "\n".join([*([str(self.merged)] if self.merged else []), held, *(str(r) for r in self.rules if not r.ok), "", self.commands])
+        return "\n".join(
+            [
+                *([str(self.merged)] if self.merged else []),
+                held,
+                *(str(r) for r in self.rules if not r.ok),
+                "",
+                self.commands,
+            ]
+        )
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #05a361f6
 def check_export(
@@ -260,10 +417,18 @@ def check_export(
     if target not in TARGETS:
         raise InputError(f"{target!r} is no server known here", "export, --for", f"Write one of {', '.join(TARGETS)}")
     if not (folder / "model").is_dir() and not (folder / "adapter").is_dir():
-        raise InputError("there is neither model nor adapter in this folder", folder, "Give the folder that `vlm-lora-lab export` wrote")
+        raise InputError(
+            "there is neither model nor adapter in this folder",
+            folder,
+            "Give the folder that `vlm-lora-lab export` wrote",
+        )
     if target != "vllm":
         return (check_llama_cpp if target == "llama.cpp" else check_model)(folder / "model")
-    base = folder / "model" if (folder / "model").is_dir() else model_folder(read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"])
+    base = (
+        folder / "model"
+        if (folder / "model").is_dir()
+        else model_folder(read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"])
+    )
     adapter = (folder / "adapter").is_dir()
     return [*(check_lora(folder / "adapter", base) if adapter else []), *check_vllm(base, adapter)]
 
@@ -279,7 +444,8 @@ def export_adapter(
 ) -> Export:
     """Write what a server accepts, and check it.
 
-    Raises `InputError` for an unknown server, a folder in use, and an adapter that the server cannot be given, such as DoRA for vLLM."""
+    Raises `InputError` for an unknown server, a folder in use, and an adapter that the server cannot be given, such as
+    DoRA for vLLM."""
     folder = empty_folder(folder)
     if target not in TARGETS:
         raise InputError(f"{target!r} is no server known here", "export, --for", f"Write one of {', '.join(TARGETS)}")
@@ -289,21 +455,42 @@ def export_adapter(
     check_settings(adapter, source, opened.provenance)
     if target == "vllm":
         if opened.config.use_dora:
-            raise InputError("this adapter is DoRA, which vLLM does not serve", adapter, "Fold it in: export --for transformers; vLLM serves the merged model without an adapter")
+            raise InputError(
+                "this adapter is DoRA, which vLLM does not serve",
+                adapter,
+                "Fold it in: export --for transformers; vLLM serves the merged model without an adapter",
+            )
         empty = on_meta(source)
         layers, there = set(linear_layers(empty)["language"]), {n for n, _ in empty.named_modules()}
         with _or_rescue(opened.folder, opened.provenance):
             if strange := sorted(set(opened.loras) - there):
-                raise InputError(f"this adapter has LoRA for {strange[0]}, which {str(named)!r} does not have", adapter, "Give the base that it was trained on")
+                raise InputError(
+                    f"this adapter has LoRA for {strange[0]}, which {str(named)!r} does not have",
+                    adapter,
+                    "Give the base that it was trained on",
+                )
         keep = [m for m in opened.loras if m in layers]
         if changes_nothing(opened, source):
-            raise Finding(f"this adapter changes nothing: every weight of {str(named)!r} stays as it is", adapter, "Was it trained? Look at what it holds: vlm-lora-lab inspect")
+            raise Finding(
+                f"this adapter changes nothing: every weight of {str(named)!r} stays as it is",
+                adapter,
+                "Was it trained? Look at what it holds: vlm-lora-lab inspect",
+            )
         if not keep:
-            raise InputError("nothing in this adapter is LoRA on the language model, so no adapter is left for vLLM", adapter,
-                             "Fold it in: export --for transformers; vLLM serves the merged model")  # fmt: skip
+            raise InputError(
+                "nothing in this adapter is LoRA on the language model, so no adapter is left for vLLM",
+                adapter,
+                "Fold it in: export --for transformers; vLLM serves the merged model",
+            )
     rounded = onto == "nf4" and opened.provenance["four_bit"]
     own_words = bool(opened.provenance.get("own_tokenizer"))  # they go where the server looks: beside the model
-    needed = rounded or own_words or opened.full or len(keep) < len(opened.loras) or opened.config.init_lora_weights == "pissa"
+    needed = (
+        rounded
+        or own_words
+        or opened.full
+        or len(keep) < len(opened.loras)
+        or opened.config.init_lora_weights == "pissa"
+    )
     if not needed:  # merge_into looks at it otherwise
         check_base(adapter, source, opened.provenance, quick=quick)
     with complete_or_nothing(folder) as partial:
@@ -311,8 +498,19 @@ def export_adapter(
             merged = merge_into(adapter, partial / "model", base, onto, dtype, keep=frozenset(keep), quick=quick)
         if keep:
             lora_only(opened, keep, partial / "adapter", str(folder / "model") if needed else str(named))
-        rules = tuple(replace(r, found=r.found.replace(str(partial), str(folder))) for r in check_export(partial, target))  # the folder that will be there
-        commands = _commands(target, folder, needed, str(named), source if not needed else partial / "model", partial / "adapter", opened.provenance.get("max_pixels", 0))
+        # the folder that will be there
+        rules = tuple(
+            replace(r, found=r.found.replace(str(partial), str(folder))) for r in check_export(partial, target)
+        )
+        commands = _commands(
+            target,
+            folder,
+            needed,
+            str(named),
+            source if not needed else partial / "model",
+            partial / "adapter",
+            opened.provenance.get("max_pixels", 0),
+        )
         with explain_write_errors(folder):
             (partial / "SERVE.md").write_text(commands + "\n", encoding="utf-8")
     return Export(folder, target, rules, commands, merged and Merged(**{**vars(merged), "folder": folder / "model"}))
@@ -334,7 +532,10 @@ def _limits(target, model, max_pixels):
     if not isinstance(processor, QwenPictures):
         return ""  # `_nine_slices`
     vector = (processor.images.patch_size * processor.images.merge_size) ** 2  # pixels
-    return f" --image-min-tokens {math.ceil(fields['size']['shortest_edge'] / vector)} --image-max-tokens {fields['size']['longest_edge'] // vector}"
+    return (
+        f" --image-min-tokens {math.ceil(fields['size']['shortest_edge'] / vector)} --image-max-tokens "
+        f"{fields['size']['longest_edge'] // vector}"
+    )
 
 
 def _commands(target, folder, needed, named, model, adapter, max_pixels):
@@ -343,20 +544,40 @@ def _commands(target, folder, needed, named, model, adapter, max_pixels):
     remote = " --trust-remote-code" if values.get("model_type") in ("minicpmv", "minicpmo", "qwen") else ""
     if target == "vllm":
         rank = next((r for r in RANKS if r >= read_json(adapter / "adapter_config.json")["r"]), RANKS[-1])
-        override = """ --hf-overrides '{"architectures": ["QwenVLForConditionalGeneration"]}'""" if values.get("model_type") == "qwen" else ""
+        override = (
+            """ --hf-overrides '{"architectures": ["QwenVLForConditionalGeneration"]}'"""
+            if values.get("model_type") == "qwen"
+            else ""
+        )
         override += _limits(target, model, max_pixels)
-        return (f"vllm serve {place}{remote}{override} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder / 'adapter'}\n\n"
-                "Ask for the model \"tuned\"; under its own name the base answers, without the adapter.")  # fmt: skip
+        return (
+            f"vllm serve {place}{remote}{override} --enable-lora --max-lora-rank {rank} --lora-modules "
+            f"tuned={folder / 'adapter'}\n\n"
+            'Ask for the model "tuned"; under its own name the base answers, without the adapter.'
+        )
     if target == "transformers":
-        return (f"from vlm_lora_lab.models.load import load_vlm\nmodel = load_vlm({place!r})" if remote else
-                f"from transformers import AutoModelForImageTextToText, AutoProcessor\nmodel = AutoModelForImageTextToText.from_pretrained({place!r})\n"
-                f"processor = AutoProcessor.from_pretrained({place!r})")  # fmt: skip
+        return (
+            f"from vlm_lora_lab.models.load import load_vlm\nmodel = load_vlm({place!r})"
+            if remote
+            else "from transformers import AutoModelForImageTextToText, AutoProcessor\nmodel = "
+            f"AutoModelForImageTextToText.from_pretrained({place!r})\n"
+            f"processor = AutoProcessor.from_pretrained({place!r})"
+        )
     if (number := _script_number(values)) is None:
-        return (f"python convert_hf_to_gguf.py {place} --outfile words.gguf\npython convert_hf_to_gguf.py {place} --mmproj --outfile eyes.gguf\n"
-                f"llama-mtmd-cli -m words.gguf --mmproj eyes.gguf{_limits(target, model, max_pixels)} --image picture.jpg -p 'What is this?'")  # fmt: skip
+        return (
+            f"python convert_hf_to_gguf.py {place} --outfile words.gguf\npython convert_hf_to_gguf.py {place} --mmproj "
+            "--outfile eyes.gguf\n"
+            f"llama-mtmd-cli -m words.gguf --mmproj eyes.gguf{_limits(target, model, max_pixels)} --image picture.jpg "
+            "-p 'What is this?'"
+        )
     scripts = "tools/mtmd/legacy-models/minicpmv"
-    return (f"In llama.cpp's folder, with a transformers that runs upstream's code (below 5):\n\npython {scripts}-surgery.py -m {place}\n"
-            f"python {scripts}-convert-image-encoder-to-gguf.py -m {place} --minicpmv-projector {place}/minicpmv.projector --output-dir {place} "
-            f"--image-mean 0.5 0.5 0.5 --image-std 0.5 0.5 0.5 --minicpmv_version {number}\n"
-            f"python convert_hf_to_gguf.py {place}/model --outfile {place}/words.gguf\n"
-            f"llama-mtmd-cli -m {place}/words.gguf --mmproj {place}/mmproj-model-f16.gguf --image picture.jpg -p 'What is this?'")  # fmt: skip
+    return (
+        "In llama.cpp's folder, with a transformers that runs upstream's code (below 5):\n\npython "
+        f"{scripts}-surgery.py -m {place}\n"
+        f"python {scripts}-convert-image-encoder-to-gguf.py -m {place} --minicpmv-projector {place}/minicpmv.projector "
+        f"--output-dir {place} "
+        f"--image-mean 0.5 0.5 0.5 --image-std 0.5 0.5 0.5 --minicpmv_version {number}\n"
+        f"python convert_hf_to_gguf.py {place}/model --outfile {place}/words.gguf\n"
+        f"llama-mtmd-cli -m {place}/words.gguf --mmproj {place}/mmproj-model-f16.gguf --image picture.jpg -p 'What is "
+        "this?'"
+    )

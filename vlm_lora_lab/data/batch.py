@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .records import Conversation
-from .slicing import CLIP_MEAN, CLIP_STD, HALF, Colours, cut_of, load_image, picture_size, tiles_of, to_patches, to_square
+from .slicing import CLIP_MEAN, CLIP_STD, HALF, Colours, cut_of, load_image, picture_size, tiles_of
+from .slicing import to_patches, to_square
 from .tokens import FAMILIES, IGNORE, Encoded, Family, drop_turns, encode, family_of, named_tokens
 from ..errors import InputError
 from ..models.tokenizer import ImageSettings
@@ -35,22 +36,40 @@ def _wants(config):
     "The numbers of a configuration that pictures depend on, where no picture processor's file is at hand."
     if config.model_type == "qwen":
         visual = config.visual
-        return {"query_num": visual.get("n_queries", 256), "patch_size": visual["patch_size"], "scale_resolution": visual["image_size"], "use_image_id": True,
-                "mean": CLIP_MEAN, "std": CLIP_STD}  # fmt: skip
+        return {
+            "query_num": visual.get("n_queries", 256),
+            "patch_size": visual["patch_size"],
+            "scale_resolution": visual["image_size"],
+            "use_image_id": True,
+            "mean": CLIP_MEAN,
+            "std": CLIP_STD,
+        }
     slices = config.slice_config
-    return {"query_num": config.query_num, "patch_size": config.vision_config.patch_size, "scale_resolution": slices["scale_resolution"],
-            "max_slice_nums": slices["max_slice_nums"] if getattr(config, "slice_mode", True) else 1,
-            "use_image_id": bool(getattr(config, "use_image_id", False))}  # fmt: skip
+    return {
+        "query_num": config.query_num,
+        "patch_size": config.vision_config.patch_size,
+        "scale_resolution": slices["scale_resolution"],
+        "max_slice_nums": slices["max_slice_nums"] if getattr(config, "slice_mode", True) else 1,
+        "use_image_id": bool(getattr(config, "use_image_id", False)),
+    }
 
 
 def _settled(settings, family):
     "The same numbers from a model's files."
-    return {"query_num": settings.query_num, "patch_size": settings.patch_size, "scale_resolution": settings.size, "max_slice_nums": settings.max_slice_nums,
-            "use_image_id": settings.use_image_id or family is FAMILIES["qwen"], "mean": settings.mean, "std": settings.std}  # fmt: skip
+    return {
+        "query_num": settings.query_num,
+        "patch_size": settings.patch_size,
+        "scale_resolution": settings.size,
+        "max_slice_nums": settings.max_slice_nums,
+        "use_image_id": settings.use_image_id or family is FAMILIES["qwen"],
+        "mean": settings.mean,
+        "std": settings.std,
+    }
 
 
 def _seen(p, image):
-    "What the vision tower sees of one RGB picture: (pixels, rows and columns of patches) of the overview and each slice."
+    """What the vision tower sees of one RGB picture: (pixels, rows and columns of patches) of the overview and each
+    slice."""
     if p.family is FAMILIES["qwen"]:
         return [(to_square(image, p.scale_resolution, p.mean, p.std), None)]
     return to_patches(image, p.scale_resolution, p.patch_size, p.max_slice_nums, p.mean, p.std)
@@ -63,7 +82,11 @@ def slices_within(
 ) -> int:
     "How many slices are not more than so many pixels. Raises `InputError` for less than an overview."
     if max_pixels < scale_resolution**2:
-        raise InputError(f"max_pixels is {max_pixels:,}, and this model looks at about {scale_resolution**2:,} at least", "reading", "Raise it, or leave it out")
+        raise InputError(
+            f"max_pixels is {max_pixels:,}, and this model looks at about {scale_resolution**2:,} at least",
+            "reading",
+            "Raise it, or leave it out",
+        )
     return min(max_slice_nums, max_pixels // scale_resolution**2)
 
 
@@ -73,8 +96,10 @@ class BaseProcessor(ABC):
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int = field(default=2048, kw_only=True)  # tokens
-    drop: bool = field(default=False, kw_only=True)  # a text that is too long loses whole turns at the front; False: it is an error
-    named: tuple[str, ...] = field(default=(), kw_only=True)  # tokens that the model's configuration names: commands, as in `control_tokens`
+    # a text that is too long loses whole turns at the front; False: it is an error
+    drop: bool = field(default=False, kw_only=True)
+    # tokens that the model's configuration names: commands, as in `control_tokens`
+    named: tuple[str, ...] = field(default=(), kw_only=True)
 
     echoes: ClassVar[bool] = False  # does the model's `generate` return the prompt as well?
 
@@ -96,7 +121,9 @@ class BaseProcessor(ABC):
 
     @abstractmethod
     def smaller(self, max_pixels: int) -> "BaseProcessor":
-        "One that looks at no more than so many pixels of a picture. Raises `InputError` where the model always looks at more."
+        """One that looks at no more than so many pixels of a picture.
+
+        Raises `InputError` where the model always looks at more."""
 
     @abstractmethod
     def collate(self, rows: list[dict], side: str = "right") -> dict[str, torch.Tensor]:
@@ -115,7 +142,13 @@ class BaseProcessor(ABC):
         images = [load_image(i, conversation.where) for i in conversation.images]
         e = self.encode(conversation, [self.grid(i.size) for i in images], answer)
         kept = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
-        return {"input_ids": e.input_ids, "labels": e.labels, "image_bound": e.image_bound, "dropped": e.dropped, **self.pictures(kept)}
+        return {
+            "input_ids": e.input_ids,
+            "labels": e.labels,
+            "image_bound": e.image_bound,
+            "dropped": e.dropped,
+            **self.pictures(kept),
+        }
 
 # %% ../../nbs/23_data.batch.ipynb #7b5aef15
 @dataclass(frozen=True)
@@ -138,19 +171,49 @@ class Processor(BaseProcessor):
         tokenizer: Any,
         max_length: int = 2048,  # tokens
         drop: bool = False,  # a text that is too long loses whole turns
-        settings: ImageSettings | None = None,  # from the model's files (chapter 15); None: what the configuration alone says
+        # from the model's files (chapter 15); None: what the configuration alone says
+        settings: ImageSettings | None = None,
     ) -> "Processor":
-        "From a model's configuration, and from its picture processor's file. Raises `InputError` for a family that is not known."
-        limit, family = min(max_length, getattr(config, "max_position_embeddings", None) or max_length), family_of(config)
-        return cls(tokenizer=tokenizer, max_length=limit, drop=drop, named=named_tokens(config, tokenizer), family=family, **_settled(settings, family) if settings else _wants(config))
+        """From a model's configuration, and from its picture processor's file.
+
+        Raises `InputError` for a family that is not known."""
+        limit, family = (
+            min(max_length, getattr(config, "max_position_embeddings", None) or max_length),
+            family_of(config),
+        )
+        return cls(
+            tokenizer=tokenizer,
+            max_length=limit,
+            drop=drop,
+            named=named_tokens(config, tokenizer),
+            family=family,
+            **_settled(settings, family) if settings else _wants(config),
+        )
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
         "Columns and rows of slices of a picture of a size."
-        return None if self.family is FAMILIES["qwen"] else cut_of(*size, self.scale_resolution, self.patch_size, self.max_slice_nums).grid
+        return (
+            None
+            if self.family is FAMILIES["qwen"]
+            else cut_of(*size, self.scale_resolution, self.patch_size, self.max_slice_nums).grid
+        )
 
-    def encode(self, conversation: Conversation, grids: Sequence[tuple[int, int] | None] | None, answer: bool = True) -> Encoded:
+    def encode(
+        self, conversation: Conversation, grids: Sequence[tuple[int, int] | None] | None, answer: bool = True
+    ) -> Encoded:
         "Tokens, labels and places. Raises `InputError`."
-        return encode(conversation, self.tokenizer, self.query_num, self.max_length, self.use_image_id, answer, self.family, grids, self.drop, self.named)
+        return encode(
+            conversation,
+            self.tokenizer,
+            self.query_num,
+            self.max_length,
+            self.use_image_id,
+            answer,
+            self.family,
+            grids,
+            self.drop,
+            self.named,
+        )
 
     def pictures(self, images: list[Image.Image]) -> dict:
         return {"patches": [p for image in images for p in _seen(self, image)]}
@@ -163,7 +226,12 @@ class Processor(BaseProcessor):
 
     def smaller(self, max_pixels: int) -> "Processor":
         if self.family is FAMILIES["qwen"]:
-            raise InputError(f"max_pixels is {max_pixels:,}, and this model sees every picture as {self.scale_resolution} × {self.scale_resolution}", "reading", "Leave it out")
+            raise InputError(
+                f"max_pixels is {max_pixels:,}, and this model sees every picture as {self.scale_resolution} × "
+                f"{self.scale_resolution}",
+                "reading",
+                "Leave it out",
+            )
         return replace(self, max_slice_nums=slices_within(max_pixels, self.scale_resolution, self.max_slice_nums))
 
     def collate(self, rows: list[dict], side: str = "right") -> dict[str, torch.Tensor]:
@@ -178,7 +246,8 @@ class WorkerError(InputError):
 
 
 class Samples(Dataset):
-    "Conversations as rows for the Trainer; pictures are opened when a row is asked for, in as many processes as you like."
+    """Conversations as rows for the Trainer; pictures are opened when a row is asked for, in as many processes as you
+    like."""
 
     def __init__(
         self,
@@ -205,13 +274,19 @@ def pad_texts(
     rows: list[dict],  # from a processor
     pad_token_id: int,
     side: str = "right",
-) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]]]:  # ids, labels and mask, (rows, tokens) each; padding in front of and behind each row
+    # ids, labels and mask, (rows, tokens) each; padding in front of and behind each row
+) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]]]:
     "Texts of one length."
     gaps = [max(len(r["input_ids"]) for r in rows) - len(r["input_ids"]) for r in rows]
     ends = [(0, g) if side == "right" else (g, 0) for g in gaps]
-    stack = lambda key, value: torch.stack([pad(torch.tensor(r[key]), e, value=value) for r, e in zip(rows, ends)])  # noqa: E731
+
+    def stack(key, value):
+        return torch.stack([pad(torch.tensor(r[key]), e, value=value) for r, e in zip(rows, ends)])
+
     batch = {"input_ids": stack("input_ids", pad_token_id), "labels": stack("labels", IGNORE)}
-    batch["attention_mask"] = torch.stack([pad(torch.ones(len(r["input_ids"]), dtype=torch.long), e) for r, e in zip(rows, ends)])
+    batch["attention_mask"] = torch.stack(
+        [pad(torch.ones(len(r["input_ids"]), dtype=torch.long), e) for r, e in zip(rows, ends)]
+    )
     return batch, ends
 
 
@@ -235,7 +310,11 @@ class Collator:
             if pictures[0][1] is not None:
                 batch["tgt_sizes"] = torch.tensor([size for _, size in pictures])
             batch["image_bound"] = torch.tensor(
-                [(i, start + e[0], end + e[0]) for i, (r, e) in enumerate(zip(rows, ends)) for start, end in r["image_bound"]]
+                [
+                    (i, start + e[0], end + e[0])
+                    for i, (r, e) in enumerate(zip(rows, ends))
+                    for start, end in r["image_bound"]
+                ]
             )
         return batch
 
@@ -275,7 +354,14 @@ def loader(
         sampler = ByLength(batch_size, samples.lengths, seed)
         sampler.set_epoch(epoch)
     collate = partial(samples.processor.collate, side=side)
-    return DataLoader(samples, batch_size, sampler=sampler, collate_fn=collate, num_workers=samples.workers, generator=torch.Generator())
+    return DataLoader(
+        samples,
+        batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        num_workers=samples.workers,
+        generator=torch.Generator(),
+    )
 
 # %% ../../nbs/23_data.batch.ipynb #33230f9a
 @dataclass(frozen=True)
@@ -291,7 +377,8 @@ class Reading(Settings):
     allow_outside: bool = False  # let picture paths leave the folder of the data file, or --image-root
     allow_urls: bool = False  # let pictures be fetched from the network
     verify: bool = False  # know pictures by their bytes, not by size and time, when a run starts, goes on and ends
-    max_pixels: Annotated[int, Within(0, 10**9)] = 0  # most pixels that the model looks at of one picture (MiniCPM-V: fewer slices); 0: what its own files say
+    # most pixels that the model looks at of one picture (MiniCPM-V: fewer slices); 0: what its own files say
+    max_pixels: Annotated[int, Within(0, 10**9)] = 0
 
 
 @dataclass(frozen=True)
@@ -316,7 +403,9 @@ class Checked:
 
     def samples(self, processor: BaseProcessor, reading: Reading = Reading()) -> Samples:
         "As the Trainer wants them."
-        return Samples(self.conversations, processor, reading.workers, self.lengths if reading.group_by_length else None)
+        return Samples(
+            self.conversations, processor, reading.workers, self.lengths if reading.group_by_length else None
+        )
 
 
 class _Probe(Dataset):
@@ -335,7 +424,11 @@ class _Probe(Dataset):
             name = conversation.id
             row = self.processor(conversation)
             if self.learned and all(label == IGNORE for label in row["labels"]):
-                remedy = "Raise max_length: all answers that are learned are in turns that were left out" if row["dropped"] else "Leave the record out, or write an answer"
+                remedy = (
+                    "Raise max_length: all answers that are learned are in turns that were left out"
+                    if row["dropped"]
+                    else "Leave the record out, or write an answer"
+                )
                 raise InputError("nothing of it is learned: no token has a label", conversation.where, remedy)
             return len(row["input_ids"]), row["dropped"], (conversation.unread, conversation.learned.count(False)), None
         except InputError as e:
@@ -352,7 +445,9 @@ def check_rows(
     "Prepare every row once. Raises `InputError` for a bad row, unless they are to be skipped, and when none is left."
     lengths, good, skipped, dropped, unread, context = array("Q"), array("Q"), [], 0, Counter(), 0
     probe = DataLoader(_Probe(conversations, processor, learned), batch_size=None, num_workers=reading.workers)
-    for i, (length, turns, (more, silent), wrong) in enumerate(tqdm(probe, desc=desc, leave=False, **({"disable": True} if len(conversations) < 100 else {}))):
+    for i, (length, turns, (more, silent), wrong) in enumerate(
+        tqdm(probe, desc=desc, leave=False, **({"disable": True} if len(conversations) < 100 else {}))
+    ):
         if wrong is None:
             good.append(i)
             lengths.append(length)
@@ -365,6 +460,16 @@ def check_rows(
             raise error
         skipped.append(Skipped(i, wrong[0], str(error)))
     if not good:
-        raise InputError(f"no row is left; all {len(skipped)} are bad, the first because: {skipped[0].reason}", desc, "Run vlm-lora-lab check-data on the file")
-    kept = conversations if not skipped else conversations.select(good) if hasattr(conversations, "select") else [conversations[i] for i in good]
+        raise InputError(
+            f"no row is left; all {len(skipped)} are bad, the first because: {skipped[0].reason}",
+            desc,
+            "Run vlm-lora-lab check-data on the file",
+        )
+    kept = (
+        conversations
+        if not skipped
+        else conversations.select(good)
+        if hasattr(conversations, "select")
+        else [conversations[i] for i in good]
+    )
     return Checked(kept, lengths, tuple(skipped), dropped, unread, context)

@@ -28,14 +28,22 @@ def _name(image, root):
     if isinstance(image, (str, Path)):
         path = Path(os.path.normpath(image))
         return path.relative_to(root).as_posix() if root is not None and path.is_relative_to(root) else path.as_posix()
-    raise InputError(f"a picture in memory ({image!r:.60}) has no name that a file could hold", "conversation", "Save it and give its path")
+    raise InputError(
+        f"a picture in memory ({image!r:.60}) has no name that a file could hold",
+        "conversation",
+        "Save it and give its path",
+    )
 
 
 def _held(image, root):
     "How a picture is held in a table: as it is, as bytes, or by its name."
     if isinstance(image, Image.Image):
         return image
-    return {"bytes": image.data, "path": None} if isinstance(image, Inline) and isinstance(image.data, bytes) else _name(image, root)
+    return (
+        {"bytes": image.data, "path": None}
+        if isinstance(image, Inline) and isinstance(image.data, bytes)
+        else _name(image, root)
+    )
 
 
 def _parts(content, names, wrap):
@@ -74,7 +82,8 @@ def to_record(
     names = list(conversation.images) if memory else [_name(i, root) for i in conversation.images]
     if memory:
         names = [_held(i, root) for i in names]
-    judging = {"category": conversation.category, "answers": list(conversation.answers)}  # for those who have them; see chapter 80
+    # for those who have them; see chapter 80
+    judging = {"category": conversation.category, "answers": list(conversation.answers)}
     return {"id": conversation.id} | _WRITERS[dialect](conversation, names) | {k: v for k, v in judging.items() if v}
 
 
@@ -95,9 +104,19 @@ def _qwenvl(c, names):
     rows = []
     for m in c.messages:
         if "<img>" in m.content or "</img>" in m.content or any("</img>" in n for n in names):
-            raise InputError("the text or a path contains <img> or </img>", c.where, "Qwen-VL would read it as a picture")
+            raise InputError(
+                "the text or a path contains <img> or </img>", c.where, "Qwen-VL would read it as a picture"
+            )
         pieces = m.content.split("<image>")
-        rows.append(_marked(m, {"from": m.role, "value": pieces[0] + "".join(f"<img>{names.pop(0)}</img>{piece}" for piece in pieces[1:])}))
+        rows.append(
+            _marked(
+                m,
+                {
+                    "from": m.role,
+                    "value": pieces[0] + "".join(f"<img>{names.pop(0)}</img>{piece}" for piece in pieces[1:]),
+                },
+            )
+        )
     return {"conversations": rows}
 
 # %% ../../nbs/27_data.dialects.ipynb #1bbd49b0
@@ -109,18 +128,42 @@ def _llava(c, names):
 
 def _openai(c, names):
     if not all(_apart(m.content) for m in c.messages):
-        return {"messages": [_marked(m, {"role": m.role, "content": m.content}) for m in c.messages], "images": list(names)}
+        return {
+            "messages": [_marked(m, {"role": m.role, "content": m.content}) for m in c.messages],
+            "images": list(names),
+        }
     names = list(names)
-    part = lambda name: {"type": "image_url", "image_url": {"url": name}}  # noqa: E731
-    return {"messages": [_marked(m, {"role": m.role, "content": _parts(m.content, names, part) if "<image>" in m.content else m.content}) for m in c.messages]}
+
+    def part(name):
+        return {"type": "image_url", "image_url": {"url": name}}
+
+    return {
+        "messages": [
+            _marked(
+                m, {"role": m.role, "content": _parts(m.content, names, part) if "<image>" in m.content else m.content}
+            )
+            for m in c.messages
+        ]
+    }
 
 
 def _hf(c, names):
     if not all(_apart(m.content) for m in c.messages):
-        return {"messages": [_marked(m, {"role": m.role, "content": m.content}) for m in c.messages], "images": list(names)}
+        return {
+            "messages": [_marked(m, {"role": m.role, "content": m.content}) for m in c.messages],
+            "images": list(names),
+        }
     bare, rows = [None] * len(names), []
     for m in c.messages:
-        rows.append(_marked(m, {"role": m.role, "content": _parts(m.content, bare, lambda _: {"type": "image"}) or [{"type": "text", "text": ""}]}))
+        rows.append(
+            _marked(
+                m,
+                {
+                    "role": m.role,
+                    "content": _parts(m.content, bare, lambda _: {"type": "image"}) or [{"type": "text", "text": ""}],
+                },
+            )
+        )
     return {"messages": rows, "images": list(names)}
 
 
@@ -133,10 +176,14 @@ def convert(
     dialect: str,  # one of `DIALECTS`
     image_root: str | Path | None = None,  # of the source; default: its own folder
 ) -> int:  # records written
-    "Write conversations in another dialect; picture paths become relative to the new file. Raises `InputError`; then there is no new file."
+    """Write conversations in another dialect; picture paths become relative to the new file.
+
+    Raises `InputError`; then there is no new file."""
     target, count = Path(target), 0
     if target.suffix not in (".json", ".jsonl"):
-        raise InputError(f"the name ends in {target.suffix!r}", target, "Write .json for a list, or .jsonl for a record per line")
+        raise InputError(
+            f"the name ends in {target.suffix!r}", target, "Write .json for a list, or .jsonl for a record per line"
+        )
     conversations = Conversations.open(source, image_root) if isinstance(source, (str, Path)) else source
     lines, partial = target.suffix == ".jsonl", target.with_name(target.name + ".partial")
     root = Path(os.path.abspath(target.parent))
@@ -149,7 +196,11 @@ def convert(
                 for c in conversations:
                     images = tuple(Path(os.path.abspath(i)) if isinstance(i, (str, Path)) else i for i in c.images)
                     record = to_record(replace(c, images=images), dialect, root)
-                    file.write(("" if lines else ",\n " if count else "\n ") + json.dumps(record, ensure_ascii=False) + ("\n" if lines else ""))
+                    file.write(
+                        ("" if lines else ",\n " if count else "\n ")
+                        + json.dumps(record, ensure_ascii=False)
+                        + ("\n" if lines else "")
+                    )
                     count += 1
                 file.write("" if lines else "\n]\n")
             os.replace(partial, target)

@@ -113,7 +113,10 @@ def look(
 ) -> Look:
     "Look at one record. Raises nothing, whatever it is."
     findings, where, name, value = [], "", "", None
-    say = lambda level, kind, reason, remedy="", field="": findings.append(Finding(level, kind, reason, remedy, number, line, name, field))  # noqa: E731
+
+    def say(level, kind, reason, remedy="", field=""):
+        return findings.append(Finding(level, kind, reason, remedy, number, line, name, field))
+
     try:
         value = parse_json(record, where, access.limits) if isinstance(record, bytes) else record
         name = str(value.get("id", number))[:100] if isinstance(value, dict) else ""
@@ -137,7 +140,18 @@ def look(
         tokens, learned = _look_at_tokens(conversation, processor, sizes, say)
     texts = [f"{m.role} {m.content}" for m in conversation.messages]
     keys = (_print(*seen, *texts[:-1]), _print(*seen, *texts)) if len(seen) == len(conversation.images) else None
-    return Look(tuple(findings), dialect_of(value), len(conversation.images), tokens, learned, keys, tuple(seen), name, conversation.unread, conversation.learned)
+    return Look(
+        tuple(findings),
+        dialect_of(value),
+        len(conversation.images),
+        tokens,
+        learned,
+        keys,
+        tuple(seen),
+        name,
+        conversation.unread,
+        conversation.learned,
+    )
 
 # %% ../../nbs/28_data.doctor.ipynb #3a164a2a
 def _look_at_tokens(conversation, processor, sizes, say):
@@ -151,7 +165,14 @@ def _look_at_tokens(conversation, processor, sizes, say):
     if e.dropped:
         say("warning", "tokens", f"the text is too long; the first {e.dropped} turns are left out")
     if not learned:
-        say("error", "tokens", "no token of the text is learned", "Raise max_length: all answers that are learned are in turns that were left out" if e.dropped else "Write an answer")
+        say(
+            "error",
+            "tokens",
+            "no token of the text is learned",
+            "Raise max_length: all answers that are learned are in turns that were left out"
+            if e.dropped
+            else "Write an answer",
+        )
     return len(e.input_ids), learned
 
 # %% ../../nbs/28_data.doctor.ipynb #6eb381c9
@@ -159,7 +180,8 @@ def _look_at_tokens(conversation, processor, sizes, say):
 class Compare:
     "Remembers fingerprints, and says what was there before."
 
-    questions: dict = field(default_factory=dict)  # fingerprint of question and pictures -> (row, fingerprint of all, answers that are learned)
+    # fingerprint of question and pictures -> (row, fingerprint of all, answers that are learned)
+    questions: dict = field(default_factory=dict)
     ids: dict = field(default_factory=dict)
     elsewhere: dict = field(default_factory=dict)  # fingerprint -> name of the other file
 
@@ -172,7 +194,10 @@ class Compare:
     def findings(self, seen: Look, row: int, line: int | None) -> list[Finding]:
         "What a record has in common with an earlier one, or with another file."
         found = []
-        say = lambda level, kind, reason, remedy="": found.append(Finding(level, kind, reason, remedy, row, line, seen.id))  # noqa: E731
+
+        def say(level, kind, reason, remedy=""):
+            return found.append(Finding(level, kind, reason, remedy, row, line, seen.id))
+
         if seen.id and (first := self.ids.setdefault(seen.id, row)) != row:
             say("note", "id", f"the id stands at record {first}, too", "Give each record its own")
         if seen.keys is None:
@@ -185,7 +210,12 @@ class Compare:
             elif same == whole:
                 say("warning", "duplicate", f"it is the same as record {first}", "Keep one of them")
             else:
-                say("warning", "contradiction", f"record {first} has the same question and pictures, and another answer", "Keep the right one")
+                say(
+                    "warning",
+                    "contradiction",
+                    f"record {first} has the same question and pictures, and another answer",
+                    "Keep the right one",
+                )
         if name := self.elsewhere.get(whole):
             say("error", "leak", f"the same conversation is in {name}", "Remove it from one of the files")
         elif name := self.elsewhere.get(question):
@@ -262,27 +292,55 @@ def _facts(report):
     "What a program wants to know."
     t = sorted(report.tokens)
     return {
-        "file": report.name, "status": report.status, "records": report.rows, "good": report.rows - len(report.bad), "bad": report.bad,
-        "counts": {s: dict(Counter(f.kind for f in report.findings if f.severity == s).most_common()) for s in reversed(SEVERITIES)},
-        "dialects": dict(report.dialects), "unread_fields": dict(report.unread), "answers_of_weight_0": report.context, "pictures": report.pictures,
-        "tokens": {"least": t[0], "median": t[len(t) // 2], "most": t[-1], "total": sum(t), "learned": report.learned, "limit": report.limit} if t else None,
-        "seconds": round(report.seconds, 2), "findings": [asdict(f) for f in report.findings],
-    }  # fmt: skip
+        "file": report.name,
+        "status": report.status,
+        "records": report.rows,
+        "good": report.rows - len(report.bad),
+        "bad": report.bad,
+        "counts": {
+            s: dict(Counter(f.kind for f in report.findings if f.severity == s).most_common())
+            for s in reversed(SEVERITIES)
+        },
+        "dialects": dict(report.dialects),
+        "unread_fields": dict(report.unread),
+        "answers_of_weight_0": report.context,
+        "pictures": report.pictures,
+        "tokens": {
+            "least": t[0],
+            "median": t[len(t) // 2],
+            "most": t[-1],
+            "total": sum(t),
+            "learned": report.learned,
+            "limit": report.limit,
+        }
+        if t
+        else None,
+        "seconds": round(report.seconds, 2),
+        "findings": [asdict(f) for f in report.findings],
+    }
 
 # %% ../../nbs/28_data.doctor.ipynb #9d1f3923
 def _headlines(report):
     "What a person wants to know first."
     d = report.to_dict()
     worst = Counter(report.worst.values())
-    yield (f"{d['records']:,} records: {d['good']:,} can be trained on, {worst['error']:,} have errors, {worst['warning']:,} have warnings"
-           f" ({report.seconds:.1f} s, {report.rows / max(report.seconds, 1e-9):,.0f} a second)")  # fmt: skip
+    yield (
+        f"{d['records']:,} records: {d['good']:,} can be trained on, {worst['error']:,} have errors, "
+        f"{worst['warning']:,} have warnings"
+        f" ({report.seconds:.1f} s, {report.rows / max(report.seconds, 1e-9):,.0f} a second)"
+    )
     dialects = ", ".join(f"{DIALECTS.get(k, 'not recognised')} {n:,}" for k, n in report.dialects.most_common())
     yield f"dialect: {dialects or 'none'}; pictures: {d['pictures']:,}"
     if t := d["tokens"]:
-        yield f"tokens: {t['least']:,} to {t['most']:,}, median {t['median']:,}, limit {t['limit']:,}; {t['learned'] / max(t['total'], 1):.0%} are learned"
+        yield (
+            f"tokens: {t['least']:,} to {t['most']:,}, median {t['median']:,}, limit {t['limit']:,}; "
+            f"{t['learned'] / max(t['total'], 1):.0%} are learned"
+        )
     if report.unread:
         more = f" and {len(report.unread) - 20} others" if len(report.unread) > 20 else ""
-        yield "fields that nobody reads: " + ", ".join(f"{k!r} ({n:,})" for k, n in report.unread.most_common(20)) + more
+        yield (
+            "fields that nobody reads: " + ", ".join(f"{k!r} ({n:,})" for k, n in report.unread.most_common(20)) + more
+        )
     if report.context:
         yield f"answers of weight 0, which are context and not learned: {report.context:,}"
     for severity, kinds in d["counts"].items():
@@ -293,7 +351,10 @@ def _headlines(report):
 def _table(report, show):
     "The gravest findings, as rows of text."
     order = sorted(report.findings, key=lambda f: (-f.rank, -1 if f.row is None else f.row))
-    blank = lambda v: "" if v is None else str(v)  # noqa: E731
+
+    def blank(v):
+        return "" if v is None else str(v)
+
     for f in order[:show]:
         says = f"{f.reason}. {f.remedy}".strip().rstrip(".")
         yield f.severity, blank(f.line), blank(f.row), f.id, f.field, says + "." * (not says.endswith("?"))
@@ -324,10 +385,16 @@ _STYLE = """<style>.doctor{font:14px/1.45 system-ui,sans-serif;max-width:70em}.d
 
 def _body_of(report, show):
     e = html.escape
-    rows = "".join(f'<tr class="{r[0]}">' + "".join(f"<td>{e(_safe(c))}</td>" for c in r) + "</tr>" for r in _table(report, show))
+    rows = "".join(
+        f'<tr class="{r[0]}">' + "".join(f"<td>{e(_safe(c))}</td>" for c in r) + "</tr>" for r in _table(report, show)
+    )
     heads = "".join(f"<th>{h}</th>" for h in ("severity", "line", "record", "id", "field", "reason"))
     more = f"<p>… and {len(report.findings) - show:,} more.</p>" if len(report.findings) > show else ""
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{more}" if rows else "<p>Nothing to say about any record.</p>"
+    table = (
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{more}"
+        if rows
+        else "<p>Nothing to say about any record.</p>"
+    )
     facts = "".join(f"<li>{e(_safe(h))}</li>" for h in _headlines(report))
     return f'{_STYLE}<div class="doctor"><h3>{e(_safe(report.name))}</h3><ul>{facts}</ul>{table}</div>'
 
@@ -392,20 +459,32 @@ def check_data(
     def looks(source, desc):
         rows = Rows(source) if isinstance(source, (str, Path)) else source
         root = Path(image_root or (Path(source).parent if isinstance(source, (str, Path)) else "."))
-        bar = tqdm(total=len(rows), desc=desc, unit=" records", leave=False, disable=None if progress else True)  # None: no bar where nobody looks
+        # None: no bar where nobody looks
+        bar = tqdm(total=len(rows), desc=desc, unit=" records", leave=False, disable=None if progress else True)
         return rows, _all_looks(rows, Access(root, allow_outside, allow_urls), processor, pictures, workers, bar)
 
     for other in against:
         compare.learn(str(other), looks(other, f"reading {Path(other).name}")[1])
     rows, seen = looks(source, "checking")
-    report = Report(str(source) if isinstance(source, (str, Path)) else "records", limit=processor.max_length if processor else None)
+    report = Report(
+        str(source) if isinstance(source, (str, Path)) else "records", limit=processor.max_length if processor else None
+    )
     for i, one in enumerate(seen):
         _take_in(report, one, compare.findings(one, i, rows.lines[i] if isinstance(rows, Rows) else None))
     for u, n in report.lost.most_common():
-        report.findings.append(Finding("warning", "unread", f"{u.name!r} in {n:,} record{'s' * (n > 1)} is not read: {u.loss}"))
+        report.findings.append(
+            Finding("warning", "unread", f"{u.name!r} in {n:,} record{'s' * (n > 1)} is not read: {u.loss}")
+        )
     if broken := getattr(rows, "broken", None):
         place = broken.where.removeprefix(f"{source}, ")
-        report.findings.append(Finding("error", "json", f"the list is broken at {place}, after {len(rows)} records: {broken.found}", broken.remedy))
+        report.findings.append(
+            Finding(
+                "error",
+                "json",
+                f"the list is broken at {place}, after {len(rows)} records: {broken.found}",
+                broken.remedy,
+            )
+        )
     report.seconds = time.perf_counter() - start
     return report
 
@@ -415,7 +494,26 @@ def mutate(
     rng: Random,
 ) -> Any:  # a value that JSON can hold, most likely spoilt
     "Spoil a record in a random place; for tests of what reads it."
-    junk = [None, True, 0, -1, 1e308, "", "<image>", "<image_00>", "\x00", "\ud800", "../x", "http://x/y", "<|im_end|>", [], {}, [[]], {"": ""}, "x" * 50]
+    junk = [
+        None,
+        True,
+        0,
+        -1,
+        1e308,
+        "",
+        "<image>",
+        "<image_00>",
+        "\x00",
+        "\ud800",
+        "../x",
+        "http://x/y",
+        "<|im_end|>",
+        [],
+        {},
+        [[]],
+        {"": ""},
+        "x" * 50,
+    ]
     if rng.random() < 0.15:
         return rng.choice(junk)
     if isinstance(value, dict) and value:
@@ -424,7 +522,9 @@ def mutate(
         if action == 0:
             del value[key]
         elif action == 1:
-            value[rng.choice(["id", "image", "images", "conversations", "messages", "from", "role", "type", "text", ""])] = value[key]
+            value[
+                rng.choice(["id", "image", "images", "conversations", "messages", "from", "role", "type", "text", ""])
+            ] = value[key]
         else:
             value[key] = mutate(value[key], rng)
         return value
@@ -440,5 +540,9 @@ def mutate(
         return value
     if isinstance(value, str) and value:
         i = rng.randrange(len(value))
-        return value[:i] + rng.choice(["", *(j for j in junk if isinstance(j, str))]) + value[rng.randrange(i, len(value)) :]
+        return (
+            value[:i]
+            + rng.choice(["", *(j for j in junk if isinstance(j, str))])
+            + value[rng.randrange(i, len(value)) :]
+        )
     return rng.choice(junk)

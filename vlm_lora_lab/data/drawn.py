@@ -17,7 +17,14 @@ from PIL import Image, ImageDraw, ImageFont
 from .records import Conversation, ask
 
 # %% ../../nbs/24_data.drawn.ipynb #4462a730
-COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 255), "yellow": (245, 200, 20), "purple": (142, 68, 173), "black": (30, 30, 30)}
+COLOURS = {
+    "red": (214, 48, 49),
+    "green": (39, 174, 96),
+    "blue": (41, 98, 255),
+    "yellow": (245, 200, 20),
+    "purple": (142, 68, 173),
+    "black": (30, 30, 30),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 SIDE = 56  # pixels of a scene: 7 x 7 patches of 8
@@ -40,7 +47,8 @@ def _shape(canvas, shape, colour, x, y, r):
 def scene(
     rng: random.Random,
     count: int | None = None,  # shapes; None: one to four
-) -> tuple[Image.Image, dict[str, tuple[str, str]], list]:  # picture, place -> (colour, shape) in reading order, and boxes
+    # picture, place -> (colour, shape) in reading order, and boxes
+) -> tuple[Image.Image, dict[str, tuple[str, str]], list]:
     "A picture of shapes. A box is (what, left, top, right, bottom) in pixels."
     paper = tuple(rng.randint(225, 255) for _ in range(3))
     places = rng.sample(list(PLACES), count or rng.randint(1, 4))
@@ -58,8 +66,23 @@ def scene(
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), content, boxes
 
 # %% ../../nbs/24_data.drawn.ipynb #43de41b9
-FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold",
-         "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10", "cmb10")  # fmt: skip
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+    "cmr10",
+    "cmss10",
+    "cmtt10",
+    "cmb10",
+)
 STRIP = (88, 32)  # pixels of a number: 11 x 4 patches of 8
 
 
@@ -87,7 +110,17 @@ def number(
     return image, value, [(digit, edges[i], y + top, edges[i + 1], y + bottom) for i, digit in enumerate(text)]
 
 # %% ../../nbs/24_data.drawn.ipynb #08d1fd05
-KINDS = {"caption": 0.26, "colour": 0.12, "shape": 0.08, "place": 0.1, "what": 0.08, "count": 0.04, "number": 0.22, "pair": 0.05, "sum": 0.05}
+KINDS = {
+    "caption": 0.26,
+    "colour": 0.12,
+    "shape": 0.08,
+    "place": 0.1,
+    "what": 0.08,
+    "count": 0.04,
+    "number": 0.22,
+    "pair": 0.05,
+    "sum": 0.05,
+}
 
 
 def _describe(content):
@@ -110,14 +143,25 @@ def draw(
     if kind == "pair":
         (first, one, _), (second, two, _) = scene(rng, 1), scene(rng, 1)
         which, content = rng.choice([("first", one), ("second", two)])
-        return ask(f"What is in the {which} picture?", "a {} {}".format(*next(iter(content.values()))), first, second, id=f"pair-{seed}", category="pair")
+        return ask(
+            f"What is in the {which} picture?",
+            "a {} {}".format(*next(iter(content.values()))),
+            first,
+            second,
+            id=f"pair-{seed}",
+            category="pair",
+        )
     image, content, _ = scene(rng)
     place, (colour, shape) = rng.choice(list(content.items()))
     colours, shapes = [c for c, _ in content.values()], [s for _, s in content.values()]
     question = {
         "caption": ("Describe the picture.", _describe(content)),
-        "colour": (f"What colour is the {shape}?", colour) if shapes.count(shape) == 1 else (f"What colour is the shape at the {place}?", colour),
-        "shape": (f"What shape is {colour}?", shape) if colours.count(colour) == 1 else (f"What shape is at the {place}?", shape),
+        "colour": (f"What colour is the {shape}?", colour)
+        if shapes.count(shape) == 1
+        else (f"What colour is the shape at the {place}?", colour),
+        "shape": (f"What shape is {colour}?", shape)
+        if colours.count(colour) == 1
+        else (f"What shape is at the {place}?", shape),
         "place": (f"Where is the {colour} {shape}?", place),
         "what": (f"What is at the {place}?", f"a {colour} {shape}"),
         "count": ("How many shapes are there?", str(len(content))),

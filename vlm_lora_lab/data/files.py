@@ -94,7 +94,9 @@ def _depth(value, limit):
     "Whether lists and objects lie deeper inside each other than `limit`; without recursion."
     level, depth = [value], 0
     while level:
-        level = [child for v in level if isinstance(v, (dict, list)) for child in (v.values() if isinstance(v, dict) else v)]
+        level = [
+            child for v in level if isinstance(v, (dict, list)) for child in (v.values() if isinstance(v, dict) else v)
+        ]
         depth += 1
         if depth > limit + 1:
             return True
@@ -108,20 +110,28 @@ def parse_json(
 ) -> Any:  # the value
     "One JSON value, within limits. Raises `InputError`."
     if len(text) > limits.record_bytes:
-        raise InputError(f"this record has {len(text):,} bytes; the limit is {limits.record_bytes:,}", where, "Keep pictures in files of their own")
+        raise InputError(
+            f"this record has {len(text):,} bytes; the limit is {limits.record_bytes:,}",
+            where,
+            "Keep pictures in files of their own",
+        )
     try:
         value = _DECODER.decode(text.decode("utf-8"))
     except UnicodeDecodeError as e:
         raise InputError(f"{no_utf8(text).found} (byte {e.start})", where, "Save the file as UTF-8") from None
     except RecursionError:
-        raise InputError(f"lists and objects are more than {limits.depth} deep", where, "A record has a handful of levels") from None
+        raise InputError(
+            f"lists and objects are more than {limits.depth} deep", where, "A record has a handful of levels"
+        ) from None
     except InputError as e:
         raise InputError(e.found, where, e.remedy) from None
     except ValueError as e:  # JSONDecodeError, and numbers of thousands of digits
         found = f"this is not valid JSON: {getattr(e, 'msg', e)}"
         raise InputError(found, where, _remedy(found)) from None
     if text.count(b"[") + text.count(b"{") > limits.depth and _depth(value, limits.depth):
-        raise InputError(f"lists and objects are more than {limits.depth} deep", where, "A record has a handful of levels")
+        raise InputError(
+            f"lists and objects are more than {limits.depth} deep", where, "A record has a handful of levels"
+        )
     return value
 
 # %% ../../nbs/26_data.files.ipynb #4695a9dd
@@ -168,9 +178,13 @@ def _element_end(window, limits):
             raise _Broken(window, f"lists and objects are more than {limits.depth} deep") from None
         except ValueError as e:
             if len(window.text) - window.at > 4 * limits.record_bytes:
-                raise _Broken(window, f"a record begins here that has no end within {4 * limits.record_bytes:,} characters") from None
+                raise _Broken(
+                    window, f"a record begins here that has no end within {4 * limits.record_bytes:,} characters"
+                ) from None
             if not window.more():
-                raise _Broken(window, f"this is not valid JSON: {getattr(e, 'msg', e)}", getattr(e, "pos", window.at)) from None
+                raise _Broken(
+                    window, f"this is not valid JSON: {getattr(e, 'msg', e)}", getattr(e, "pos", window.at)
+                ) from None
 
 # %% ../../nbs/26_data.files.ipynb #53a28bc1
 def _walk_list(file, skip, limits, places):
@@ -184,7 +198,12 @@ def _walk_list(file, skip, limits, places):
             window.advance(_element_end(window, limits))
             places.note(start, window.offset - start, line)
             if (mark := window.peek()) not in ("]", ","):
-                raise _Broken(window, "a comma or the closing bracket ] is due" if mark else "the closing bracket ] of the list is missing")
+                raise _Broken(
+                    window,
+                    "a comma or the closing bracket ] is due"
+                    if mark
+                    else "the closing bracket ] of the list is missing",
+                )
             if mark == ",":
                 window.advance(window.at + 1)
                 window.peek()
@@ -197,20 +216,51 @@ def _walk_list(file, skip, limits, places):
         places.broken = (no_utf8(e.object).found, f"after line {window.line}")
 
 # %% ../../nbs/26_data.files.ipynb #c2f1a002
-_TABLE = "python -c \"import pandas; pandas.{how}.to_json('{stem}.jsonl', orient='records', lines=True, force_ascii=False)\", with the turns of each record under conversations"
+_TABLE = (
+    "python -c \"import pandas; pandas.{how}.to_json('{stem}.jsonl', orient='records', lines=True, "
+    'force_ascii=False)", with the turns of each record under conversations'
+)
 _PANDAS = {
-    "CSV": "read_csv('{name}')", "TSV": "read_csv('{name}', sep='\\t')", "Excel": "read_excel('{name}')", "OpenDocument": "read_excel('{name}')", "Parquet": "read_parquet('{name}')",
-    "Feather": "read_feather('{name}')", "SQLite": "read_sql('select * from TABLE', 'sqlite:///{name}')", "pickle": "read_pickle('{name}')",
-}  # fmt: skip
+    "CSV": "read_csv('{name}')",
+    "TSV": "read_csv('{name}', sep='\\t')",
+    "Excel": "read_excel('{name}')",
+    "OpenDocument": "read_excel('{name}')",
+    "Parquet": "read_parquet('{name}')",
+    "Feather": "read_feather('{name}')",
+    "SQLite": "read_sql('select * from TABLE', 'sqlite:///{name}')",
+    "pickle": "read_pickle('{name}')",
+}
 _BEGINNINGS = (
-    (b"\x1f\x8b", "a gzip archive", "Unpack it: gunzip -k '{name}'"), (b"BZh", "a bzip2 archive", "Unpack it: bunzip2 -k '{name}'"), (b"\xfd7zXZ\0", "an xz archive", "Unpack it: unxz -k '{name}'"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "Unpack it: unzstd '{name}'"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "Unpack it: 7z x '{name}'"), (b"Rar!", "a RAR archive", "Unpack it: unrar x '{name}'"),
-    (b"PAR1", "Parquet", ""), (b"ARROW1", "Feather", ""), (b"\xff\xff\xff\xff", "an Arrow stream, as the datasets library keeps it", "Write it as JSON Lines: python -c \"import datasets; datasets.Dataset.from_file('{name}').to_json('{stem}.jsonl')\""),
-    (b"SQLite format 3\0", "SQLite", ""), (b"\xd0\xcf\x11\xe0", "Excel", ""), (b"\x89HDF", "an HDF5 file", "Write its rows as JSON Lines"), (b"\x93NUMPY", "a NumPy array", "Write its rows as JSON Lines"),
-    (b"\x89PNG", "a picture", "Name the JSON file that mentions it"), (b"\xff\xd8\xff", "a picture", "Name the JSON file that mentions it"), (b"GIF8", "a picture", "Name the JSON file that mentions it"),
-    (b"RIFF", "a picture or a sound", "Name the JSON file that mentions it"), (b"%PDF", "a PDF document", "Make pictures of its pages, and name the JSON file that mentions them"), (b"GGUF", "a GGUF model", "Give it to llama.cpp"),
-    (b"version https://git-lfs.github.com/", "a Git LFS pointer and not the file itself", "Run `git lfs pull` in the folder, or fetch the file again"),
-)  # fmt: skip
+    (b"\x1f\x8b", "a gzip archive", "Unpack it: gunzip -k '{name}'"),
+    (b"BZh", "a bzip2 archive", "Unpack it: bunzip2 -k '{name}'"),
+    (b"\xfd7zXZ\0", "an xz archive", "Unpack it: unxz -k '{name}'"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "Unpack it: unzstd '{name}'"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "Unpack it: 7z x '{name}'"),
+    (b"Rar!", "a RAR archive", "Unpack it: unrar x '{name}'"),
+    (b"PAR1", "Parquet", ""),
+    (b"ARROW1", "Feather", ""),
+    (
+        b"\xff\xff\xff\xff",
+        "an Arrow stream, as the datasets library keeps it",
+        'Write it as JSON Lines: python -c "import datasets; '
+        "datasets.Dataset.from_file('{name}').to_json('{stem}.jsonl')\"",
+    ),
+    (b"SQLite format 3\0", "SQLite", ""),
+    (b"\xd0\xcf\x11\xe0", "Excel", ""),
+    (b"\x89HDF", "an HDF5 file", "Write its rows as JSON Lines"),
+    (b"\x93NUMPY", "a NumPy array", "Write its rows as JSON Lines"),
+    (b"\x89PNG", "a picture", "Name the JSON file that mentions it"),
+    (b"\xff\xd8\xff", "a picture", "Name the JSON file that mentions it"),
+    (b"GIF8", "a picture", "Name the JSON file that mentions it"),
+    (b"RIFF", "a picture or a sound", "Name the JSON file that mentions it"),
+    (b"%PDF", "a PDF document", "Make pictures of its pages, and name the JSON file that mentions them"),
+    (b"GGUF", "a GGUF model", "Give it to llama.cpp"),
+    (
+        b"version https://git-lfs.github.com/",
+        "a Git LFS pointer and not the file itself",
+        "Run `git lfs pull` in the folder, or fetch the file again",
+    ),
+)
 
 
 def _zipped(path):
@@ -224,7 +274,9 @@ def _zipped(path):
         if part in names:
             return kind, ""
     inside = [n for n in names if n.endswith((".json", ".jsonl"))]
-    return f"a zip archive of {len(names)} file{'s' * (len(names) != 1)}" + (f", such as {inside[0]:.80}" if inside else ""), "Unpack it: unzip '{name}'" + (f", and give {inside[0]:.80}" if inside else "")
+    return f"a zip archive of {len(names)} file{'s' * (len(names) != 1)}" + (
+        f", such as {inside[0]:.80}" if inside else ""
+    ), "Unpack it: unzip '{name}'" + (f", and give {inside[0]:.80}" if inside else "")
 
 
 def _binary_kind(path, head):
@@ -252,20 +304,33 @@ def _text_kind(path, text):
     if start == "<":
         return "HTML or XML, such as the page that was shown instead of a download", "Fetch the file again"
     if re.match(r"[\[\s]*\{\s*'", text):
-        return ("Python's way to write a dictionary and not JSON, which has double quotes",
-                "Write it with json.dump, or convert each line: python -c \"import ast, json, sys; [print(json.dumps(ast.literal_eval(line))) for line in sys.stdin]\" < '{name}' > '{stem}.converted.jsonl'")  # fmt: skip
+        return (
+            "Python's way to write a dictionary and not JSON, which has double quotes",
+            'Write it with json.dump, or convert each line: python -c "import ast, json, sys; '
+            "[print(json.dumps(ast.literal_eval(line))) for line in sys.stdin]\" < '{name}' > '{stem}.converted.jsonl'",
+        )
     if start == "{" and first.rstrip().endswith(",") and _is_json(first.rstrip()[:-1]):
-        return "records with commas between them, and no brackets around", "Write [ before the first and ] after the last, or take the commas away"
+        return (
+            "records with commas between them, and no brackets around",
+            "Write [ before the first and ] after the last, or take the commas away",
+        )
     if start in "{[" or _is_json(first):
         return None
     counts = {d: first.count(d) for d in ("\t", ",", ";", "|") if rest and d in first and d in rest[0]}
     if path.suffix.lower() in (".csv", ".tsv", ".tab") or (counts and not re.match(r"\s*(- |[\w\"']+:\s)", first)):
         return "TSV" if "\t" in counts else "CSV", ""
     if path.suffix.lower() in (".yaml", ".yml") or (re.match(r"\s*(- |[\w\"']+:(\s|$)|---)", first)):
-        return "YAML", "Write it as JSON: python -c \"import json, yaml; json.dump(yaml.safe_load(open('{name}', encoding='utf-8')), open('{stem}.json', 'w'))\""
+        return (
+            "YAML",
+            "Write it as JSON: python -c \"import json, yaml; json.dump(yaml.safe_load(open('{name}', "
+            "encoding='utf-8')), open('{stem}.json', 'w'))\"",
+        )
     if re.match(r'"|-?\d|(true|false|null)\b', first.lstrip()):
         return None  # a value, and perhaps a broken one
-    return f"no JSON: its first line is {first.strip()[:60]!r}", "Give a list of records [ {…}, {…} ], or one record per line"
+    return (
+        f"no JSON: its first line is {first.strip()[:60]!r}",
+        "Give a list of records [ {…}, {…} ], or one record per line",
+    )
 
 
 def _foreign(path, head):
@@ -276,7 +341,8 @@ def _foreign(path, head):
     if kind is None:
         name, lines = encoding_of(head), head.splitlines()
         broken = [i for i, line in enumerate(lines) if encoding_of(line) != "UTF-8"] if name != "UTF-8" else []
-        whole = sum(not line.isascii() for line in lines) - len(broken)  # lines that can be read and are not plain English
+        # lines that can be read and are not plain English
+        whole = sum(not line.isascii() for line in lines) - len(broken)
         if name != "UTF-8" and (len(broken) > max(1, whole) or len(lines) < 2 or b"\0" in head):
             return no_utf8(head, path, broken[0] + 1 if broken and b"\0" not in head else None)
         kind = _text_kind(path, head.decode("utf-8", "replace"))
@@ -284,8 +350,13 @@ def _foreign(path, head):
         return None
     what, remedy = kind
     if not remedy:
-        what, remedy = f"a table ({what}) and not JSON", "Make records of its rows: " + _TABLE.replace("{how}", _PANDAS[what])
-    return InputError(f"this is {what}", path, remedy.replace("{name}", path.name).replace("{stem}", path.name.partition(".")[0]))
+        what, remedy = (
+            f"a table ({what}) and not JSON",
+            "Make records of its rows: " + _TABLE.replace("{how}", _PANDAS[what]),
+        )
+    return InputError(
+        f"this is {what}", path, remedy.replace("{name}", path.name).replace("{stem}", path.name.partition(".")[0])
+    )
 
 # %% ../../nbs/26_data.files.ipynb #be0fd6d4
 def _no_file(path):
@@ -293,14 +364,33 @@ def _no_file(path):
     if path.is_dir():
         names = sorted(p.name for p in path.iterdir())
         if any(n.endswith(".arrow") or n == "dataset_info.json" for n in names):
-            return InputError("this is a folder of the datasets library and no data file", path, f"Write it as JSON Lines: python -c \"import datasets; datasets.load_from_disk('{path.name}').to_json('{path.name}.jsonl')\"")
+            return InputError(
+                "this is a folder of the datasets library and no data file",
+                path,
+                'Write it as JSON Lines: python -c "import datasets; '
+                f"datasets.load_from_disk('{path.name}').to_json('{path.name}.jsonl')\"",
+            )
         data = [n for n in names if n.endswith((".json", ".jsonl"))]
-        return InputError("this is a folder and no data file", path, f"Give one of its files: {', '.join(data[:5])}" if data else "Give the path of a JSON or JSON Lines file")
+        return InputError(
+            "this is a folder and no data file",
+            path,
+            f"Give one of its files: {', '.join(data[:5])}" if data else "Give the path of a JSON or JSON Lines file",
+        )
     slashes = Path(str(path).replace("\\", "/"))
     if slashes != path:
-        return InputError("there is no such data file", path, f"Did you mean {str(slashes)!r}?" if slashes.is_file() else "A backslash is part of a name here; write / between folders")
+        return InputError(
+            "there is no such data file",
+            path,
+            f"Did you mean {str(slashes)!r}?"
+            if slashes.is_file()
+            else "A backslash is part of a name here; write / between folders",
+        )
     near = nearest(path.name, [p.name for p in path.parent.iterdir() if p.is_file()]) if path.parent.is_dir() else ""
-    return InputError("there is no such data file", path, f"Did you mean {near!r}?" if near else "Give the path of a JSON or JSON Lines file")
+    return InputError(
+        "there is no such data file",
+        path,
+        f"Did you mean {near!r}?" if near else "Give the path of a JSON or JSON Lines file",
+    )
 
 
 def _walk(path, limits):
@@ -329,7 +419,8 @@ def _walk(path, limits):
 class Rows(Sequence):
     """The records of a JSON or JSON Lines file; only their places are held, and each is read when asked for.
 
-    Raises `InputError` for a file that is missing, empty, or neither kind. `broken` is the error that ended a JSON list early, or None."""
+    Raises `InputError` for a file that is missing, empty, or neither kind. `broken` is the error that ended a JSON list
+    early, or None."""
 
     def __init__(
         self,
@@ -339,7 +430,9 @@ class Rows(Sequence):
         self.path, self.limits = Path(path), limits
         places, first = _walk(self.path, limits)
         self.starts, self.sizes, self.lines = places.starts, places.sizes, places.lines
-        self.broken = places.broken and InputError(places.broken[0], f"{path}, {places.broken[1]}", _remedy(places.broken[0]))
+        self.broken = places.broken and InputError(
+            places.broken[0], f"{path}, {places.broken[1]}", _remedy(places.broken[0])
+        )
         if not len(self) and self.broken is None:
             raise InputError("there is no record in this file", path, "Write [ {…}, {…} ], or one record per line")
         if first == b"{":
@@ -366,7 +459,8 @@ _RECORD = {"conversations", "messages"}  # one of these is in every record
 
 
 def _refuse_one_object(rows):
-    "A file that starts with a brace is one record per line, unless it is a single object around the list, or over many lines."
+    """A file that starts with a brace is one record per line, unless it is a single object around the list, or over
+    many lines."""
     if len(rows) > 1 and _is_json(rows.raw(0)):
         return
     size, value, end = rows.starts[-1] + rows.sizes[-1], None, 0
@@ -375,10 +469,22 @@ def _refuse_one_object(rows):
     with suppress(ValueError, RecursionError):
         value, end = json.JSONDecoder().raw_decode(text)
     if value is not None and re.match(r"\s*,?\s*\{", text[end : end + 100]):
-        raise InputError("records of several lines follow one another", rows.path, f"Write each in a line of its own (jq -c . '{rows.path.name}'), or all in a list [ {{…}}, {{…}} ]")
-    if value is None and size > rows.limits.record_bytes and (key := re.match(r'\s*\{\s*"([^"\\]{1,80})"\s*:\s*\[\s*\{', text)):
+        raise InputError(
+            "records of several lines follow one another",
+            rows.path,
+            f"Write each in a line of its own (jq -c . '{rows.path.name}'), or all in a list [ {{…}}, {{…}} ]",
+        )
+    if (
+        value is None
+        and size > rows.limits.record_bytes
+        and (key := re.match(r'\s*\{\s*"([^"\\]{1,80})"\s*:\s*\[\s*\{', text))
+    ):
         value, end = {key[1]: [{"conversations": []}]}, len(text)  # too long to be looked through
-    if isinstance(value, dict) and not text[end:].strip() and not (len(rows) == 1 and (_RECORD & set(value) or not _lists(value))):
+    if (
+        isinstance(value, dict)
+        and not text[end:].strip()
+        and not (len(rows) == 1 and (_RECORD & set(value) or not _lists(value)))
+    ):
         _refuse_wrapped(rows.path, value)
 
 
@@ -391,15 +497,27 @@ def _lists(value):
 def _refuse_wrapped(path, value):
     "The error for an object that is no record: it names the key that holds the list."
     found = f"the file is one object with the keys {', '.join(map(str, value))[:80]}, not a list of records"
-    take = "python -c \"import json; json.dump({what}, open('{stem}.list.json', 'w'))\"".replace("{stem}", path.name.partition(".")[0])
+    take = "python -c \"import json; json.dump({what}, open('{stem}.list.json', 'w'))\"".replace(
+        "{stem}", path.name.partition(".")[0]
+    )
     load = f"json.load(open('{path.name}', 'rb'))"
     if _RECORD & set(value):
-        raise InputError("the file is one record over several lines, not a list of records", path, "Write [ before it and ] after it")
+        raise InputError(
+            "the file is one record over several lines, not a list of records", path, "Write [ before it and ] after it"
+        )
     if keys := _lists(value):
         counts = " and ".join(f"{k!r:.40}" for k in keys[:5])
-        raise InputError(f"{found}; {'the list is' if len(keys) == 1 else 'lists are'} under {counts}", path, f"Take the list out: {take.format(what=f'{load}[{keys[0]!r}]')}")
+        raise InputError(
+            f"{found}; {'the list is' if len(keys) == 1 else 'lists are'} under {counts}",
+            path,
+            f"Take the list out: {take.format(what=f'{load}[{keys[0]!r}]')}",
+        )
     if len(value) > 1 and all(isinstance(v, dict) and _RECORD & set(v) for v in value.values()):
-        raise InputError(f"{found}; the records are its values", path, f"Make a list of them: {take.format(what=f'list({load}.values())')}")
+        raise InputError(
+            f"{found}; the records are its values",
+            path,
+            f"Make a list of them: {take.format(what=f'list({load}.values())')}",
+        )
     raise InputError(found, path, "Write [ {…}, {…} ], or one record per line")
 
 # %% ../../nbs/26_data.files.ipynb #5859d622
@@ -415,37 +533,61 @@ class Inline:
     def read(self, where: str, limits: Limits = LIMITS) -> bytes:
         "The bytes of the picture file. Raises `InputError`."
         if len(self.data) > 2 * limits.file_bytes:
-            raise InputError(f"the picture in the record has {len(self.data):,} characters", where, "Keep it in a file of its own")
+            raise InputError(
+                f"the picture in the record has {len(self.data):,} characters", where, "Keep it in a file of its own"
+            )
         if isinstance(self.data, bytes):
             return self.data
         head, comma, body = self.data.partition(",")
         if not comma or not head.endswith(";base64"):
-            raise InputError(f"expected data:image/…;base64,…, found {self.data[:40]!r}", where, "Write the picture in base64, or give a path")
+            raise InputError(
+                f"expected data:image/…;base64,…, found {self.data[:40]!r}",
+                where,
+                "Write the picture in base64, or give a path",
+            )
         try:
             return base64.b64decode(body, validate=True)
         except (binascii.Error, ValueError) as e:
-            raise InputError(f"the picture in the record is not base64 ({e})", where, "Write it again, or give a path") from None
+            raise InputError(
+                f"the picture in the record is not base64 ({e})", where, "Write it again, or give a path"
+            ) from None
 
 # %% ../../nbs/26_data.files.ipynb #56ad0700
 @dataclass(frozen=True)
 class Remote:
-    "A picture on the network, which the user allowed to fetch. It is fetched each time it is needed: for training, download first."
+    """A picture on the network, which the user allowed to fetch.
+
+    It is fetched each time it is needed: for training, download first."""
 
     url: str  # http or https
 
     def read(self, where: str, limits: Limits = LIMITS) -> bytes:
         "Fetch the picture file, within the limit of bytes and half a minute. Raises `InputError`."
         opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler,
-                        urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler, urllib.request.UnknownHandler):  # fmt: skip
+        for handler in (
+            urllib.request.HTTPHandler,
+            urllib.request.HTTPSHandler,
+            urllib.request.HTTPRedirectHandler,
+            urllib.request.HTTPErrorProcessor,
+            urllib.request.HTTPDefaultErrorHandler,
+            urllib.request.UnknownHandler,
+        ):
             opener.add_handler(handler())  # no file:, no ftp:, whatever a redirect says
         try:
-            with opener.open(urllib.request.Request(self.url, headers={"User-Agent": "vlm_lora_lab"}), timeout=30) as answer:
+            with opener.open(
+                urllib.request.Request(self.url, headers={"User-Agent": "vlm_lora_lab"}), timeout=30
+            ) as answer:
                 data = answer.read(limits.file_bytes + 1)
         except (OSError, ValueError, urllib.error.URLError) as e:
-            raise InputError(f"{self.url[:200]} cannot be fetched ({e})", where, "Download the picture and give its path") from None
+            raise InputError(
+                f"{self.url[:200]} cannot be fetched ({e})", where, "Download the picture and give its path"
+            ) from None
         if len(data) > limits.file_bytes:
-            raise InputError(f"{self.url[:200]} is larger than {limits.file_bytes:,} bytes", where, "Download the picture and make it smaller")
+            raise InputError(
+                f"{self.url[:200]} is larger than {limits.file_bytes:,} bytes",
+                where,
+                "Download the picture and make it smaller",
+            )
         return data
 
 # %% ../../nbs/26_data.files.ipynb #515008ae
@@ -461,7 +603,11 @@ def _meant(name, root):
     parts, says = re.split(r"[\\/]+", name[:1000]), ""
     if "\\" in name[:1000] and os.sep == "/":
         says = "A backslash is part of a name here; write / between folders"
-        says = f"This is a path of Windows, which no file has here. {says}" if re.match(r"[A-Za-z]:\\|\\\\", name) else says
+        says = (
+            f"This is a path of Windows, which no file has here. {says}"
+            if re.match(r"[A-Za-z]:\\|\\\\", name)
+            else says
+        )
     tails = ("/".join(parts[i:]) for i in range(len(parts))) if len(parts) > 1 and ".." not in parts else ()
     try:
         near = next((t for t in tails if t != name and os.path.isfile(os.path.join(root, t.lstrip("/")))), "")
@@ -485,7 +631,11 @@ def find_picture(
         return Inline(reference)
     if scheme.startswith(("http://", "https://")):
         if not allow_urls:
-            raise InputError(f"the picture is an address on the network, {reference[:100]}", where, "Download it, or allow fetching with --allow-urls")
+            raise InputError(
+                f"the picture is an address on the network, {reference[:100]}",
+                where,
+                "Download it, or allow fetching with --allow-urls",
+            )
         return Remote(reference)
     name = reference[7:] if scheme.startswith("file://") else reference
     path = os.path.join(root, name)
@@ -493,13 +643,24 @@ def find_picture(
     top = _real(os.path.join(here, root)).rstrip(os.sep) + os.sep
     try:
         there = os.path.isfile(path)
-        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real(os.path.join(here, os.path.dirname(path))), os.path.basename(path))
+        real = (
+            os.path.realpath(path)
+            if os.path.islink(path)
+            else os.path.join(_real(os.path.join(here, os.path.dirname(path))), os.path.basename(path))
+        )
         inside = allow_outside or (real + os.sep).startswith(top)
     except (OSError, ValueError):  # a name that no file can have, such as the picture itself in base64
         there, inside = False, True
     if not inside or (os.path.isabs(name) and not allow_outside and not there):
-        raise InputError(f"the path {name[:200]!r} leads out of the folder {root}", where,
-                         _meant(name, root) or "Give the folder of the pictures with --image-root, or allow it with --allow-outside")  # fmt: skip
+        raise InputError(
+            f"the path {name[:200]!r} leads out of the folder {root}",
+            where,
+            _meant(name, root) or "Give the folder of the pictures with --image-root, or allow it with --allow-outside",
+        )
     if not there:
-        raise InputError(f"there is no picture {path[:200]!r}", where, _meant(name, root) or "Paths are relative to the folder of the data file, or to --image-root")
+        raise InputError(
+            f"there is no picture {path[:200]!r}",
+            where,
+            _meant(name, root) or "Paths are relative to the folder of the data file, or to --image-root",
+        )
     return Path(path)

@@ -68,15 +68,26 @@ def build(
 ) -> None:
     "Make the samples of the course. Files of the same name are overwritten."
     folder = Path(folder)
-    turns = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
-    write = lambda path, rows: path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")  # noqa: E731
+
+    def turns(q, a):
+        return [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+
+    def write(path, rows):
+        return path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
     for split, pool in scans().items():
         rng, rows = random.Random(f"handwriting {split}"), []
         (folder / "handwriting" / split).mkdir(parents=True, exist_ok=True)
         for i in range(SPLITS[split][1]):
             image, value = compose(pick(pool, rng), rng)
             image.save(folder / "handwriting" / split / f"{i:04}.png", optimize=True)
-            rows.append({"id": f"{split}-{i:04}", "image": f"{split}/{i:04}.png", "conversations": turns(f"<image>\n{QUESTION}", value)})
+            rows.append(
+                {
+                    "id": f"{split}-{i:04}",
+                    "image": f"{split}/{i:04}.png",
+                    "conversations": turns(f"<image>\n{QUESTION}", value),
+                }
+            )
         write(folder / "handwriting" / f"{split}.json", rows)
     (folder / "pictures").mkdir(exist_ok=True)
     pair, shapes, total = draw(0, "pair"), draw(1, "caption"), draw(2, "sum")
@@ -86,12 +97,19 @@ def build(
     write(
         folder / "mixed.json",
         [
-            {"id": "one-picture", "image": "pictures/2.png", "conversations": turns(f"<image>\n{shapes.question}", shapes.answer)},
-            {"id": "two-pictures", "image": {"<image_00>": "pictures/0.png", "<image_01>": "pictures/1.png"},
-             "conversations": turns(f"<image_00>\n<image_01>\n{pair.question}", pair.answer)},
+            {
+                "id": "one-picture",
+                "image": "pictures/2.png",
+                "conversations": turns(f"<image>\n{shapes.question}", shapes.answer),
+            },
+            {
+                "id": "two-pictures",
+                "image": {"<image_00>": "pictures/0.png", "<image_01>": "pictures/1.png"},
+                "conversations": turns(f"<image_00>\n<image_01>\n{pair.question}", pair.answer),
+            },
             {"id": "no-picture", "conversations": turns(total.question, total.answer)},
         ],
-    )  # fmt: skip
+    )
     for dialect in DIALECTS:
         if dialect != "minicpmv":
             (folder / f"mixed-{dialect}.jsonl").unlink(missing_ok=True)

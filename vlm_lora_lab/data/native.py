@@ -24,7 +24,8 @@ from transformers.image_utils import SizeDict
 
 from .batch import BaseProcessor, Processor, pad_texts, slices_within
 from .records import Conversation
-from .tokens import FAMILIES, Encoded, family_of, ids_and_labels, named_tokens, no_commands, supervised, within
+from .tokens import FAMILIES, Encoded, family_of, ids_and_labels, named_tokens, no_commands
+from .tokens import supervised, within
 from ..errors import InputError, write_json
 from ..models.load import load_tokenizer, model_folder
 from ..models.published import model_config, read_json
@@ -44,7 +45,8 @@ class NativeProcessor(BaseProcessor):
     along: ClassVar[int] = 0  # the dimension in which pictures follow each other in `pixel_values`
 
     kind: ClassVar[type]  # of `images`
-    acted_on: ClassVar[tuple[str, ...]] = ("do_rescale", "rescale_factor", "do_normalize", "resample")  # what it does as its file says; other switches are refused
+    # what it does as its file says; other switches are refused
+    acted_on: ClassVar[tuple[str, ...]] = ("do_rescale", "rescale_factor", "do_normalize", "resample")
 
     @abstractmethod
     def disagreement(self, config: Any) -> str:
@@ -60,7 +62,13 @@ class NativeProcessor(BaseProcessor):
 
         def whole(c):
             texts = self.numbered(grids[len(grids) - len(c.images) :])
-            text = supervised([_message(m) for m in c.messages], lambda ms: self._write(ms, texts, c.where), self.tokenizer, answer, c.learned)
+            text = supervised(
+                [_message(m) for m in c.messages],
+                lambda ms: self._write(ms, texts, c.where),
+                self.tokenizer,
+                answer,
+                c.learned,
+            )
             ids, labels = ids_and_labels(*text, self.tokenizer)
             runs = [list(run) for is_picture, run in groupby(range(len(ids)), lambda i: ids[i] == marker) if is_picture]
             return Encoded(ids, labels, [(run[0], run[-1] + 1) for run in runs])
@@ -72,10 +80,16 @@ class NativeProcessor(BaseProcessor):
         try:
             between = self.tokenizer.apply_chat_template(messages, tokenize=False).split(self.image_token)
         except TemplateError as e:
-            raise InputError(f"the model's chat template refuses this conversation ({e})", where, "Order the turns as it wants them") from None
+            raise InputError(
+                f"the model's chat template refuses this conversation ({e})", where, "Order the turns as it wants them"
+            ) from None
         if len(between) != len(texts) + 1:
-            raise InputError(f"the model's chat template writes {len(between) - 1} places for {len(texts)} pictures", f"tokenizer {self.tokenizer.name_or_path}".strip(),
-                             "Put the chat_template.jinja or chat_template.json of the model beside its config.json, and pictures into questions only")  # fmt: skip
+            raise InputError(
+                f"the model's chat template writes {len(between) - 1} places for {len(texts)} pictures",
+                f"tokenizer {self.tokenizer.name_or_path}".strip(),
+                "Put the chat_template.jinja or chat_template.json of the model beside its config.json, and pictures "
+                "into questions only",
+            )
         return "".join([between[0], *(text + rest for text, rest in zip(texts, between[1:]))])
 
     def pictures(self, images: list[Image.Image]) -> dict:
@@ -85,7 +99,9 @@ class NativeProcessor(BaseProcessor):
     def collate(self, rows: list[dict], side: str = "right") -> dict[str, torch.Tensor]:
         batch, _ = pad_texts(rows, self.tokenizer.pad_token_id, side)
         if self.types:
-            batch["mm_token_type_ids"] = (batch["input_ids"] == self.tokenizer.convert_tokens_to_ids(self.image_token)).long()
+            batch["mm_token_type_ids"] = (
+                batch["input_ids"] == self.tokenizer.convert_tokens_to_ids(self.image_token)
+            ).long()
         if seen := [r for r in rows if "pixel_values" in r]:
             batch["pixel_values"] = torch.cat([r["pixel_values"] for r in seen], self.along)
             batch[self.sizes] = torch.cat([r[self.sizes] for r in seen])
@@ -97,8 +113,14 @@ def _message(m):
     first, *others = (piece.strip() for piece in m.content.split("<image>"))
     if not others:
         return {"role": m.role, "content": m.content}
-    text = lambda piece: [{"type": "text", "text": piece}] if piece else []  # noqa: E731
-    return {"role": m.role, "content": text(first) + [part for piece in others for part in ({"type": "image"}, *text(piece))]}
+
+    def text(piece):
+        return [{"type": "text", "text": piece}] if piece else []
+
+    return {
+        "role": m.role,
+        "content": text(first) + [part for piece in others for part in ({"type": "image"}, *text(piece))],
+    }
 
 # %% ../../nbs/19_data.native.ipynb #4d018ce4
 @dataclass(frozen=True)
@@ -114,21 +136,36 @@ class QwenPictures(NativeProcessor):
 
     def tiles(self, image: Image.Image) -> tuple[tuple[Image.Image, ...], None]:
         _, rows, cols = self.pictures([image])[self.sizes][0].tolist()
-        return (image.resize((cols * self.images.patch_size, rows * self.images.patch_size), Image.Resampling.BICUBIC),), None
+        return (
+            image.resize((cols * self.images.patch_size, rows * self.images.patch_size), Image.Resampling.BICUBIC),
+        ), None
 
     def smaller(self, max_pixels: int) -> "QwenPictures":
         images = copy.deepcopy(self.images)
         if max_pixels < images.size["shortest_edge"]:
-            raise InputError(f"max_pixels is {max_pixels:,}, and this model looks at {images.size['shortest_edge']:,} at least", "reading", "Raise it, or leave it out")
-        images.size = SizeDict(shortest_edge=images.size["shortest_edge"], longest_edge=min(max_pixels, images.size["longest_edge"]))
+            raise InputError(
+                f"max_pixels is {max_pixels:,}, and this model looks at {images.size['shortest_edge']:,} at least",
+                "reading",
+                "Raise it, or leave it out",
+            )
+        images.size = SizeDict(
+            shortest_edge=images.size["shortest_edge"], longest_edge=min(max_pixels, images.size["longest_edge"])
+        )
         return replace(self, images=images)
 
     def disagreement(self, config: Any) -> str:
         least, most = self.images.size["shortest_edge"], self.images.size["longest_edge"]
         if not all(type(edge) is int for edge in (least, most)) or not 0 < least <= most:
-            return f"size is {dict(self.images.size)} in the picture processor's file, and shortest_edge and longest_edge should be a least and a most number of pixels"
+            return (
+                f"size is {dict(self.images.size)} in the picture processor's file, and shortest_edge and "
+                "longest_edge should be a least and a most number of pixels"
+            )
         vision = config.vision_config
-        pairs = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size, "temporal_patch_size": vision.temporal_patch_size}
+        pairs = {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        }
         return _differences(self.images, pairs)
 
 # %% ../../nbs/19_data.native.ipynb #366c31e7
@@ -145,7 +182,8 @@ class SlicedPictures(NativeProcessor):
         p, size = self.images, size[::-1]
         grid = p.get_sliced_grid(size, p.max_slice_nums, p.scale_resolution) if p.slice_mode else None
         shape = {"scale_resolution": p.scale_resolution, "patch_size": p.patch_size}
-        if "downsample_mode" in signature(p.find_best_resize).parameters:  # transformers 5.20 resizes alike for both modes
+        # transformers 5.20 resizes alike for both modes
+        if "downsample_mode" in signature(p.find_best_resize).parameters:
             shape["downsample_mode"] = p.downsample_mode
         overview = p.find_best_resize(size, **shape, allow_upscale=grid is None)
         if grid is None:
@@ -155,21 +193,34 @@ class SlicedPictures(NativeProcessor):
 
     def grid(self, size: tuple[int, int]) -> str:
         overview, piece, grid = self._cut(size)
-        vectors = lambda hw: self.image_token * (hw[0] * hw[1] // self.images.patch_size**2 // (4 if self.images.downsample_mode == "4x" else 16))  # noqa: E731
+
+        def vectors(hw):
+            return self.image_token * (
+                hw[0] * hw[1] // self.images.patch_size**2 // (4 if self.images.downsample_mode == "4x" else 16)
+            )
+
         text = f"<image>{vectors(overview)}</image>"
         return text + "\n".join([f"<slice>{vectors(piece)}</slice>" * grid[1]] * grid[0]) if grid else text
 
     def numbered(self, texts: Sequence[str]) -> Sequence[str]:
-        return [f"<image_id>{i}</image_id>{text}" for i, text in enumerate(texts)] if self.images.use_image_id else texts
+        return (
+            [f"<image_id>{i}</image_id>{text}" for i, text in enumerate(texts)] if self.images.use_image_id else texts
+        )
 
     def tiles(self, image: Image.Image) -> tuple[tuple[Image.Image, ...], tuple[int, int] | None]:
         overview, piece, grid = self._cut(image.size)
-        resized = lambda height, width: image.resize((width, height), Image.Resampling.BICUBIC)  # noqa: E731
+
+        def resized(height, width):
+            return image.resize((width, height), Image.Resampling.BICUBIC)
+
         if grid is None:
             return (resized(*overview),), None
         (rows, cols), (h, w) = grid, piece
         large = resized(rows * h, cols * w)
-        return (resized(*overview), *(large.crop((c * w, r * h, (c + 1) * w, (r + 1) * h)) for r in range(rows) for c in range(cols))), (cols, rows)
+        return (
+            resized(*overview),
+            *(large.crop((c * w, r * h, (c + 1) * w, (r + 1) * h)) for r in range(rows) for c in range(cols)),
+        ), (cols, rows)
 
     def smaller(self, max_pixels: int) -> "SlicedPictures":
         images = copy.deepcopy(self.images)
@@ -177,20 +228,41 @@ class SlicedPictures(NativeProcessor):
         return replace(self, images=images)
 
     def disagreement(self, config: Any) -> str:
-        if missing := [t for t in ("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>") if t not in self.tokenizer.get_vocab()]:
+        if missing := [
+            t
+            for t in ("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>")
+            if t not in self.tokenizer.get_vocab()
+        ]:
             return f"the tokenizer lacks {', '.join(missing)}"
-        if wrong := [k for k in ("max_slice_nums", "scale_resolution") if type(getattr(self.images, k)) is not int or getattr(self.images, k) < 1]:
-            return f"{wrong[0]} is {getattr(self.images, wrong[0])!r:.60} in the picture processor's file, and should be a whole number above 0"
-        return _differences(self.images, {"patch_size": config.vision_config.patch_size, "downsample_mode": config.downsample_mode})
+        if wrong := [
+            k
+            for k in ("max_slice_nums", "scale_resolution")
+            if type(getattr(self.images, k)) is not int or getattr(self.images, k) < 1
+        ]:
+            return (
+                f"{wrong[0]} is {getattr(self.images, wrong[0])!r:.60} in the picture processor's file, and should "
+                "be a whole number above 0"
+            )
+        return _differences(
+            self.images, {"patch_size": config.vision_config.patch_size, "downsample_mode": config.downsample_mode}
+        )
 
 
 def _differences(images, pairs):
-    return "; ".join(f"{k} is {getattr(images, k)!r} in the picture processor's file and {v!r} in config.json" for k, v in pairs.items() if getattr(images, k) != v)
+    return "; ".join(
+        f"{k} is {getattr(images, k)!r} in the picture processor's file and {v!r} in config.json"
+        for k, v in pairs.items()
+        if getattr(images, k) != v
+    )
 
 # %% ../../nbs/19_data.native.ipynb #debe93e2
 NATIVE = {
-    "qwen2_vl": QwenPictures, "qwen2_5_vl": QwenPictures, "qwen3_vl": QwenPictures, "minicpmv4_6": SlicedPictures, "minicpmv4_7": SlicedPictures,
-}  # fmt: skip
+    "qwen2_vl": QwenPictures,
+    "qwen2_5_vl": QwenPictures,
+    "qwen3_vl": QwenPictures,
+    "minicpmv4_6": SlicedPictures,
+    "minicpmv4_7": SlicedPictures,
+}
 
 
 def load_processor(
@@ -209,7 +281,11 @@ def load_processor(
     tokenizer = load_tokenizer(name)
     if config.model_type in NATIVE:
         if not tokenizer.chat_template:
-            raise InputError("the tokenizer has no chat template", folder, "Copy chat_template.jinja or tokenizer_config.json next to config.json")
+            raise InputError(
+                "the tokenizer has no chat template",
+                folder,
+                "Copy chat_template.jinja or tokenizer_config.json next to config.json",
+            )
         processor: BaseProcessor = _native(config, tokenizer, folder, max_length, drop)
     else:
         processor = Processor.of(config, tokenizer, max_length, drop, image_settings(folder))
@@ -218,20 +294,45 @@ def load_processor(
 
 def _native(config, tokenizer, folder, max_length, drop):
     "The processor of one of transformers' own families."
-    kind, remedy = NATIVE[config.model_type], "Put the preprocessor_config.json, or processor_config.json, of the model beside its config.json"
+    kind, remedy = (
+        NATIVE[config.model_type],
+        "Put the preprocessor_config.json, or processor_config.json, of the model beside its config.json",
+    )
     try:
-        images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
+        images = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as e:
-        raise InputError(f"transformers cannot read the picture processor of this model ({' '.join(str(e).split())[:160]})", folder, remedy) from None
+        raise InputError(
+            f"transformers cannot read the picture processor of this model ({' '.join(str(e).split())[:160]})",
+            folder,
+            remedy,
+        ) from None
     if not isinstance(images, kind.kind):
-        raise InputError(f"the picture processor is a {type(images).__name__}, and {config.model_type} has a {kind.kind.__name__}", folder, remedy)
+        raise InputError(
+            f"the picture processor is a {type(images).__name__}, and {config.model_type} has a {kind.kind.__name__}",
+            folder,
+            remedy,
+        )
     values, file = picture_file(folder)
     check_pictures(values, Path(folder) / file, kind.acted_on)
     token = tokenizer.convert_ids_to_tokens(config.image_token_id)
     if token is None or tokenizer(token, add_special_tokens=False)["input_ids"] != [config.image_token_id]:
-        raise InputError(f"image_token_id is {config.image_token_id}, and that is no token of its own in the tokenizer", f"{folder}/config.json", "Take the tokenizer of this model")
+        raise InputError(
+            f"image_token_id is {config.image_token_id}, and that is no token of its own in the tokenizer",
+            f"{folder}/config.json",
+            "Take the tokenizer of this model",
+        )
     limit = min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
-    processor = kind(tokenizer, images, token, config.model_type != "minicpmv4_6", max_length=limit, drop=drop, named=named_tokens(config, tokenizer))
+    processor = kind(
+        tokenizer,
+        images,
+        token,
+        config.model_type != "minicpmv4_6",
+        max_length=limit,
+        drop=drop,
+        named=named_tokens(config, tokenizer),
+    )
     if wrong := processor.disagreement(config):
         raise InputError(wrong, folder, remedy)
     return processor
@@ -257,7 +358,8 @@ def _limited(values, fields):
     "A picture processor's file with other limits, in every notation that it uses."
     new = values | fields
     if "size" in fields:
-        if isinstance(size := values.get("size"), dict) and size and set(size) <= set(_OLDER):  # Qwen2-VL's first file: the older names inside
+        # Qwen2-VL's first file: the older names inside
+        if isinstance(size := values.get("size"), dict) and size and set(size) <= set(_OLDER):
             new["size"] = {k: fields["size"][_OLDER[k]] for k in size}
         new |= {k: fields["size"][edge] for k, edge in _OLDER.items() if values.get(k) is not None}
     return new
@@ -266,16 +368,28 @@ def _limited(values, fields):
 def _whole_file(processor, version):
     "A picture processor's file for a MiniCPM-V that has none: what its config.json says, and nothing else."
     recipe = {"2.0": 2.0, "2.5": 2.5}.get(version, 2.6)  # 4.5 publishes 2.6
-    return {"version": recipe, "image_processor_type": "MiniCPMVImageProcessor", "max_slice_nums": processor.max_slice_nums, "scale_resolution": processor.scale_resolution,
-            "patch_size": processor.patch_size, "image_feature_size": processor.query_num, "slice_mode": True, "use_image_id": processor.use_image_id,
-            "norm_mean": list(processor.mean), "norm_std": list(processor.std)}  # fmt: skip
+    return {
+        "version": recipe,
+        "image_processor_type": "MiniCPMVImageProcessor",
+        "max_slice_nums": processor.max_slice_nums,
+        "scale_resolution": processor.scale_resolution,
+        "patch_size": processor.patch_size,
+        "image_feature_size": processor.query_num,
+        "slice_mode": True,
+        "use_image_id": processor.use_image_id,
+        "norm_mean": list(processor.mean),
+        "norm_std": list(processor.std),
+    }
 
 
 def keep_limits(
-    folder: str | Path,  # with copies of a model's files, which are written over; of an adapter's without a config.json, only those that are there
+    # with copies of a model's files, which are written over; of an adapter's without a config.json, only those that are
+    # there
+    folder: str | Path,
     processor: BaseProcessor,  # with the limit that the model was trained with
 ) -> dict:  # what was written, see `picture_fields`
-    "Write a processor's limits into preprocessor_config.json, processor_config.json and config.json, so that every program looks at as much of a picture."
+    """Write a processor's limits into preprocessor_config.json, processor_config.json and config.json, so that every
+    program looks at as much of a picture."""
     folder, fields = Path(folder), picture_fields(processor)
     if not fields:
         return fields
@@ -295,4 +409,3 @@ def keep_limits(
         if new != values:
             write_json(config, new)
     return fields
-

@@ -45,11 +45,13 @@ class Conversation:
 
     id: str  # as in the file, or the record's number
     messages: tuple[Message, ...]  # user and assistant in turns, a system message first if any
-    images: tuple[Path | Image.Image | Inline | Remote, ...] = ()  # a file, a picture in memory or in the record, or an address
+    # a file, a picture in memory or in the record, or an address
+    images: tuple[Path | Image.Image | Inline | Remote, ...] = ()
     source: str = ""  # file and record, for error messages
     category: str = ""  # kind of question, for tables by kind; empty: none
     answers: tuple[str, ...] = ()  # other answers that are right, too; only the last message is learned
-    unread: tuple[Unread, ...] = field(default=(), compare=False, repr=False)  # what stands in the record and is not read
+    # what stands in the record and is not read
+    unread: tuple[Unread, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -88,9 +90,14 @@ def ask(
     "A conversation of a single turn."
     missing = len(images) - question.count("<image>")
     if missing < 0:
-        raise InputError(f"the question mentions {question.count('<image>')} pictures, but {len(images)} are given", f"conversation {id}")
+        raise InputError(
+            f"the question mentions {question.count('<image>')} pictures, but {len(images)} are given",
+            f"conversation {id}",
+        )
     content = "<image>\n" * missing + question
-    return Conversation(id, (Message("user", content), Message("assistant", answer)), images, category=category, answers=tuple(answers))
+    return Conversation(
+        id, (Message("user", content), Message("assistant", answer)), images, category=category, answers=tuple(answers)
+    )
 
 # %% ../../nbs/20_data.records.ipynb #24b6815a
 class RecordError(InputError):
@@ -108,7 +115,13 @@ class RecordError(InputError):
         self.field, self.kind, self.id = field, kind, ""  # the id is filled in when it is known
 
 # %% ../../nbs/20_data.records.ipynb #6d55a7b6
-DIALECTS = {"minicpmv": "MiniCPM-V", "qwenvl": "Qwen-VL", "llava": "LLaVA, ShareGPT", "openai": "OpenAI messages", "hf": "Hugging Face messages"}
+DIALECTS = {
+    "minicpmv": "MiniCPM-V",
+    "qwenvl": "Qwen-VL",
+    "llava": "LLaVA, ShareGPT",
+    "openai": "OpenAI messages",
+    "hf": "Hugging Face messages",
+}
 KNOWN_FIELDS = {"id", "image", "images", "conversations", "messages", "system", "category", "answers"}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
@@ -120,15 +133,33 @@ def dialect_of(
     "Recognise a record's dialect by its keys. Raises `RecordError`."
     fields = [f for f in ("conversations", "messages") if record.get(f) is not None]
     if len(fields) != 1:
-        found = "it has both conversations and messages" if fields else f"the field is missing; the record has {', '.join(map(str, record)) or 'no fields'}"
-        slip = next((str(k) for k in record if str(k).casefold() in ("conversations", "messages")), "") if not fields else ""
-        remedy = f"Did you mean {slip.casefold()!r} by {slip!r}?" if slip else "Write the turns under 'conversations' or under 'messages'"
+        found = (
+            "it has both conversations and messages"
+            if fields
+            else f"the field is missing; the record has {', '.join(map(str, record)) or 'no fields'}"
+        )
+        slip = (
+            next((str(k) for k in record if str(k).casefold() in ("conversations", "messages")), "")
+            if not fields
+            else ""
+        )
+        remedy = (
+            f"Did you mean {slip.casefold()!r} by {slip!r}?"
+            if slip
+            else "Write the turns under 'conversations' or under 'messages'"
+        )
         raise RecordError(found if fields else f"{found:.200}", where, "conversations", remedy, "dialect")
     rows = record[fields[0]]
     if not isinstance(rows, list) or not rows:
         raise RecordError(f"expected a list of messages, found {rows!r:.60}", where, fields[0], kind="dialect")
     if fields == ["messages"]:
-        parts = [p for r in rows if isinstance(r, dict) and isinstance(r.get("content"), list) for p in r["content"] if isinstance(p, dict)]
+        parts = [
+            p
+            for r in rows
+            if isinstance(r, dict) and isinstance(r.get("content"), list)
+            for p in r["content"]
+            if isinstance(p, dict)
+        ]
         bare = record.get("images") is not None or any(p.get("type") == "image" for p in parts)
         return "hf" if bare else "openai"
     if any(isinstance(r, dict) and "from" in r for r in rows):
@@ -138,7 +169,9 @@ def dialect_of(
 # %% ../../nbs/20_data.records.ipynb #ad8e843a
 _MEDIUM_FIELD = re.compile(r"(video|audio)s?([_-]?(path|url|uri|file)s?)?", re.I)
 _MEDIUM_PART = re.compile(r"(?:input_)?(video|audio|file|document)(?:_url)?", re.I)
-_MEDIUM_FILE = re.compile(r"\.(?:(mp4|m4v|avi|mov|mkv|webm|flv|wmv|mpe?g)|(wav|mp3|flac|m4a|ogg|opus|aac)|(pdf|docx?|pptx?))$", re.I)
+_MEDIUM_FILE = re.compile(
+    r"\.(?:(mp4|m4v|avi|mov|mkv|webm|flv|wmv|mpe?g)|(wav|mp3|flac|m4a|ogg|opus|aac)|(pdf|docx?|pptx?))$", re.I
+)
 _FRAMES = '"images": ["{0}1.png", "{0}2.png"], with one <image> for each in the question'
 _INSTEAD = {
     "video": "Give frames of it as pictures: " + _FRAMES.format("frame"),
@@ -159,14 +192,20 @@ def _medium(kind, where, field):
     "The error for a medium that is not read."
     kind = "document" if kind.lower() == "file" else kind.lower()
     article = "an" if kind == "audio" else "a"
-    return RecordError(f"{article} {kind} is given, and only pictures and text are read", where, field, _INSTEAD[kind], "medium")
+    return RecordError(
+        f"{article} {kind} is given, and only pictures and text are read", where, field, _INSTEAD[kind], "medium"
+    )
 
 
 def _medium_of(reference):
     "The medium that a path or an address names; empty: it may be a picture."
     head, name = reference[:40].lower(), reference[-300:]
     if head.startswith("data:"):
-        return "document" if head.startswith("data:application/") else next((k for k in _INSTEAD if head.startswith(f"data:{k}/")), "")
+        return (
+            "document"
+            if head.startswith("data:application/")
+            else next((k for k in _INSTEAD if head.startswith(f"data:{k}/")), "")
+        )
     found = _MEDIUM_FILE.search(re.split(r"[?#]", name)[0] if head.startswith(("http://", "https://")) else name)
     return ("video", "audio", "document")[found.lastindex - 1] if found else ""
 
@@ -204,13 +243,27 @@ def _tags(content, role, record, where, field):
     for tag in found:
         kind = re.sub(r"\W|_pad|_\d+", "", tag).lower()
         if kind == "image":
-            raise RecordError(f"the text contains {tag}", where, field, "Write <image> where the picture belongs", "placeholder")
+            raise RecordError(
+                f"the text contains {tag}", where, field, "Write <image> where the picture belongs", "placeholder"
+            )
         if kind in _INSTEAD and (tag.startswith("<|") or (role == "user" and _stands_for(tag, content))):
             e = _medium(kind, where, field)
-            raise e if tag.startswith("<|") else RecordError(e.found, where, field, f"{e.remedy}. If the word is meant, write it in backticks: `{tag}`", e.kind)
+            raise (
+                e
+                if tag.startswith("<|")
+                else RecordError(
+                    e.found, where, field, f"{e.remedy}. If the word is meant, write it in backticks: `{tag}`", e.kind
+                )
+            )
         if kind in ("bbox", "refobject") and boxes:
-            raise RecordError(f"{tag} stands for something in {boxes!r}, which is not read", where, field,
-                              "Write boxes and names into the text, in the model's own notation, such as <ref>cat</ref><box>(1,2),(30,40)</box>", "medium")  # fmt: skip
+            raise RecordError(
+                f"{tag} stands for something in {boxes!r}, which is not read",
+                where,
+                field,
+                "Write boxes and names into the text, in the model's own notation, such as "
+                "<ref>cat</ref><box>(1,2),(30,40)</box>",
+                "medium",
+            )
     return found
 
 # %% ../../nbs/20_data.records.ipynb #57badbaa
@@ -230,20 +283,41 @@ def _part(part, where, field):
         raise _medium(other[1], where, field)
     if part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
         if extra := next((k for k in _PICTURE_KEYS if not _empty(part.get(k))), None):
-            raise RecordError(f"a text part has the key {extra!r}, too", where, field, "Give the picture as a part of its own", "picture")
+            raise RecordError(
+                f"a text part has the key {extra!r}, too",
+                where,
+                field,
+                "Give the picture as a part of its own",
+                "picture",
+            )
         if PLACEHOLDER.search(part["text"]):
-            raise RecordError("a text part contains an image placeholder", where, field, "Give the picture as a part of its own", "placeholder")
+            raise RecordError(
+                "a text part contains an image placeholder",
+                where,
+                field,
+                "Give the picture as a part of its own",
+                "placeholder",
+            )
         return part["text"], []
     if part.get("type") in _IMAGE_PARTS:
         if not _empty(part.get("text")):
-            raise RecordError("a part holds a picture and a text", where, field, "Write one part for each", "placeholder")
+            raise RecordError(
+                "a part holds a picture and a text", where, field, "Write one part for each", "placeholder"
+            )
         given = [part[k] for k in _PICTURE_KEYS if part.get(k) is not None]
         given = [g["url"] if isinstance(g, dict) and isinstance(g.get("url"), str) else g for g in given]
         if len(given) > 1:
-            raise RecordError("one part names several pictures", where, field, "Write one part for each picture", "placeholder")
+            raise RecordError(
+                "one part names several pictures", where, field, "Write one part for each picture", "placeholder"
+            )
         return "<image>", given or [NEXT]
-    raise RecordError(f"the type {part.get('type')!r:.40} of a part is not known, or its text is missing", where, field,
-                      f"Known are {', '.join(_TEXT_PARTS + _IMAGE_PARTS)}", "dialect")  # fmt: skip
+    raise RecordError(
+        f"the type {part.get('type')!r:.40} of a part is not known, or its text is missing",
+        where,
+        field,
+        f"Known are {', '.join(_TEXT_PARTS + _IMAGE_PARTS)}",
+        "dialect",
+    )
 
 
 def _join(pieces):
@@ -263,17 +337,30 @@ def _content(content, dialect, where, field):
         return _join(text for text, _ in parts), [m for _, mentions in parts for m in mentions]
     if not isinstance(content, str):
         remedy = "Write text; calls of tools and thoughts are learned only as text" if content is None else ""
-        raise RecordError(f"expected text, found {content!r:.60}", where, f"{field}.{'value' if dialect in ('qwenvl', 'llava') else 'content'}", remedy, "dialect")
+        raise RecordError(
+            f"expected text, found {content!r:.60}",
+            where,
+            f"{field}.{'value' if dialect in ('qwenvl', 'llava') else 'content'}",
+            remedy,
+            "dialect",
+        )
     if dialect == "qwenvl":
         pieces = _QWEN_IMAGE.split(content)
         if any(PLACEHOLDER.search(p) or "<img>" in p or "</img>" in p for p in pieces[::2]):
-            raise RecordError("a picture is written neither as <img>path</img> nor at all", where, field, "Write <img>path</img>", "placeholder")
+            raise RecordError(
+                "a picture is written neither as <img>path</img> nor at all",
+                where,
+                field,
+                "Write <img>path</img>",
+                "placeholder",
+            )
         return "<image>".join(pieces[::2]), pieces[1::2]
     mentions = [NEXT if tag == "<image>" else tag for tag in PLACEHOLDER.findall(content)]
     return PLACEHOLDER.sub("<image>", content), mentions
 
 # %% ../../nbs/20_data.records.ipynb #7481937b
-MARKS = ("weight", "loss", "loss_scale", "train", "training")  # OpenAI and ShareGPT, ms-swift, ms-swift, axolotl, axolotl
+# OpenAI and ShareGPT, ms-swift, ms-swift, axolotl, axolotl
+MARKS = ("weight", "loss", "loss_scale", "train", "training")
 
 
 def _mark(message, where, field):
@@ -281,20 +368,36 @@ def _mark(message, where, field):
     said = {key: message[key] for key in MARKS if message.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise RecordError(f"expected 0 or 1, found {value!r:.40}", where, f"{field}.{key}", "Write 1 for an answer that is learned, 0 for one that is only context", "weight")
+            raise RecordError(
+                f"expected 0 or 1, found {value!r:.40}",
+                where,
+                f"{field}.{key}",
+                "Write 1 for an answer that is learned, 0 for one that is only context",
+                "weight",
+            )
     if len({bool(v) for v in said.values()}) > 1:
-        raise RecordError("; ".join(f"{k} says {v!r}" for k, v in said.items()), where, field, "Keep one of them", "weight")
+        raise RecordError(
+            "; ".join(f"{k} says {v!r}" for k, v in said.items()), where, field, "Keep one of them", "weight"
+        )
     return bool(next(iter(said.values()))) if said else None
 
 # %% ../../nbs/20_data.records.ipynb #8e9b0b21
 def _text(text, where, field, limits):
     "Refuse text that is too long, or that is no text."
     if len(text) > limits.text:
-        raise RecordError(f"a message has {len(text):,} characters; the limit is {limits.text:,}", where, field, "Shorten it", "text")
+        raise RecordError(
+            f"a message has {len(text):,} characters; the limit is {limits.text:,}", where, field, "Shorten it", "text"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise RecordError(f"the text holds half a character ({text[e.start]!r} at {e.start})", where, field, "Write it again as UTF-8", "text") from None
+        raise RecordError(
+            f"the text holds half a character ({text[e.start]!r} at {e.start})",
+            where,
+            field,
+            "Write it again as UTF-8",
+            "text",
+        ) from None
 
 
 def _refuse_beside(message, where, field):
@@ -302,13 +405,21 @@ def _refuse_beside(message, where, field):
     _refuse_media(message, where, field)
     for key in ("image", "images"):
         if not _empty(message.get(key)):
-            raise RecordError("a picture stands beside the text of a message", where, f"{field}.{key}",
-                              "Write it under 'images' of the record, and <image> where it belongs in the text", "picture")  # fmt: skip
+            raise RecordError(
+                "a picture stands beside the text of a message",
+                where,
+                f"{field}.{key}",
+                "Write it under 'images' of the record, and <image> where it belongs in the text",
+                "picture",
+            )
 
 
 def _keys(dialect):
     "Where the messages of a dialect stand, and where their role and text."
-    return "messages" if dialect in ("openai", "hf") else "conversations", ("from", "value") if dialect in ("qwenvl", "llava") else ("role", "content")
+    return "messages" if dialect in ("openai", "hf") else "conversations", ("from", "value") if dialect in (
+        "qwenvl",
+        "llava",
+    ) else ("role", "content")
 
 
 def _turns(record, dialect, where, limits):
@@ -316,7 +427,13 @@ def _turns(record, dialect, where, limits):
     name, keys = _keys(dialect)
     rows = record[name]
     if len(rows) > limits.messages:
-        raise RecordError(f"the conversation has {len(rows)} messages; the limit is {limits.messages}", where, name, "Split it", "text")
+        raise RecordError(
+            f"the conversation has {len(rows)} messages; the limit is {limits.messages}",
+            where,
+            name,
+            "Split it",
+            "text",
+        )
     messages, mentions, as_text = [], [], []
     if record.get("system") is not None:
         rows = [dict(zip(keys, ("system", record["system"]))), *rows]
@@ -324,16 +441,26 @@ def _turns(record, dialect, where, limits):
         field = f"{name}[{i}]"
         role = row.get(keys[0]) if isinstance(row, dict) else None
         if not isinstance(role, str) or keys[1] not in row:
-            raise RecordError(f"expected {{'{keys[0]}': …, '{keys[1]}': text}}, found {row!r:.80}", where, field, kind="dialect")
+            raise RecordError(
+                f"expected {{'{keys[0]}': …, '{keys[1]}': text}}, found {row!r:.80}", where, field, kind="dialect"
+            )
         if role not in ROLES:
-            raise RecordError(f"the role {role!r:.40} is not known", where, field, f"Known are {', '.join(ROLES)}", "roles")
+            raise RecordError(
+                f"the role {role!r:.40} is not known", where, field, f"Known are {', '.join(ROLES)}", "roles"
+            )
         _refuse_beside(row, where, field)
         content, found = _content(row[keys[1]], dialect, where, field)
         _text(content, where, field, limits)
         as_text += [Unread(f"{tag} as a word in {name}[]") for tag in _tags(content, ROLES[role], record, where, field)]
         if found and ROLES[role] != "user":
             who = "an assistant" if ROLES[role] == "assistant" else "a system"
-            raise RecordError(f"{who} message contains an image placeholder", where, field, "Only the user can show pictures", "placeholder")
+            raise RecordError(
+                f"{who} message contains an image placeholder",
+                where,
+                field,
+                "Only the user can show pictures",
+                "placeholder",
+            )
         mark = _mark(row, where, field)
         messages.append(Message(ROLES[role], content, mark is not False or ROLES[role] != "assistant"))
         mentions += found
@@ -346,14 +473,37 @@ def _alternating(messages, where, name):
     for i, m in enumerate(turns):
         want = ("user", "assistant")[i % 2]
         if m.role != want:
-            raise RecordError(f"message {i} of the dialogue has the role {m.role!r} where {want!r} is due", where, name,
-                              "User and assistant must take turns, the user first", "roles")  # fmt: skip
+            raise RecordError(
+                f"message {i} of the dialogue has the role {m.role!r} where {want!r} is due",
+                where,
+                name,
+                "User and assistant must take turns, the user first",
+                "roles",
+            )
         if want == "assistant" and not m.content.strip():
-            raise RecordError("an assistant message is empty, so there is nothing to learn", where, name, "Write the answer or remove the record", "text")
+            raise RecordError(
+                "an assistant message is empty, so there is nothing to learn",
+                where,
+                name,
+                "Write the answer or remove the record",
+                "text",
+            )
     if len(turns) % 2 or not turns:
-        raise RecordError("the dialogue has no answer at its end", where, name, "Add an assistant message or remove the record", "roles")
+        raise RecordError(
+            "the dialogue has no answer at its end",
+            where,
+            name,
+            "Add an assistant message or remove the record",
+            "roles",
+        )
     if not any(m.learned for m in turns if m.role == "assistant"):
-        raise RecordError("every answer is marked as not learned", where, name, "Give one of them weight 1, or remove the record", "weight")
+        raise RecordError(
+            "every answer is marked as not learned",
+            where,
+            name,
+            "Give one of them weight 1, or remove the record",
+            "weight",
+        )
     return messages
 
 # %% ../../nbs/20_data.records.ipynb #67f47a13
@@ -365,11 +515,19 @@ def _given(record, where):
     "The pictures of a record outside its text: placeholder -> reference, and whether they are named."
     fields = [f for f in ("image", "images") if record.get(f) is not None]
     if len(fields) > 1:
-        raise RecordError("it has both image and images", where, "image", "Write all pictures under one of them", "picture")
+        raise RecordError(
+            "it has both image and images", where, "image", "Write all pictures under one of them", "picture"
+        )
     value = record[fields[0]] if fields else []
     if isinstance(value, dict) and not _is_file(value):
         if wrong := [k for k in value if not isinstance(k, str) or not PLACEHOLDER.fullmatch(k)]:
-            raise RecordError(f"the key {wrong[0]!r:.40} is no placeholder", where, fields[0], "Write <image_00>, <image_01>, …", "picture")
+            raise RecordError(
+                f"the key {wrong[0]!r:.40} is no placeholder",
+                where,
+                fields[0],
+                "Write <image_00>, <image_01>, …",
+                "picture",
+            )
         return value, True
     return dict(enumerate(value if isinstance(value, list) else [value])), False
 
@@ -383,21 +541,43 @@ def _match(messages, mentions, record, where):
         messages[first] = Message("user", "<image>\n" + messages[first].content)
         mentions = [NEXT]
     for m in mentions:
-        key = ("<image>" if named else len(given) - len(rest)) if m is NEXT else m if isinstance(m, str) and PLACEHOLDER.fullmatch(m) else None
+        key = (
+            ("<image>" if named else len(given) - len(rest))
+            if m is NEXT
+            else m
+            if isinstance(m, str) and PLACEHOLDER.fullmatch(m)
+            else None
+        )
         if key is None:
             references.append(m)
         elif key in rest:
             references.append(rest.pop(key))
         elif key in given or (m is NEXT and len(given) == 1):
-            raise RecordError(f"a picture is mentioned more than once ({m if isinstance(m, str) else '<image>'})", where, "conversations",
-                              "Mention each picture once", "placeholder")  # fmt: skip
+            raise RecordError(
+                f"a picture is mentioned more than once ({m if isinstance(m, str) else '<image>'})",
+                where,
+                "conversations",
+                "Mention each picture once",
+                "placeholder",
+            )
         else:
             tag = m if isinstance(m, str) else "<image>"
-            raise RecordError(f"the text mentions {tag}, but the record has no such picture", where, "conversations",
-                              f"Give it under 'image', or remove {tag} from the text", "placeholder")  # fmt: skip
+            raise RecordError(
+                f"the text mentions {tag}, but the record has no such picture",
+                where,
+                "conversations",
+                f"Give it under 'image', or remove {tag} from the text",
+                "placeholder",
+            )
     if rest:
         unused = ", ".join(str(k) if named else f"picture {k}" for k in rest)
-        raise RecordError(f"the text never mentions {unused:.200}", where, "conversations", "Write the placeholder where the picture belongs", "placeholder")
+        raise RecordError(
+            f"the text never mentions {unused:.200}",
+            where,
+            "conversations",
+            "Write the placeholder where the picture belongs",
+            "placeholder",
+        )
     return messages, references
 
 # %% ../../nbs/20_data.records.ipynb #471f5c6c
@@ -428,7 +608,13 @@ def parse_record(
         messages, mentions, as_text = _turns(record, dialect, where, access.limits)
         messages, references = _match(messages, mentions, record, where)
         if len(references) > access.limits.pictures:
-            raise RecordError(f"the record has {len(references)} pictures; the limit is {access.limits.pictures}", where, "image", "Split it", "picture")
+            raise RecordError(
+                f"the record has {len(references)} pictures; the limit is {access.limits.pictures}",
+                where,
+                "image",
+                "Split it",
+                "picture",
+            )
         pictures = tuple(_picture(r, access, where) for r in references)
         category, answers = _for_judging(record, where, access.limits)
         unread = tuple(dict.fromkeys(_unread(record, dialect, bool(pictures)) + as_text))
@@ -440,36 +626,70 @@ def parse_record(
 # %% ../../nbs/20_data.records.ipynb #4f4e8167
 def _for_judging(record, where, limits):
     "`category` and `answers` of a record; numbers become text."
-    is_text = lambda v: isinstance(v, (str, int, float)) and not isinstance(v, bool) and str(v).strip()  # noqa: E731
+
+    def is_text(v):
+        return isinstance(v, (str, int, float)) and not isinstance(v, bool) and str(v).strip()
+
     category, answers = record.get("category"), record.get("answers")
     category, answers = "" if category is None else category, [] if answers is None else answers
     if category != "" and not (is_text(category) and len(str(category)) <= 100):
-        raise RecordError(f"expected a short text, found {category!r:.60}", where, "category", "Write a word for the kind of question, or rename the field", "text")
+        raise RecordError(
+            f"expected a short text, found {category!r:.60}",
+            where,
+            "category",
+            "Write a word for the kind of question, or rename the field",
+            "text",
+        )
     if not isinstance(answers, list) or not all(map(is_text, answers)) or len(answers) > limits.messages:
-        raise RecordError(f"expected a list of texts, found {answers!r:.60}", where, "answers", "Write the right answers as texts, or rename the field", "text")
+        raise RecordError(
+            f"expected a list of texts, found {answers!r:.60}",
+            where,
+            "answers",
+            "Write the right answers as texts, or rename the field",
+            "text",
+        )
     for text in (category, *answers):
         _text(str(text), where, "answers", limits)
     return str(category).strip(), tuple(map(str, answers))
 
 # %% ../../nbs/20_data.records.ipynb #d344b07d
 _READ = {"record": KNOWN_FIELDS, "message": set(MARKS), "part": {"type", "text", *_PICTURE_KEYS}, "address": {"url"}}
-_PREFERENCE = "of better and worse answers only the better one is learned, and only where it stands in the conversation; this is supervised fine-tuning"
+_PREFERENCE = (
+    "of better and worse answers only the better one is learned, and only where it stands in the "
+    "conversation; this is supervised fine-tuning"
+)
 _THOUGHTS = "thoughts are learned only inside of the answer, as <think>…</think>"
 _SIZES = "the size of a single picture is not heeded; max_pixels under reading (--max-pixels) is for all of them"
 _WEIGHTS = "a whole record has no weight; mark its answers with weight 0, or remove it"
 _LOSSES = (  # where, keys, what is lost
-    ("record message", "tool_calls function_call tools functions", "calls of tools are not learned; write them into the answers as the model writes them"),
+    (
+        "record message",
+        "tool_calls function_call tools functions",
+        "calls of tools are not learned; write them into the answers as the model writes them",
+    ),
     ("record message", "reasoning_content reasoning thinking", _THOUGHTS),
     ("record message", "rejected rejected_response rejected_messages rejected_images chosen", _PREFERENCE),
     ("record", "history", "earlier turns are read from the conversation alone; write them there"),
     ("record", "system_prompt system_message", "a system message is read from 'system'"),
     ("record", "objects", "boxes are read from the text alone, in the model's own notation"),
     ("record", "weight loss loss_scale train training", _WEIGHTS),
-    ("message", "role content from value", "who speaks and what stands either under role and content, or under from and value"),
-    ("message", "train_detail loss_mask mask", "a part of an answer cannot be left out of the loss; weight 0 leaves out a whole answer"),
+    (
+        "message",
+        "role content from value",
+        "who speaks and what stands either under role and content, or under from and value",
+    ),
+    (
+        "message",
+        "train_detail loss_mask mask",
+        "a part of an answer cannot be left out of the loss; weight 0 leaves out a whole answer",
+    ),
     ("message", "masked learn learned trainable train_on_turn", "an answer is left out of the loss by weight 0"),
     ("record message part address", "min_pixels max_pixels total_pixels resized_height resized_width detail", _SIZES),
-    ("record message", "img imgs picture pictures image_path image_paths image_url image_urls image_file image_files frames", "pictures are read from 'image' or 'images'"),
+    (
+        "record message",
+        "img imgs picture pictures image_path image_paths image_url image_urls image_file image_files frames",
+        "pictures are read from 'image' or 'images'",
+    ),
 )
 _LOST = {(level, key): why for levels, keys, why in _LOSSES for level in levels.split() for key in keys.split()}
 _USUAL = {"answer", "message", "conversation", "id"}  # keys of others that only look like a slip of the pen
@@ -491,8 +711,12 @@ def _names_medium(value):
     return next((kind for v in values if isinstance(v, str) and " " not in v and (kind := _medium_of(v))), "")
 
 
-def _unread_in(values: Mapping, level: str, path: str, more: tuple[str, ...] = (), pictures: bool = True) -> Iterator[Unread]:
-    "What nobody reads in a record, a message, a part or an address; `more` is read beside what is always read. `pictures`: the record has some."
+def _unread_in(
+    values: Mapping, level: str, path: str, more: tuple[str, ...] = (), pictures: bool = True
+) -> Iterator[Unread]:
+    """What nobody reads in a record, a message, a part or an address; `more` is read beside what is always read.
+
+    `pictures`: the record has some."""
     read = _READ[level] | set(more)
     for key, value in values.items():
         if value is None or key in read:
@@ -504,7 +728,8 @@ def _unread_in(values: Mapping, level: str, path: str, more: tuple[str, ...] = (
             loss = ""
         elif meant and not loss:
             loss = f"did you mean {meant!r}?"
-        elif not loss and not pictures and (kind := _names_medium(value)):  # beside pictures, it may be where they come from
+        # beside pictures, it may be where they come from
+        elif not loss and not pictures and (kind := _names_medium(value)):
             loss = f"it names {'an' if kind == 'audio' else 'a'} {kind}, and only pictures and text are read"
         yield Unread(path + name, loss)
 
@@ -529,11 +754,20 @@ def unread_lines(
     where: str | Path,  # the file
 ) -> list[str]:  # sentences for a terminal: one for each loss, and a list of the rest
     "What was not read in a file."
-    records = lambda n: f"{n:,} record{'s' * (n > 1)}"  # noqa: E731
-    lines = [f"{u.name!r} in {records(n)} of {where} is not read: {u.loss}{'' if u.loss.endswith('?') else '.'}" for u, n in unread.most_common() if u.loss]
+
+    def records(n):
+        return f"{n:,} record{'s' * (n > 1)}"
+
+    lines = [
+        f"{u.name!r} in {records(n)} of {where} is not read: {u.loss}{'' if u.loss.endswith('?') else '.'}"
+        for u, n in unread.most_common()
+        if u.loss
+    ]
     rest = [f"{u.name!r} ({n:,})" for u, n in unread.most_common() if not u.loss]
     more = f" and {len(rest) - 20} others" if len(rest) > 20 else ""
-    return lines + ([f"Also not read in {where}, and nothing that should be learned: {', '.join(rest[:20])}{more}."] if rest else [])
+    return lines + (
+        [f"Also not read in {where}, and nothing that should be learned: {', '.join(rest[:20])}{more}."] if rest else []
+    )
 
 # %% ../../nbs/20_data.records.ipynb #99fbcb11
 def _picture(reference, access, where):
@@ -545,7 +779,12 @@ def _picture(reference, access, where):
     if isinstance(reference, bytes):
         return Inline(reference)
     if not isinstance(reference, str):
-        raise RecordError(f"expected a path or a dictionary of placeholder and path, found {reference!r:.60}", where, "image", kind="picture")
+        raise RecordError(
+            f"expected a path or a dictionary of placeholder and path, found {reference!r:.60}",
+            where,
+            "image",
+            kind="picture",
+        )
     if other := _medium_of(reference):
         raise _medium(other, where, "image")
     try:
@@ -555,7 +794,9 @@ def _picture(reference, access, where):
 
 # %% ../../nbs/20_data.records.ipynb #2f753dac
 class Conversations(Sequence):
-    "The conversations of a file or of a dataset, each read and checked when it is asked for. Asking for a bad one raises `RecordError`."
+    """The conversations of a file or of a dataset, each read and checked when it is asked for.
+
+    Asking for a bad one raises `RecordError`."""
 
     def __init__(
         self,
@@ -582,7 +823,9 @@ class Conversations(Sequence):
 
     def select(self, only: Sequence[int]) -> "Conversations":
         "Some of these conversations, by their numbers."
-        return Conversations(self.rows, self.access, self.name, array("Q", only if self.only is None else (self.only[i] for i in only)))
+        return Conversations(
+            self.rows, self.access, self.name, array("Q", only if self.only is None else (self.only[i] for i in only))
+        )
 
     def __len__(self):
         return len(self.rows if self.only is None else self.only)

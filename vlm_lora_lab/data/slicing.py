@@ -33,12 +33,16 @@ def overview_size(
     patch_size: int,  # both sides become multiples of it; published: 14
     allow_upscale: bool = True,  # enlarge pictures that are smaller, as upstream does when it cuts no slices
 ) -> tuple[int, int]:  # width and height in pixels
-    """The size at which the vision tower sees a whole picture (upstream `find_best_resize`, image_processing_minicpmv.py)."""
+    """The size at which the vision tower sees a whole picture (upstream `find_best_resize`,
+    image_processing_minicpmv.py)."""
     if allow_upscale or width * height > scale_resolution**2:
         ratio = width / height
         height = int(scale_resolution / math.sqrt(ratio))
         width = int(height * ratio)
-    fit = lambda side: max(round(side / patch_size), 1) * patch_size  # noqa: E731
+
+    def fit(side):
+        return max(round(side / patch_size), 1) * patch_size
+
     return fit(width), fit(height)
 
 # %% ../../nbs/21_data.slicing.ipynb #8f00c3d3
@@ -69,14 +73,34 @@ def cut_of(
         return Cut(overview_size(width, height, scale_resolution, patch_size))
     grids = [(c, k // c) for k in (n - 1, n, n + 1) if 1 < k <= max_slice_nums for c in range(1, k + 1) if k % c == 0]
     cols, rows = min(grids, key=lambda g: abs(math.log(width / height) - math.log(g[0] / g[1])))
-    cell = lambda side, parts: max(round(side / parts), 1)  # noqa: E731
+
+    def cell(side, parts):
+        return max(round(side / parts), 1)
+
     tile = overview_size(cell(width, cols), cell(height, rows), scale_resolution, patch_size)
     return Cut(overview_size(width, height, scale_resolution, patch_size, allow_upscale=False), (cols, rows), tile)
 
 # %% ../../nbs/21_data.slicing.ipynb #879c8cc8
-FORMATS = tuple(f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if Image.init() or f in Image.OPEN)
-_DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, zlib.error, IndexError, KeyError, TypeError, OverflowError,
-            EOFError, ZeroDivisionError, RuntimeError)  # fmt: skip
+FORMATS = tuple(
+    f
+    for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+    if Image.init() or f in Image.OPEN
+)
+_DAMAGED = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    EOFError,
+    ZeroDivisionError,
+    RuntimeError,
+)
 
 
 def check_size(
@@ -87,9 +111,15 @@ def check_size(
 ) -> None:
     "Raises `InputError` for a picture that is too large or too narrow to be looked at."
     if width * height > limits.pixels:
-        raise InputError(f"the picture has {width} × {height} pixels; the limit is {limits.pixels:,}", where, "Make it smaller")
+        raise InputError(
+            f"the picture has {width} × {height} pixels; the limit is {limits.pixels:,}", where, "Make it smaller"
+        )
     if max(width, height) > limits.proportion * min(width, height):
-        raise InputError(f"the picture has {width} × {height} pixels, which is more than {limits.proportion} times as long as wide", where, "Cut it to pieces")
+        raise InputError(
+            f"the picture has {width} × {height} pixels, which is more than {limits.proportion} times as long as wide",
+            where,
+            "Cut it to pieces",
+        )
 
 # %% ../../nbs/21_data.slicing.ipynb #94d3387a
 @contextmanager
@@ -117,9 +147,15 @@ def opened(
     except FileNotFoundError:
         raise InputError(f"there is no picture {name}", where, "Check the path") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{name} claims more pixels than the limit of {limits.pixels:,}", where, "Make it smaller") from None
+        raise InputError(
+            f"{name} claims more pixels than the limit of {limits.pixels:,}", where, "Make it smaller"
+        ) from None
     except _DAMAGED as e:
-        reason = f"is none of {', '.join(FORMATS)}" if isinstance(e, UnidentifiedImageError) else f"cannot be read as a picture ({getattr(e, 'strerror', None) or str(e) or type(e).__name__:.120})"
+        reason = (
+            f"is none of {', '.join(FORMATS)}"
+            if isinstance(e, UnidentifiedImageError)
+            else f"cannot be read as a picture ({getattr(e, 'strerror', None) or str(e) or type(e).__name__:.120})"
+        )
         raise InputError(f"{name} {reason}", where, "Replace the file or remove the record") from None
 
 # %% ../../nbs/21_data.slicing.ipynb #4e3ca673
@@ -127,7 +163,9 @@ def to_rgb(
     image: Image.Image,  # any mode
     where: str = "",  # for the error message
 ) -> Image.Image:  # RGB, upright, transparency laid on white
-    "Settle orientation, transparency and depth; see the table in chapter 21. Raises `InputError` for pixels without a meaning."
+    """Settle orientation, transparency and depth; see the table in chapter 21.
+
+    Raises `InputError` for pixels without a meaning."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -135,17 +173,25 @@ def to_rgb(
     elif image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise InputError(f"pixels range from {values.min()} to {values.max()}", where, "Save the picture with 8 or 16 bits per channel")
+            raise InputError(
+                f"pixels range from {values.min()} to {values.max()}",
+                where,
+                "Save the picture with 8 or 16 bits per channel",
+            )
         image = Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
     elif image.mode == "F":
         values = np.asarray(image)
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-            raise InputError("pixels are floating-point numbers outside 0…1", where, "Save the picture with 8 or 16 bits per channel")
+            raise InputError(
+                "pixels are floating-point numbers outside 0…1", where, "Save the picture with 8 or 16 bits per channel"
+            )
         image = Image.fromarray(np.round(values * 255).astype(np.uint8))
     try:
         return image.convert("RGB")
     except ValueError as e:
-        raise InputError(f"the colour mode {image.mode} cannot become RGB ({e})", where, "Save the picture as RGB") from None
+        raise InputError(
+            f"the colour mode {image.mode} cannot become RGB ({e})", where, "Save the picture as RGB"
+        ) from None
 
 
 def load_image(
@@ -176,7 +222,9 @@ def _speaks_late(picture):
             start, length = file.tell(), int.from_bytes(head[:4], "big")
             behind = behind or head[4:] == b"IDAT"
             if behind and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-                if head[4:] == b"eXIf" or file.read(24).startswith((b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")):
+                if head[4:] == b"eXIf" or file.read(24).startswith(
+                    (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+                ):
                     return True
             file.seek(start + length + 4)  # and its checksum
         return False
@@ -227,7 +275,8 @@ def to_strip(
     patch_size: int,  # pixels
     mean: Colours = HALF,
     std: Colours = HALF,
-) -> tuple[torch.Tensor, tuple[int, int]]:  # (3, patch, patches * patch), as published in -1…1, and (rows, columns) of patches
+    # (3, patch, patches * patch), as published in -1…1, and (rows, columns) of patches
+) -> tuple[torch.Tensor, tuple[int, int]]:
     "Normalise, and lay out the patches row by row (upstream `reshape_by_patch`)."
     x = normalised(image, mean, std)  # (3, height, width)
     rows, cols = x.shape[1] // patch_size, x.shape[2] // patch_size
@@ -240,12 +289,17 @@ def tiles_of(
     cut: Cut,  # from `cut_of` of its size
 ) -> list[Image.Image]:  # the overview, then the slices row by row
     "The pictures that the vision tower sees. Resizing is bicubic, as upstream's."
-    resized = lambda size: image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)  # noqa: E731
+
+    def resized(size):
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
     if cut.grid is None or cut.tile is None:
         return [resized(cut.overview)]
     (cols, rows), (w, h) = cut.grid, cut.tile
     large = resized((cols * w, rows * h))
-    return [resized(cut.overview)] + [large.crop((c * w, r * h, (c + 1) * w, (r + 1) * h)) for r in range(rows) for c in range(cols)]
+    return [resized(cut.overview)] + [
+        large.crop((c * w, r * h, (c + 1) * w, (r + 1) * h)) for r in range(rows) for c in range(cols)
+    ]
 
 
 def to_patches(
@@ -257,10 +311,14 @@ def to_patches(
     std: Colours = HALF,
 ) -> list[tuple[torch.Tensor, tuple[int, int]]]:  # of the overview and each slice: see `to_strip`
     "Cut a picture and lay out what the vision tower sees of it."
-    return [to_strip(t, patch_size, mean, std) for t in tiles_of(image, cut_of(*image.size, scale_resolution, patch_size, max_slice_nums))]
+    return [
+        to_strip(t, patch_size, mean, std)
+        for t in tiles_of(image, cut_of(*image.size, scale_resolution, patch_size, max_slice_nums))
+    ]
 
 # %% ../../nbs/21_data.slicing.ipynb #99cfac6d
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI, of its training pictures
+# OpenAI, of its training pictures
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_square(

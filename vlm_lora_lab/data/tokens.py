@@ -25,15 +25,20 @@ _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_HELPFUL = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+_HELPFUL = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' "
+    "}}{% endif %}"
+)
 _LLAMA = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 _CPM = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}"
-    "{% elif m['role'] == 'user' %}{{ '<用户>' + m['content'] + '<AI>' }}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% if loop.last %}{{ eos_token }}{% "
+    "endif %}"
+    "{% elif m['role'] == 'user' %}{{ '<用户>' + m['content'] + '<AI>' }}{% else %}{{ m['content'] + '\n' }}{% endif "
+    "%}{% endfor %}"
 )
 _QWEN3 = (  # reasoning of earlier turns is dropped, and the last answer has a block of it, empty or not
     "{% for m in messages %}{% set said = m['content'] %}{% if m['role'] == 'assistant' %}"
@@ -58,10 +63,15 @@ class Family:
 
 # %% ../../nbs/22_data.tokens.ipynb #c1002d97
 FAMILIES = {
-    "2.0": Family(nested=True, numbered="", template=_CPM), "2.5": Family(nested=True, numbered="", template=_LLAMA), "2.6": Family(template=_HELPFUL + _CHATML),
-    "4.0": Family(), "4.5": Family(template=_QWEN3),
-    "qwen": Family(brackets=("<img>", "</img>"), filler="<imgpad>", numbered="Picture {}: ", first=1, template=_HELPFUL + _CHATML),
-}  # fmt: skip
+    "2.0": Family(nested=True, numbered="", template=_CPM),
+    "2.5": Family(nested=True, numbered="", template=_LLAMA),
+    "2.6": Family(template=_HELPFUL + _CHATML),
+    "4.0": Family(),
+    "4.5": Family(template=_QWEN3),
+    "qwen": Family(
+        brackets=("<img>", "</img>"), filler="<imgpad>", numbered="Picture {}: ", first=1, template=_HELPFUL + _CHATML
+    ),
+}
 
 
 def family_of(
@@ -71,9 +81,13 @@ def family_of(
     name = "qwen" if config.model_type == "qwen" else str(getattr(config, "version", None) or "2.0")
     if config.model_type not in ("minicpmv", "minicpmo", "qwen") or name not in FAMILIES:
         version = f", version {config.version}" if getattr(config, "version", None) else ""
-        raise InputError(f"nothing here prepares data for model_type {config.model_type!r}{version}", "model",
-                         f"Known are MiniCPM-V {', '.join(n for n in FAMILIES if n != 'qwen')}, MiniCPM-o 2.6 and Qwen-VL here, and through load_processor Qwen2-VL, Qwen2.5-VL, Qwen3-VL, MiniCPM-V 4.6 and 4.7; "
-                         "for others use load_vlm and apply_plan with a data pipeline of your own")  # fmt: skip
+        raise InputError(
+            f"nothing here prepares data for model_type {config.model_type!r}{version}",
+            "model",
+            f"Known are MiniCPM-V {', '.join(n for n in FAMILIES if n != 'qwen')}, MiniCPM-o 2.6 and Qwen-VL here, and "
+            "through load_processor Qwen2-VL, Qwen2.5-VL, Qwen3-VL, MiniCPM-V 4.6 and 4.7; "
+            "for others use load_vlm and apply_plan with a data pipeline of your own",
+        )
     return FAMILIES[name]
 
 
@@ -104,14 +118,53 @@ _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 # %% ../../nbs/22_data.tokens.ipynb #5c0d7e22
 TURNS = (  # what opens or closes a turn
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",
-    "<s>", "</s>", "<用户>", "<AI>",
-)  # fmt: skip
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<s>",
+    "</s>",
+    "<用户>",
+    "<AI>",
+)
 MEDIA = (  # what stands for a picture, a video or a sound, or is a bracket around one
-    "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>", "<unk>", "<img>", "</img>", "<imgpad>", "<unit>", "</unit>",
-    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|audio_pad|>", "<video>", "</video>", "<audio>", "</audio>",
-    "<|audio_start|>", "<|audio|>", "<|audio_end|>", "<|spk_bos|>", "<|spk|>", "<|spk_eos|>", "<|tts_bos|>", "<|tts|>", "<|tts_eos|>",
-)  # fmt: skip
+    "<image>",
+    "</image>",
+    "<slice>",
+    "</slice>",
+    "<image_id>",
+    "</image_id>",
+    "<unk>",
+    "<img>",
+    "</img>",
+    "<imgpad>",
+    "<unit>",
+    "</unit>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|audio_pad|>",
+    "<video>",
+    "</video>",
+    "<audio>",
+    "</audio>",
+    "<|audio_start|>",
+    "<|audio|>",
+    "<|audio_end|>",
+    "<|spk_bos|>",
+    "<|spk|>",
+    "<|spk_eos|>",
+    "<|tts_bos|>",
+    "<|tts|>",
+    "<|tts_eos|>",
+)
 _WRITTEN = ("<用户>", "<AI>")  # MiniCPM-V 2.0's turns are ordinary text: commands wherever the template writes them
 _BRACKETED = re.compile(r"[<\[{(|].*\w.*[>\]})|]", re.DOTALL)
 
@@ -129,13 +182,20 @@ def _read_whole(tokenizer, text):
 
 def _skeletons(tokenizer, template):
     "What a chat template writes around turns and media, each content replaced by one character."
-    turns = lambda *content: [{"role": role, "content": c} for c in content for role in ("user", "assistant")]  # noqa: E731
+
+    def turns(*content):
+        return [{"role": role, "content": c} for c in content for role in ("user", "assistant")]
+
     media = [{"type": kind} for kind in ("image", "video", "audio")]
-    talks = [turns(SLOT, SLOT), *([{"role": "user", "content": [part, {"type": "text", "text": SLOT}]}, *turns(SLOT)[1:]] for part in media)]
+    talks = [
+        turns(SLOT, SLOT),
+        *([{"role": "user", "content": [part, {"type": "text", "text": SLOT}]}, *turns(SLOT)[1:]] for part in media),
+    ]
     for talk in (*talks, [{"role": "system", "content": SLOT}, *talks[0]]):
         try:
             yield str(tokenizer.apply_chat_template(talk, tokenize=False, chat_template=template))
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):  # it knows no system message, or no media
+        # it knows no system message, or no media
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
             continue
 
 
@@ -169,7 +229,9 @@ def named_tokens(
     "Tokens of their own that a configuration names by id: media, ends, padding."
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     inner = [v for k, v in values.items() if k in ("text_config", "llm_config") and isinstance(v, dict)]
-    pairs = [(k, v) for part in (values, *inner) for k, v in part.items() if re.search(r"_token_(id|ids|index)$", str(k))]
+    pairs = [
+        (k, v) for part in (values, *inner) for k, v in part.items() if re.search(r"_token_(id|ids|index)$", str(k))
+    ]
     numbers = [n for _, v in pairs for n in (v if isinstance(v, (list, tuple)) else [v])]
     added = tokenizer.added_tokens_decoder
     return tuple(dict.fromkeys(str(added[n]) for n in numbers if isinstance(n, int) and n in added))
@@ -207,19 +269,25 @@ def no_commands(
     template: str | None = None,  # see `control_tokens`
     named: tuple[str, ...] = (),  # see `control_tokens`
 ) -> None:
-    "Raises `InputError` for commands in the text, thoughts outside of answers where the tokenizer marks them, and pictures that the text does not mention."
+    """Raises `InputError` for commands in the text, thoughts outside of answers where the tokenizer marks them, and
+    pictures that the text does not mention."""
     commands = control_tokens(tokenizer, template, named)
     thoughts = _THINKING & {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     for m in conversation.messages:
         refused = commands if m.role == "assistant" else commands | thoughts
         for found in _spelled(m.content.replace("<image>", ""), tokenizer, refused):
-            raise InputError(f"the {m.role}'s text contains the special token {found}", conversation.where,
-                             "Remove it or write it differently; it would be read as a command to the model")  # fmt: skip
+            raise InputError(
+                f"the {m.role}'s text contains the special token {found}",
+                conversation.where,
+                "Remove it or write it differently; it would be read as a command to the model",
+            )
         if SLOT in m.content:
             raise InputError("the text contains the private character U+E000", conversation.where, "Remove it")
     mentioned = sum(m.content.count("<image>") for m in conversation.messages)
     if mentioned != len(conversation.images):
-        raise InputError(f"the text mentions {mentioned} pictures and {len(conversation.images)} are given", conversation.where)
+        raise InputError(
+            f"the text mentions {mentioned} pictures and {len(conversation.images)} are given", conversation.where
+        )
 
 # %% ../../nbs/22_data.tokens.ipynb #8c687251
 def _with_pictures(conversation, family, query_num, numbered, grids):
@@ -229,11 +297,14 @@ def _with_pictures(conversation, family, query_num, numbered, grids):
         pieces = m.content.split("<image>")
         content = pieces[0]
         for piece in pieces[1:]:
-            if several and content and not content.endswith("\n"):  # with several pictures, each stands on a line of its own
+            # with several pictures, each stands on a line of its own
+            if several and content and not content.endswith("\n"):
                 content += "\n"
             label = family.numbered.format(count + family.first) if numbered else ""
             written = label and content.endswith(label)  # the author numbered the pictures
-            content += picture_text(family, query_num, grids[count] if grids else None, count if numbered and not written else None)
+            content += picture_text(
+                family, query_num, grids[count] if grids else None, count if numbered and not written else None
+            )
             content += "\n" + piece if several and piece and not piece.startswith("\n") else piece
             count += 1
         messages.append({"role": m.role, "content": content})
@@ -246,11 +317,16 @@ def _answers(whole, skeleton, where):
     for i, piece in enumerate(pieces):
         literal = piece
         if i < len(pieces) - 1 and (thought := _EMPTY_THOUGHT.search(piece)) and thought.end() == len(piece):
-            literal = piece[: thought.start()]  # an answer that thinks has a thought where the skeleton has an empty one
+            # an answer that thinks has a thought where the skeleton has an empty one
+            literal = piece[: thought.start()]
         last = i == len(pieces) - 1
         found = len(whole) - len(literal) if last else whole.find(literal, at)
         if found < at or not whole.startswith(literal, found) or (i == 0 and found):
-            raise InputError("this chat template changes the text around an answer with the answer itself", where, "Train with another template")
+            raise InputError(
+                "this chat template changes the text around an answer with the answer itself",
+                where,
+                "Train with another template",
+            )
         if i:
             start = spans.pop()[0]
             empty = _EMPTY_THOUGHT.match(whole, start, found)
@@ -267,7 +343,8 @@ def supervised(
     tokenizer: PreTrainedTokenizerBase,
     answer: bool = True,  # with the last answer, or only up to the place where it would begin
     learned: Sequence[bool] = (),  # of each answer: does the loss look at it? None given: at all of them
-) -> tuple[str, list[tuple[int, int]], list[int]]:  # the text; start and end of what the loss looks at; where an unwritten end token belongs
+    # the text; start and end of what the loss looks at; where an unwritten end token belongs
+) -> tuple[str, list[tuple[int, int]], list[int]]:
     "Write messages, and say where the answers are. Raises `InputError` for a template that cannot be matched."
     where = f"tokenizer {tokenizer.name_or_path}".strip()
     slots = [m | {"content": SLOT} if m["role"] == "assistant" else m for m in messages]
@@ -279,8 +356,14 @@ def supervised(
     spans, unwritten = [], []
     for (start, end, after), wanted in zip(found, learned or [True] * len(found), strict=True):
         closing = next((t for t in (*ENDS, tokenizer.eos_token or ENDS[0]) if after.startswith(t)), None)
-        if closing is None and not (after and (_pattern(control_tokens(tokenizer)).match(after) or after.startswith(_WRITTEN))):
-            raise InputError("this chat template does not end an answer with a token of its own", where, "Train with another template")
+        if closing is None and not (
+            after and (_pattern(control_tokens(tokenizer)).match(after) or after.startswith(_WRITTEN))
+        ):
+            raise InputError(
+                "this chat template does not end an answer with a token of its own",
+                where,
+                "Train with another template",
+            )
         if not wanted:
             continue
         spans.append((start, end + len(closing or "")))
@@ -296,16 +379,24 @@ def render(
     use_image_id: bool = False,  # number the pictures
     answer: bool = True,  # with the last answer, or only up to the place where it would begin
     family: Family = FAMILIES["2.6"],
-    grids: Sequence[tuple[int, int] | None] | None = None,  # columns and rows of slices of each picture; None: no slices
+    # columns and rows of slices of each picture; None: no slices
+    grids: Sequence[tuple[int, int] | None] | None = None,
     named: tuple[str, ...] = (),  # commands that the model's configuration names, see `named_tokens`
-) -> tuple[str, list[tuple[int, int]], list[int]]:  # the text; start and end of what the loss looks at; where an unwritten end token belongs
+    # the text; start and end of what the loss looks at; where an unwritten end token belongs
+) -> tuple[str, list[tuple[int, int]], list[int]]:
     """Write a conversation with the tokenizer's own chat template, or the family's.
 
     Raises `InputError` for text that contains commands, and for a template that cannot be matched."""
     template = None if tokenizer.chat_template else family.template
     no_commands(conversation, tokenizer, template, named)
     messages = _with_pictures(conversation, family, query_num, use_image_id, grids)
-    return supervised(messages, lambda ms: tokenizer.apply_chat_template(ms, tokenize=False, chat_template=template), tokenizer, answer, conversation.learned)
+    return supervised(
+        messages,
+        lambda ms: tokenizer.apply_chat_template(ms, tokenize=False, chat_template=template),
+        tokenizer,
+        answer,
+        conversation.learned,
+    )
 
 # %% ../../nbs/22_data.tokens.ipynb #e3305943
 @dataclass(frozen=True)
@@ -326,7 +417,11 @@ def drop_turns(
     start = 1 if conversation.messages[0].role == "system" else 0
     gone = conversation.messages[start : start + 2 * turns]
     pictures = sum(m.content.count("<image>") for m in gone)
-    return replace(conversation, messages=(*conversation.messages[:start], *conversation.messages[start + 2 * turns :]), images=conversation.images[pictures:])
+    return replace(
+        conversation,
+        messages=(*conversation.messages[:start], *conversation.messages[start + 2 * turns :]),
+        images=conversation.images[pictures:],
+    )
 
 
 def within(
@@ -340,8 +435,11 @@ def within(
     while len((e := encode(conversation)).input_ids) > max_length:
         shorter = drop_turns(conversation, 1)
         if not drop or not any(m.role == "user" for m in shorter.messages):
-            raise InputError(f"{len(e.input_ids)} tokens are more than the limit of {max_length}", conversation.where,
-                             "Shorten the text, use fewer pictures, set a smaller max_pixels, or raise max_length")  # fmt: skip
+            raise InputError(
+                f"{len(e.input_ids)} tokens are more than the limit of {max_length}",
+                conversation.where,
+                "Shorten the text, use fewer pictures, set a smaller max_pixels, or raise max_length",
+            )
         conversation, dropped = shorter, dropped + 1
     return replace(e, dropped=dropped)
 
@@ -355,7 +453,9 @@ def ids_and_labels(
     "Token ids, and for each its label."
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = out["input_ids"], out["offset_mapping"]
-    labels = [t if any(lo <= start and end <= hi for lo, hi in spans) else IGNORE for t, (start, end) in zip(ids, offsets)]
+    labels = [
+        t if any(lo <= start and end <= hi for lo, hi in spans) else IGNORE for t, (start, end) in zip(ids, offsets)
+    ]
     for at in unwritten:
         labels[next(i for i, (start, _) in enumerate(offsets) if start >= at)] = tokenizer.eos_token_id
     return ids, labels
@@ -363,12 +463,19 @@ def ids_and_labels(
 
 def _places(ids, tokenizer, family, expected, query_num, where):
     "Start and end of each picture's fillers."
-    pairs = [family.brackets] if family.nested or family.filler != "<unk>" else [family.brackets, ("<slice>", "</slice>")]
+    pairs = (
+        [family.brackets] if family.nested or family.filler != "<unk>" else [family.brackets, ("<slice>", "</slice>")]
+    )
     opening, closing = (set(tokenizer.convert_tokens_to_ids([p[side] for p in pairs])) for side in (0, 1))
-    places = list(zip([i + 1 for i, t in enumerate(ids) if t in opening], [i for i, t in enumerate(ids) if t in closing]))
+    places = list(
+        zip([i + 1 for i, t in enumerate(ids) if t in opening], [i for i, t in enumerate(ids) if t in closing])
+    )
     if len(places) != expected or any(end - start != query_num for start, end in places):
-        raise InputError(f"{expected} pictures became {len(places)} places in the text", where,
-                         f"The tokenizer lacks {' '.join(family.brackets)} or {family.filler} as tokens of their own")  # fmt: skip
+        raise InputError(
+            f"{expected} pictures became {len(places)} places in the text",
+            where,
+            f"The tokenizer lacks {' '.join(family.brackets)} or {family.filler} as tokens of their own",
+        )
     return places
 
 # %% ../../nbs/22_data.tokens.ipynb #be6700c5
@@ -385,9 +492,16 @@ def encode(
     named: tuple[str, ...] = (),  # see `render`
 ) -> Encoded:
     "Token ids, labels and picture places of one conversation. Raises `InputError` when it is longer than `max_length`."
+
     def whole(c):
         kept = grids[len(grids) - len(c.images) :] if grids else [None] * len(c.images)
-        ids, labels = ids_and_labels(*render(c, tokenizer, query_num, use_image_id, answer, family, kept, named), tokenizer)
-        return Encoded(ids, labels, _places(ids, tokenizer, family, sum(1 + (g[0] * g[1] if g else 0) for g in kept), query_num, c.where))
+        ids, labels = ids_and_labels(
+            *render(c, tokenizer, query_num, use_image_id, answer, family, kept, named), tokenizer
+        )
+        return Encoded(
+            ids,
+            labels,
+            _places(ids, tokenizer, family, sum(1 + (g[0] * g[1] if g else 0) for g in kept), query_num, c.where),
+        )
 
     return within(conversation, whole, max_length, drop)

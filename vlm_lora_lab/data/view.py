@@ -54,7 +54,11 @@ def pieces_of(
                 end += 1
             text, picture = f"picture {picture + 1}: {end - at} vectors", picture + 1
         else:
-            while "\ufffd" in tokenizer.decode(ids[at:end]) and end < min(at + 6, len(ids)) and _kind(end, labels, places) == kind:
+            while (
+                "\ufffd" in tokenizer.decode(ids[at:end])
+                and end < min(at + 6, len(ids))
+                and _kind(end, labels, places) == kind
+            ):
                 end += 1
             text = tokenizer.decode(ids[at:end])
             if labels[at] not in (IGNORE, ids[at]):  # an end token that is learned in another's place
@@ -79,7 +83,10 @@ def _image_html(image, side):
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = BytesIO()
     image.save(file, "JPEG", quality=85)
-    return f'<img alt="" width="{image.width}" height="{image.height}" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return (
+        f'<img alt="" width="{image.width}" height="{image.height}" '
+        f'src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    )
 
 # %% ../../nbs/29_data.view.ipynb #5c20b810
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class TokenView:
     "A conversation as a model sees it; a notebook draws it, a terminal prints it."
 
     pieces: tuple[Piece, ...]
-    pictures: tuple[tuple[tuple[Image.Image, ...], tuple[int, int] | None], ...]  # overview and slices of each, with columns and rows
+    # overview and slices of each, with columns and rows
+    pictures: tuple[tuple[tuple[Image.Image, ...], tuple[int, int] | None], ...]
     dropped: int = 0  # turns left out at the front
 
     def count(self, kind: str) -> int:
@@ -95,11 +103,16 @@ class TokenView:
         return sum(p.tokens for p in self.pieces if p.kind == kind)
 
     def _repr_html_(self):
-        shown = lambda text: html.escape(text).replace("\n", "↵\n").replace(" ", "·", len(text) - len(text.lstrip(" ")))  # noqa: E731
+        def shown(text):
+            return html.escape(text).replace("\n", "↵\n").replace(" ", "·", len(text) - len(text.lstrip(" ")))
+
         key = " ".join(f'<span class="{k}">{self.count(k)} {name}</span>' for k, name in KINDS.items() if self.count(k))
         note = f" {self.dropped} turns were left out at the front." if self.dropped else ""
         text = "".join(f'<span class="{p.kind}" title="{p.tokens} tokens">{shown(p.text)}</span>' for p in self.pieces)
-        return f'{_STYLE}<div class="tv"><div class="t"><div class="k">{key}{note}</div>{text}</div><div class="p">{self._pictures_html()}</div></div>'
+        return (
+            f'{_STYLE}<div class="tv"><div class="t"><div class="k">{key}{note}</div>{text}</div><div '
+            f'class="p">{self._pictures_html()}</div></div>'
+        )
 
     def _pictures_html(self):
         out, number = "", 1
@@ -108,9 +121,15 @@ class TokenView:
             out += f"<div>{label}</div>{_image_html(tiles[0], 180)}"
             if grid:
                 cols, rows = grid
-                cell = lambda i: f"<td>{_image_html(tiles[1 + i], max(60, 260 // max(cols, rows)))}</td>"  # noqa: E731
+
+                def cell(i):
+                    return f"<td>{_image_html(tiles[1 + i], max(60, 260 // max(cols, rows)))}</td>"
+
                 body = "".join("<tr>" + "".join(cell(r * cols + c) for c in range(cols)) + "</tr>" for r in range(rows))
-                out += f"<div>pictures {number + 1} to {number + cols * rows}, slices of {tiles[1].width} × {tiles[1].height}</div><table>{body}</table>"
+                out += (
+                    f"<div>pictures {number + 1} to {number + cols * rows}, slices of {tiles[1].width} × "
+                    f"{tiles[1].height}</div><table>{body}</table>"
+                )
             number += len(tiles)
         return out
 
@@ -131,4 +150,8 @@ def see(
     e = processor.encode(conversation, [processor.grid(i.size) for i in images], answer)
     images = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
     padding = max(0, (pad_to or 0) - len(e.input_ids))
-    return TokenView(pieces_of(e.input_ids, e.labels, e.image_bound, processor.tokenizer, padding), tuple(processor.tiles(i) for i in images), e.dropped)
+    return TokenView(
+        pieces_of(e.input_ids, e.labels, e.image_bound, processor.tokenizer, padding),
+        tuple(processor.tiles(i) for i in images),
+        e.dropped,
+    )

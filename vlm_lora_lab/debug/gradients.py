@@ -23,10 +23,26 @@ def loss_of(
     batch: Any,  # a dictionary of arguments, a tuple of them, or the one argument
 ) -> torch.Tensor:  # scalar
     "Call any model on a batch and find the loss. Raises `InputError` when what comes back holds none."
-    out = model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    loss = out if isinstance(out, torch.Tensor) else out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    out = (
+        model(**batch)
+        if isinstance(batch, Mapping)
+        else model(*batch)
+        if isinstance(batch, (tuple, list))
+        else model(batch)
+    )
+    loss = (
+        out
+        if isinstance(out, torch.Tensor)
+        else out.get("loss")
+        if isinstance(out, Mapping)
+        else getattr(out, "loss", None)
+    )
     if loss is None:
-        raise InputError(f"{type(model).__name__} returned no loss", "debug", "Put labels into the batch, or give loss=, a function of model and batch")
+        raise InputError(
+            f"{type(model).__name__} returned no loss",
+            "debug",
+            "Put labels into the batch, or give loss=, a function of model and batch",
+        )
     return loss if loss.ndim == 0 else loss.mean()
 
 
@@ -34,7 +50,8 @@ def loss_of(
 def undisturbed(
     model: nn.Module,
 ) -> Iterator[None]:
-    "Whatever happens inside: afterwards weights, buffers, gradients, modes and random numbers are as before, bit for bit."
+    """Whatever happens inside: afterwards weights, buffers, gradients, modes and random numbers are as before, bit for
+    bit."""
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     grads = {n: p.grad for n, p in model.named_parameters()}
@@ -70,7 +87,8 @@ class GradientRow:
     second: float | None  # and in the second
     verdict: str  # "trained", or what is wrong
     remedy: str = ""
-    moves: float | None = None  # share of the weights that one step of this learning rate changes; None: no rate was given
+    # share of the weights that one step of this learning rate changes; None: no rate was given
+    moves: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,10 +112,15 @@ class GradientAudit:
         return tuple(r.name for r in self.rows if r.verdict == "trained" and not r.first)
 
     def __repr__(self):
-        head = f"{len(self.rows) - len(self.wrong)} of {len(self.rows)} tensors learn, {len(self.asleep)} of them from the second step on; {self.frozen} are frozen."
+        head = (
+            f"{len(self.rows) - len(self.wrong)} of {len(self.rows)} tensors learn, {len(self.asleep)} of them from "
+            f"the second step on; {self.frozen} are frozen."
+        )
         lines = [head]
         for verdict, remedy in dict.fromkeys((r.verdict, r.remedy) for r in self.wrong):
-            lines += [f"\n{verdict}: {remedy}"] + [f"  {r.name}" for r in self.wrong if (r.verdict, r.remedy) == (verdict, remedy)]
+            lines += [f"\n{verdict}: {remedy}"] + [
+                f"  {r.name}" for r in self.wrong if (r.verdict, r.remedy) == (verdict, remedy)
+            ]
         return "\n".join(lines)
 
     def _repr_html_(self):
@@ -109,7 +132,10 @@ def _watch(model):
     seen, handles = {}, []
     for name, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
-            note = lambda m, a, out, name=name: seen.setdefault(name, set()).add("on" if torch.is_grad_enabled() else "off")  # noqa: E731
+
+            def note(m, a, out, name=name):
+                return seen.setdefault(name, set()).add("on" if torch.is_grad_enabled() else "off")
+
             handles.append(module.register_forward_hook(note, always_call=True))
     return seen, handles
 
@@ -118,19 +144,29 @@ def _why(model, owner, seen):
     "Verdict and remedy for a tensor without any gradient."
     calls = seen.get(owner, set())
     if not calls:
-        return "never called", "Nothing in this batch reaches the module. Is it used at all? Does the batch hold what it looks at, such as a picture?"
+        return (
+            "never called",
+            "Nothing in this batch reaches the module. Is it used at all? Does the batch hold what it looks at, such "
+            "as a picture?",
+        )
     if calls == {"off"}:
         parents = [owner.rpartition(".")[0]]
         while parents[-1]:
             parents.append(parents[-1].rpartition(".")[0])
         if any(getattr(model.get_submodule(p), "gradient_checkpointing", False) for p in parents):
-            return "cut off", "Re-entrant checkpointing, and nothing that enters the block asks for a gradient. Checkpoint with use_reentrant=False; for a language model alone, enable_input_require_grads() helps, too"
+            return (
+                "cut off",
+                "Re-entrant checkpointing, and nothing that enters the block asks for a gradient. Checkpoint with "
+                "use_reentrant=False; for a language model alone, enable_input_require_grads() helps, too",
+            )
         return "cut off", "The module runs under torch.no_grad(). Take that away"
     return "not in the loss", "What the module computes never reaches the loss: it is detached, or unused"
 
 
 def _gradients(model):
-    return {n: None if p.grad is None else p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {
+        n: None if p.grad is None else p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @torch.no_grad()
@@ -153,10 +189,12 @@ def audit_gradients(
     model: nn.Module,  # any PyTorch model
     batch: Any,  # one real batch, as the model takes it: a dictionary, a tuple, or a tensor
     loss: Callable = loss_of,  # function of model and batch that returns the loss
-    rate: float | Callable[[str], float] | torch.optim.Optimizer | None = None,  # learning rate, or a function of a tensor's name, or the optimizer
+    # learning rate, or a function of a tensor's name, or the optimizer
+    rate: float | Callable[[str], float] | torch.optim.Optimizer | None = None,
     promised: Callable[[str], bool] | None = None,  # whether a tensor of this name was meant to be trained
 ) -> GradientAudit:
-    """Two steps on one batch: who receives a finite gradient that is not zero, and who does not, and why. The model is left as it was.
+    """Two steps on one batch: who receives a finite gradient that is not zero, and who does not, and why. The model is
+    left as it was.
 
     Raises `InputError` when the model returns no loss."""
     stale = {n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None}
@@ -179,10 +217,19 @@ def audit_gradients(
                 handle.remove()
     rows = [_row(model, n, p, steps, seen, rates) for n, p in model.named_parameters() if p.requires_grad]
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
-    extra = {n: ("frozen, but holds a gradient", "It was frozen after a backward pass; call zero_grad(), and make the optimizer anew") for n in stale}
+    extra = {
+        n: (
+            "frozen, but holds a gradient",
+            "It was frozen after a backward pass; call zero_grad(), and make the optimizer anew",
+        )
+        for n in stale
+    }
     for n, p in model.named_parameters():
         if promised and promised(n) and not p.requires_grad:
-            extra[n] = ("promised, but frozen", "Nothing in the model asks for its gradient; look at what was called after it was unfrozen")
+            extra[n] = (
+                "promised, but frozen",
+                "Nothing in the model asks for its gradient; look at what was called after it was unfrozen",
+            )
         if promised and p.requires_grad and not promised(n):
             extra[n] = ("trained, but not promised", "Freeze it, or say that it is meant")
     rows = [r for r in rows if r.name not in extra] + [GradientRow(n, "", None, None, *why) for n, why in extra.items()]
@@ -202,19 +249,35 @@ def _rates(model, rate):
 def _row(model, name, p, steps, seen, rates):
     first, second = (s[name] for s in steps)
     norms = [None if g is None else g.double().norm().item() for g in (first, second)]
-    make = lambda verdict, remedy="", moves=None: GradientRow(name, str(p.dtype).removeprefix("torch."), *norms, verdict, remedy, moves)  # noqa: E731
+
+    def make(verdict, remedy="", moves=None):
+        return GradientRow(name, str(p.dtype).removeprefix("torch."), *norms, verdict, remedy, moves)
+
     if first is None and second is None:
         return make(*_why(model, name.rpartition(".")[0], seen))
     if not all(g is None or g.isfinite().all() for g in (first, second)):
-        return make("not finite", "NaN or infinity. Chapter 61's diagnose(model, batch) names the operation that made it")
+        return make(
+            "not finite", "NaN or infinity. Chapter 61's diagnose(model, batch) names the operation that made it"
+        )
     g = next((g for g in (first, second) if g is not None and g.any()), None)
     if g is None:
-        return make("zero", "A gradient arrives, and every number in it is zero, in both steps: something behind it multiplies by zero")
+        return make(
+            "zero",
+            "A gradient arrives, and every number in it is zero, in both steps: something behind it multiplies by zero",
+        )
     if rates is None:
         return make("trained")
     if rates[name] is None:
-        return make("not in the optimizer", "It asks for a gradient, but no group of the optimizer holds it. Make the optimizer after unfreezing")
+        return make(
+            "not in the optimizer",
+            "It asks for a gradient, but no group of the optimizer holds it. Make the optimizer after unfreezing",
+        )
     moves = _moves(p.detach(), g, rates[name])
     if moves < 0.5:
-        return make("rate too small", f"A step of {rates[name]:.0e} is rounded away at {str(p.dtype).removeprefix('torch.')}. Keep trained weights in float32, or raise the rate", moves)
+        return make(
+            "rate too small",
+            f"A step of {rates[name]:.0e} is rounded away at {str(p.dtype).removeprefix('torch.')}. Keep trained "
+            "weights in float32, or raise the rate",
+            moves,
+        )
     return make("trained", moves=moves)

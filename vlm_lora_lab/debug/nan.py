@@ -40,28 +40,86 @@ from ..models.published import model_class, model_config
 
 # %% ../../nbs/61_debug.nan.ipynb #cede18c9
 CAUSES = {  # cause -> what it means, what to do
-    "corrupt input": ("a tensor of the batch holds NaN or infinity before the model sees it", "Repair or remove the samples; look for a division by a picture's own largest value or spread"),
-    "corrupt weights": ("a weight holds NaN or infinity before the step", "Load the checkpoint again, in bfloat16 or float32: fp16 ends at 65,504. If an earlier step destroyed it, go back to a checkpoint"),
-    "no labels": ("no token of the batch has a label, and the mean of nothing is 0 / 0", "Look at what truncation and masking leave of the answers; drop such rows"),
-    "fully masked row": ("softmax over a row in which everything is hidden is 0 / 0", "Leave every query something to look at; sdpa attention returns zeros there"),
-    "padding on the wrong side": ("the attention mask hides tokens that have labels", "Make mask and padding on the same side; let the tokenizer return both"),
-    "root at zero": ("the slope of a root, norm or spread is infinite at zero", "Add a small number inside the root: (x² + ε).sqrt(); a clamp outside comes too late"),
-    "hidden branch": ("a value that is not finite was thrown away, and backward multiplies it by zero", "Make the unused branch finite before it is computed: divide by where(ok, b, 1)"),
-    "log of zero": ("the logarithm of a number that underflowed to zero", "Use log_softmax or logsigmoid, or add a small number inside"),
+    "corrupt input": (
+        "a tensor of the batch holds NaN or infinity before the model sees it",
+        "Repair or remove the samples; look for a division by a picture's own largest value or spread",
+    ),
+    "corrupt weights": (
+        "a weight holds NaN or infinity before the step",
+        "Load the checkpoint again, in bfloat16 or float32: fp16 ends at 65,504. If an earlier step destroyed it, go "
+        "back to a checkpoint",
+    ),
+    "no labels": (
+        "no token of the batch has a label, and the mean of nothing is 0 / 0",
+        "Look at what truncation and masking leave of the answers; drop such rows",
+    ),
+    "fully masked row": (
+        "softmax over a row in which everything is hidden is 0 / 0",
+        "Leave every query something to look at; sdpa attention returns zeros there",
+    ),
+    "padding on the wrong side": (
+        "the attention mask hides tokens that have labels",
+        "Make mask and padding on the same side; let the tokenizer return both",
+    ),
+    "root at zero": (
+        "the slope of a root, norm or spread is infinite at zero",
+        "Add a small number inside the root: (x² + ε).sqrt(); a clamp outside comes too late",
+    ),
+    "hidden branch": (
+        "a value that is not finite was thrown away, and backward multiplies it by zero",
+        "Make the unused branch finite before it is computed: divide by where(ok, b, 1)",
+    ),
+    "log of zero": (
+        "the logarithm of a number that underflowed to zero",
+        "Use log_softmax or logsigmoid, or add a small number inside",
+    ),
     "log of a negative": ("the logarithm of a negative number", "Look where its argument comes from"),
-    "empty mask": ("a sum or mean over a mask that lets nothing through, divided by its size of zero", "Divide by mask.sum().clamp(min=1), or drop such rows"),
-    "block of zeros": ("a block of zeros is scaled by its own largest value", "Clamp the scale from below; bitsandbytes does"),
+    "empty mask": (
+        "a sum or mean over a mask that lets nothing through, divided by its size of zero",
+        "Divide by mask.sum().clamp(min=1), or drop such rows",
+    ),
+    "block of zeros": (
+        "a block of zeros is scaled by its own largest value",
+        "Clamp the scale from below; bitsandbytes does",
+    ),
     "division by zero": ("a division by zero", "Guard the denominator"),
-    "spread of one": ("the unbiased spread of a single number is 0 / 0", "Drop the last, incomplete batch, or use correction=0"),
-    "pixels not normalised": ("pixels run from 0 to 255 where about -1 to 1 is due", "Apply the model's image processor: divide by 255, subtract the mean, divide by the spread"),
-    "LoRA scale": ("LoRA adds numbers that are too large; without it the step is healthy", "Look at alpha / rank, at init_lora_weights and at the adapter's learning rate"),
-    "learning rate too high": ("weights have grown far beyond where training began", "Lower the learning rate, clip gradients, and go back to a checkpoint"),
-    "fp16 overflow": ("a number beyond 65,504, which fp16 cannot hold and bfloat16 and float32 can", "Train in bfloat16, or in float32 with autocast and a gradient scaler"),
-    "gradient norm overflow": ("every gradient is finite in fp16, and their norm is not", "Keep trained weights in float32, or lower the loss scale"),
-    "epsilon underflow": ("Adam's epsilon is zero in fp16, so that it divides by zero", "Keep trained weights in float32; or eps=1e-4 at least"),
-    "overflow": ("a number that is too large even for 32 bit", "Look at the range of the inputs above: what should have kept them small?"),
-    "unknown": ("none of the causes that are known here", "The event above names the operation; its inputs are in the folder"),
-}  # fmt: skip
+    "spread of one": (
+        "the unbiased spread of a single number is 0 / 0",
+        "Drop the last, incomplete batch, or use correction=0",
+    ),
+    "pixels not normalised": (
+        "pixels run from 0 to 255 where about -1 to 1 is due",
+        "Apply the model's image processor: divide by 255, subtract the mean, divide by the spread",
+    ),
+    "LoRA scale": (
+        "LoRA adds numbers that are too large; without it the step is healthy",
+        "Look at alpha / rank, at init_lora_weights and at the adapter's learning rate",
+    ),
+    "learning rate too high": (
+        "weights have grown far beyond where training began",
+        "Lower the learning rate, clip gradients, and go back to a checkpoint",
+    ),
+    "fp16 overflow": (
+        "a number beyond 65,504, which fp16 cannot hold and bfloat16 and float32 can",
+        "Train in bfloat16, or in float32 with autocast and a gradient scaler",
+    ),
+    "gradient norm overflow": (
+        "every gradient is finite in fp16, and their norm is not",
+        "Keep trained weights in float32, or lower the loss scale",
+    ),
+    "epsilon underflow": (
+        "Adam's epsilon is zero in fp16, so that it divides by zero",
+        "Keep trained weights in float32; or eps=1e-4 at least",
+    ),
+    "overflow": (
+        "a number that is too large even for 32 bit",
+        "Look at the range of the inputs above: what should have kept them small?",
+    ),
+    "unknown": (
+        "none of the causes that are known here",
+        "The event above names the operation; its inputs are in the folder",
+    ),
+}
 
 # %% ../../nbs/61_debug.nan.ipynb #95c47403
 @dataclass(frozen=True)
@@ -81,12 +139,26 @@ class Diagnosis:
 
     def __str__(self):
         e, where = self.event, self.event.module or "the model itself"
-        what = {"given": "was given", "optimizer": f"was made by the optimizer ({e.operation})", "clipping": f"was made by clipping ({e.operation})"}.get(e.phase)
-        made = what or f"was made by {e.operation}" + (f", in the backward pass of {e.forward_of}" if e.forward_of else f", in the {e.phase} pass")
-        lines = [f"{self.cause}: {CAUSES[self.cause][0]}.", f"  where    {where}: {'NaN' if e.made == 'nan' else 'infinity'} {made}"]
-        lines += [f"  {'inputs' if i == 0 else '':8} {r}" for i, r in enumerate(e.inputs)] + ([f"  tensor   {e.output}"] if e.output else [])
+        what = {
+            "given": "was given",
+            "optimizer": f"was made by the optimizer ({e.operation})",
+            "clipping": f"was made by clipping ({e.operation})",
+        }.get(e.phase)
+        made = what or f"was made by {e.operation}" + (
+            f", in the backward pass of {e.forward_of}" if e.forward_of else f", in the {e.phase} pass"
+        )
+        lines = [
+            f"{self.cause}: {CAUSES[self.cause][0]}.",
+            f"  where    {where}: {'NaN' if e.made == 'nan' else 'infinity'} {made}",
+        ]
+        lines += [f"  {'inputs' if i == 0 else '':8} {r}" for i, r in enumerate(e.inputs)] + (
+            [f"  tensor   {e.output}"] if e.output else []
+        )
         lines += [f"  because  {p}" for p in e.chain[1:] if not p.mask]
-        lines += [f"  loss     {self.loss:.4g}" + (f"; {len(self.bad)} tensors spoiled, such as {self.bad[0]}" if self.bad else "")]
+        lines += [
+            f"  loss     {self.loss:.4g}"
+            + (f"; {len(self.bad)} tensors spoiled, such as {self.bad[0]}" if self.bad else "")
+        ]
         lines += [f"  samples  {', '.join(map(str, self.samples))}"] if self.samples is not None else []
         for verdict in dict.fromkeys(self.trials.values()):
             lines.append(f"  {verdict}: " + ", ".join(k for k, v in self.trials.items() if v == verdict))
@@ -138,16 +210,24 @@ def rows_of(
         pictures = ("pixel_values", "tgt_sizes", "image_bound", "temporal_ids")
 
         def cut(i):
-            keep = {k: (v[row == i] if k in pictures else v[i : i + 1]) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+            keep = {
+                k: (v[row == i] if k in pictures else v[i : i + 1]) if isinstance(v, torch.Tensor) and v.ndim else v
+                for k, v in batch.items()
+            }
             keep["image_bound"] = keep["image_bound"] * torch.tensor([0, 1, 1], device=row.device)
             return keep if (row == i).any() else {k: v for k, v in keep.items() if k not in pictures}
 
         return [cut(i) for i in range(rows)]
-    if isinstance(batch, Mapping) and image_token is not None and (sizes := next((k for k in ("image_grid_thw", "target_sizes") if k in batch), None)):
+    if (
+        isinstance(batch, Mapping)
+        and image_token is not None
+        and (sizes := next((k for k in ("image_grid_thw", "target_sizes") if k in batch), None))
+    ):
         return _rows_with_places(batch, image_token, sizes)
     if any(t.ndim and t.shape[0] != rows for _, t in found):
         raise ValueError("tensors of different lengths, which do not say which row they belong to")
     return [_map(batch, lambda k, t: t[i : i + 1] if t.ndim else t) for i in range(rows)]
+
 
 def _rows_with_places(batch, image_token, sizes):
     "A picture, or a slice, is one run of the same id in the text, and as many patches as its size says."
@@ -160,7 +240,11 @@ def _rows_with_places(batch, image_token, sizes):
     pixels = batch["pixel_values"].split([int(n) * width for n in batch[sizes].prod(-1)], along)
 
     def cut(i, first):
-        own = {k: v[i : i + 1] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items() if k not in ("pixel_values", sizes)}
+        own = {
+            k: v[i : i + 1] if isinstance(v, torch.Tensor) and v.ndim else v
+            for k, v in batch.items()
+            if k not in ("pixel_values", sizes)
+        }
         mine = slice(first, first + each[i])
         return own | ({"pixel_values": torch.cat(pixels[mine], along), sizes: batch[sizes][mine]} if each[i] else {})
 
@@ -171,7 +255,10 @@ def _rows_with_places(batch, image_token, sizes):
 def _in_dtype(model, dtype):
     "All floating-point weights in another type, for a moment; the originals are kept aside, bit for bit."
     tensors = [t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()]
-    kept, compute = [t.data for t in tensors], [(m, m.compute_dtype) for m in model.modules() if getattr(m, "compute_dtype", None) is not None]
+    kept, compute = (
+        [t.data for t in tensors],
+        [(m, m.compute_dtype) for m in model.modules() if getattr(m, "compute_dtype", None) is not None],
+    )
     try:
         for t in tensors:
             t.data = t.data.to(dtype)
@@ -213,7 +300,10 @@ def _changed(objects, name, value):
 # %% ../../nbs/61_debug.nan.ipynb #e057437d
 def _trials(model, batch):
     "Name, context that changes the model, batch: all that can be tried here."
-    cast = lambda d: _map(batch, lambda k, t: t.to(d) if t.is_floating_point() else t)  # noqa: E731
+
+    def cast(d):
+        return _map(batch, lambda k, t: t.to(d) if t.is_floating_point() else t)
+
     tensors = {}
     _map(batch, lambda k, t: tensors.setdefault(str(k), t))
     for dtype in (torch.float32, torch.bfloat16):
@@ -226,29 +316,58 @@ def _trials(model, batch):
     if adapters := [m for m in model.modules() if isinstance(m, BaseTunerLayer)]:
         yield "without LoRA", _changed(adapters, "_disable_adapters", True), batch
     if "attention_mask" in tensors:
-        yield "a mask of ones", _changed([], "", None), _map(batch, lambda k, t: torch.ones_like(t) if k == "attention_mask" else t)
+        yield (
+            "a mask of ones",
+            _changed([], "", None),
+            _map(batch, lambda k, t: torch.ones_like(t) if k == "attention_mask" else t),
+        )
     if any(_is_raw(k, t) for k, t in tensors.items()):
-        yield "pixels / 127.5 - 1", _changed([], "", None), _map(batch, lambda k, t: t / 127.5 - 1 if _is_raw(str(k), t) else t)
+        yield (
+            "pixels / 127.5 - 1",
+            _changed([], "", None),
+            _map(batch, lambda k, t: t / 127.5 - 1 if _is_raw(str(k), t) else t),
+        )
     for part, ps in _trained_parts(model).items():
         yield f"{part} frozen", _changed(ps, "requires_grad", False), batch
 
 
 def _is_raw(name, t):
-    return bool(re.search("pixel|image", name)) and t.is_floating_point() and bool(t.abs().amax() > 16 if t.numel() else False)
+    return (
+        bool(re.search("pixel|image", name))
+        and t.is_floating_point()
+        and bool(t.abs().amax() > 16 if t.numel() else False)
+    )
 
 
 def _trained_parts(model):
     "Part -> its trainable tensors, for families whose parts are known, when more than one is trained."
     try:
         layout = layout_of(model)
-        parts = {part: [p for n, p in model.named_parameters() if p.requires_grad and layout.part_of(n) == part] for part in PARTS}
+        parts = {
+            part: [p for n, p in model.named_parameters() if p.requires_grad and layout.part_of(n) == part]
+            for part in PARTS
+        }
     except (InputError, KeyError, AttributeError):  # a foreign model: it has no parts that we know of
         return {}
     parts = {k: v for k, v in parts.items() if v}
     return parts if len(parts) > 1 else {}
 
 # %% ../../nbs/61_debug.nan.ipynb #c19b68a3
-_ROOTS = {"sqrt", "rsqrt", "pow", "norm", "linalg_vector_norm", "std", "var", "cdist", "_cdist_forward", "_euclidean_dist", "hypot", "acos", "asin"}
+_ROOTS = {
+    "sqrt",
+    "rsqrt",
+    "pow",
+    "norm",
+    "linalg_vector_norm",
+    "std",
+    "var",
+    "cdist",
+    "_cdist_forward",
+    "_euclidean_dist",
+    "hypot",
+    "acos",
+    "asin",
+}
 _LOGS = {"log", "log2", "log10", "log1p", "xlogy", "logit", "special_xlogy"}
 
 
@@ -257,7 +376,13 @@ def _cause(event, model, batch, trials, start, optimizer):
     _map(batch, lambda k, t: tensors.setdefault(str(k), t))
     labels, mask = tensors.get("labels"), tensors.get("attention_mask")
     if event.phase == "given":
-        return "corrupt input" if event.module.startswith("batch[") else "unknown" if event.module == "(a constant)" else "corrupt weights"
+        return (
+            "corrupt input"
+            if event.module.startswith("batch[")
+            else "unknown"
+            if event.module == "(a constant)"
+            else "corrupt weights"
+        )
     if event.phase == "clipping":
         return "gradient norm overflow"
     if event.phase == "optimizer":
@@ -266,7 +391,12 @@ def _cause(event, model, batch, trials, start, optimizer):
         return "no labels"
     if "softmax" in op or "attention" in op:
         if event.made == "nan" and event.parent and event.parent.mask:
-            hidden = labels is not None and mask is not None and mask.shape == labels.shape and bool(((mask == 0) & (labels != -100)).any())
+            hidden = (
+                labels is not None
+                and mask is not None
+                and mask.shape == labels.shape
+                and bool(((mask == 0) & (labels != -100)).any())
+            )
             return "padding on the wrong side" if hidden else "fully masked row"
     if event.phase == "backward" and event.parent and event.parent.phase == "forward":
         return "hidden branch"
@@ -276,7 +406,13 @@ def _cause(event, model, batch, trials, start, optimizer):
         return "log of zero" if event.inputs[0].zeros else "log of a negative"
     if event.denominator and event.inputs[-1].zeros:
         kind = event.denominator.rstrip("_")
-        return "block of zeros" if kind in ("amax", "max", "aminmax", "abs") else "empty mask" if kind in ("sum", "mean", "count_nonzero") else "division by zero"
+        return (
+            "block of zeros"
+            if kind in ("amax", "max", "aminmax", "abs")
+            else "empty mask"
+            if kind in ("sum", "mean", "count_nonzero")
+            else "division by zero"
+        )
     if op in ("std", "var", "std_mean", "var_mean") and event.made == "nan":
         return "spread of one"
     return _overflow(event, model, trials, start) if event.made == "inf" else "unknown"
@@ -287,7 +423,11 @@ def _overflow(event, model, trials, start):
     now = weight_norms(model)
     if any(v > 0 and now.get(n, 0) > 100 * v for n, v in start.items()):
         return "learning rate too high"
-    for trial, cause in (("without LoRA", "LoRA scale"), ("pixels / 127.5 - 1", "pixels not normalised"), ("float32", "fp16 overflow")):
+    for trial, cause in (
+        ("without LoRA", "LoRA scale"),
+        ("pixels / 127.5 - 1", "pixels not normalised"),
+        ("float32", "fp16 overflow"),
+    ):
         if trials.get(trial) == "heals":
             return cause
     return "overflow"
@@ -296,9 +436,16 @@ def _overflow(event, model, trials, start):
 def flushed_epsilons(
     optimizer: torch.optim.Optimizer | None,
 ) -> list[torch.Tensor]:  # trained tensors in whose type the optimizer's epsilon is zero
-    "Adam keeps from dividing by zero by an epsilon, which fp16 rounds to zero if it is 1e-8. (Fused kernels compute in 32 bit.)"
+    """Adam keeps from dividing by zero by an epsilon, which fp16 rounds to zero if it is 1e-8. (Fused kernels compute
+    in 32 bit.)"""
     groups = optimizer.param_groups if optimizer is not None else []
-    return [p for g in groups if "eps" in g and not g.get("fused") for p in g["params"] if p.requires_grad and torch.tensor(g["eps"]).to(p.dtype) == 0]
+    return [
+        p
+        for g in groups
+        if "eps" in g and not g.get("fused")
+        for p in g["params"]
+        if p.requires_grad and torch.tensor(g["eps"]).to(p.dtype) == 0
+    ]
 
 # %% ../../nbs/61_debug.nan.ipynb #363d2b02
 def diagnose(
@@ -311,7 +458,9 @@ def diagnose(
     ids: list | None = None,  # names of the rows; None: their numbers
     try_remedies: bool = True,
 ) -> Diagnosis | None:  # None: the step is healthy
-    "Replay a step, find where NaN or infinity begins, and find out by trying what heals it. The model is left as it was."
+    """Replay a step, find where NaN or infinity begins, and find out by trying what heals it.
+
+    The model is left as it was."""
     was, grads = [(m, m.training) for m in model.modules()], [(p, p.grad) for p in model.parameters()]
     model.train()
     try:
@@ -328,7 +477,11 @@ def diagnose(
                         trials[name] = "heals" if healthy(model, other, loss, scale) else "does not heal"
                 except _NOT_POSSIBLE as e:
                     trials[name] = f"cannot be tried ({e})"[:80]
-        samples = _guilty(model, batch, loss, scale, ids, trials) if try_remedies and not _about_weights(found.event) else None
+        samples = (
+            _guilty(model, batch, loss, scale, ids, trials)
+            if try_remedies and not _about_weights(found.event)
+            else None
+        )
         cause = _cause(found.event, model, batch, trials, start or {}, optimizer)
         return Diagnosis(cause, found.event, found.loss, found.bad, samples, trials)
     finally:
@@ -339,13 +492,18 @@ def diagnose(
 
 # %% ../../nbs/61_debug.nan.ipynb #afe5401c
 def _about_weights(event):
-    return event.phase in ("clipping", "optimizer") or (event.phase == "given" and not event.module.startswith("batch["))
+    return event.phase in ("clipping", "optimizer") or (
+        event.phase == "given" and not event.module.startswith("batch[")
+    )
 
 
 def _guilty(model, batch, loss, scale, ids, trials):
     "Each sample alone: which of them do it by themselves? None when all do, or when nobody can tell."
     try:
-        alone = [healthy(model, row, loss, scale) for row in rows_of(batch, getattr(getattr(model, "config", None), "image_token_id", None))]
+        alone = [
+            healthy(model, row, loss, scale)
+            for row in rows_of(batch, getattr(getattr(model, "config", None), "image_token_id", None))
+        ]
     except _NOT_POSSIBLE as e:
         trials["each sample alone"] = f"cannot be tried ({e})"[:80]
         return None
@@ -378,30 +536,55 @@ def save_case(
 ) -> Path:
     "Write all that is needed to play the step again. Raises `InputError` for a folder that is in use, or a full disk."
     if not isinstance(batch, Mapping):
-        raise InputError(f"the batch is a {type(batch).__name__}", "save_case", "Give the model's arguments by name, in a dictionary")
+        raise InputError(
+            f"the batch is a {type(batch).__name__}", "save_case", "Give the model's arguments by name, in a dictionary"
+        )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     four_bit = any(hasattr(p, "quant_state") for p in model.parameters())
-    how = "function" if build else "base" if four_bit else "config" if hasattr(base, "config") and _known_class(type(base)) else "none"
+    how = (
+        "function"
+        if build
+        else "base"
+        if four_bit
+        else "config"
+        if hasattr(base, "config") and _known_class(type(base))
+        else "none"
+    )
     keep = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if how != "base" or t.requires_grad}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     case = {
-        "report": str(diagnosis).splitlines(), "rebuild": how, "class": type(base).__name__, "build": build, "base": getattr(base, "name_or_path", None), "scale": scale,
+        "report": str(diagnosis).splitlines(),
+        "rebuild": how,
+        "class": type(base).__name__,
+        "build": build,
+        "base": getattr(base, "name_or_path", None),
+        "scale": scale,
         "attention": getattr(getattr(base, "config", None), "_attn_implementation", None),
         "trained": [n for n, p in model.named_parameters() if p.requires_grad],
-        "settings": {k: v for k, v in batch.items() if isinstance(v, (bool, int, float, str)) or v is None}, "facts": dict(facts or {}), "gpu": gpu,
-        "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft")}, "diagnosis": {k: v for k, v in asdict(diagnosis).items() if k != "event"},
-    }  # fmt: skip
+        "settings": {k: v for k, v in batch.items() if isinstance(v, (bool, int, float, str)) or v is None},
+        "facts": dict(facts or {}),
+        "gpu": gpu,
+        "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft")},
+        "diagnosis": {k: v for k, v in asdict(diagnosis).items() if k != "event"},
+    }
     folder = empty_folder(folder)
     with complete_or_nothing(folder) as partial:
-        own = lambda tensors: {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}  # noqa: E731
+
+        def own(tensors):
+            return {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+
         save_file(own({k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}), partial / "batch.safetensors")
         save_file(own(keep), partial / "weights.safetensors")
         save_file(own(noise or _noise()), partial / "noise.safetensors")
         if how == "config":
-            (partial / "config.json").write_text(json.dumps(base.config.to_dict(), indent=1, default=str), encoding="utf-8")
+            (partial / "config.json").write_text(
+                json.dumps(base.config.to_dict(), indent=1, default=str), encoding="utf-8"
+            )
         if isinstance(model, PeftModel):
             model.peft_config[model.active_adapter].save_pretrained(partial)
-        (partial / "case.json").write_text(json.dumps(case, indent=1, default=str, ensure_ascii=False), encoding="utf-8")
+        (partial / "case.json").write_text(
+            json.dumps(case, indent=1, default=str, ensure_ascii=False), encoding="utf-8"
+        )
         (partial / "report.txt").write_text(str(diagnosis) + "\n", encoding="utf-8")
         (partial / "replay.py").write_text(SCRIPT, encoding="utf-8")
     return folder
@@ -426,15 +609,24 @@ def replay(
     model: nn.Module | None = None,  # built by you; None: rebuilt from the folder
     device: str = "cpu",
 ) -> Diagnosis | None:  # None: on this machine the step is healthy
-    "Play a saved step again. Raises `InputError` for a folder that is no case, or a model that cannot be rebuilt without help."
+    """Play a saved step again.
+
+    Raises `InputError` for a folder that is no case, or a model that cannot be rebuilt without help."""
     folder = Path(folder)
     if not (folder / "case.json").is_file():
         raise InputError("there is no case.json", folder, "Give the folder that the doctor wrote")
     case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
     model = model or _rebuild(folder, case)
-    weights, places = load_file(folder / "weights.safetensors"), dict([*model.named_parameters(), *model.named_buffers()])
+    weights, places = (
+        load_file(folder / "weights.safetensors"),
+        dict([*model.named_parameters(), *model.named_buffers()]),
+    )
     if strange := sorted(set(weights) - set(places)):
-        raise InputError(f"the model has no tensor {strange[0]}, and {len(strange) - 1} others", folder, "Build the same model as in the case")
+        raise InputError(
+            f"the model has no tensor {strange[0]}, and {len(strange) - 1} others",
+            folder,
+            "Build the same model as in the case",
+        )
     for name, tensor in weights.items():
         places[name].data = tensor
     for name, p in model.named_parameters():
@@ -448,17 +640,29 @@ def _rebuild(folder, case):
     if case["rebuild"] == "function":
         module, _, name = case["build"].partition(":")
         if importlib.util.find_spec(module) is None:
-            raise InputError(f"the module {module} that builds the model is not to be found", folder, "Run from where it can be imported")
+            raise InputError(
+                f"the module {module} that builds the model is not to be found",
+                folder,
+                "Run from where it can be imported",
+            )
         return getattr(importlib.import_module(module), name)()
     if case["rebuild"] == "base":
         model = load_vlm(case["base"], four_bit=True)
     elif case["rebuild"] == "config":
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = model_config(values) if values["model_type"] in ("minicpmv", "minicpmo", "qwen") else AutoConfig.for_model(**values)
+        config = (
+            model_config(values)
+            if values["model_type"] in ("minicpmv", "minicpmo", "qwen")
+            else AutoConfig.for_model(**values)
+        )
         config._attn_implementation = case["attention"]
         model = (getattr(transformers, case["class"], None) or model_class(config))(config)
     else:
-        raise InputError(f"{case['class']} is a model of your own, which this folder cannot build", folder, "Call replay(folder, model=…), or give the doctor build='module:function'")
+        raise InputError(
+            f"{case['class']} is a model of your own, which this folder cannot build",
+            folder,
+            "Call replay(folder, model=…), or give the doctor build='module:function'",
+        )
     if (folder / "adapter_config.json").is_file():
         model = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
     return model
@@ -468,11 +672,15 @@ POLICIES = ("stop", "skip", "rollback")
 
 
 class NonFiniteStep(RuntimeError):
-    "Training was stopped at a step that is not finite: before it could destroy the weights or, if `lost`, after an earlier one had."
+    """Training was stopped at a step that is not finite: before it could destroy the weights or, if `lost`, after an
+    earlier one had."""
 
     def __init__(self, diagnosis, where, folder=None, lost=False):
         self.diagnosis, self.folder, self.lost = diagnosis, folder, lost
-        super().__init__(f"{where}:\n{diagnosis}" + (f"\n  folder   {folder}; play it again with: python {folder}/replay.py" if folder else ""))
+        super().__init__(
+            f"{where}:\n{diagnosis}"
+            + (f"\n  folder   {folder}; play it again with: python {folder}/replay.py" if folder else "")
+        )
 
 
 class _Indices:
@@ -505,7 +713,11 @@ class _Micro:
     @property
     def rows(self) -> int:
         ids = self.batch.get("input_ids")
-        tensors = [ids] if isinstance(ids, torch.Tensor) else [t for t in self.batch.values() if isinstance(t, torch.Tensor) and t.ndim]
+        tensors = (
+            [ids]
+            if isinstance(ids, torch.Tensor)
+            else [t for t in self.batch.values() if isinstance(t, torch.Tensor) and t.ndim]
+        )
         return tensors[0].shape[0] if tensors else 0
 
 # %% ../../nbs/61_debug.nan.ipynb #0cc59e48
@@ -515,14 +727,19 @@ class _Eyes:
     def _open(self, model, train_dataloader, state, args):
         self.close()
         names = list(inspect.signature(model.forward).parameters)
-        self.handles = [model.register_forward_pre_hook(lambda m, a, k: self._before(m, {**dict(zip(names, a)), **k}), with_kwargs=True),
-                        model.register_forward_hook(self._after)]  # fmt: skip
+        self.handles = [
+            model.register_forward_pre_hook(
+                lambda m, a, k: self._before(m, {**dict(zip(names, a)), **k}), with_kwargs=True
+            ),
+            model.register_forward_hook(self._after),
+        ]
         batches = getattr(train_dataloader, "batch_sampler", None)
         if isinstance(getattr(batches, "sampler", None), torch.utils.data.Sampler):
             self.batches, self.indices = batches, _Indices(batches.sampler)
             batches.sampler = self.indices
             steps = max(-(-len(train_dataloader) // args.gradient_accumulation_steps), 1)
-            self.seen = state.global_step % steps * args.gradient_accumulation_steps * args.train_batch_size  # of a run that was resumed
+            # of a run that was resumed
+            self.seen = state.global_step % steps * args.gradient_accumulation_steps * args.train_batch_size
 
     def close(self):
         "Take the hooks away."
@@ -540,7 +757,11 @@ class _Eyes:
         if module.training and torch.is_grad_enabled() and not self.busy:
             loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
             if loss is None and self.loss is None:
-                raise InputError(f"{type(module).__name__} returned no loss", "NanDoctor", "Give loss=, a function of model and batch that returns it")
+                raise InputError(
+                    f"{type(module).__name__} returned no loss",
+                    "NanDoctor",
+                    "Give loss=, a function of model and batch that returns it",
+                )
             self.micros[-1].loss = None if loss is None else loss.detach()
 
     def _ids(self, micro):
@@ -573,8 +794,14 @@ class _Memory:
             group["lr"] /= 2
 
 # %% ../../nbs/61_debug.nan.ipynb #7a562590
-_UNREPEATED = Diagnosis("unknown", Event("backward", "", "accumulation", None, "nan", (), None), math.nan, (), None,
-                        {"each call of the step by itself": "is healthy: it is their sum, or it does not repeat itself"})  # fmt: skip
+_UNREPEATED = Diagnosis(
+    "unknown",
+    Event("backward", "", "accumulation", None, "nan", (), None),
+    math.nan,
+    (),
+    None,
+    {"each call of the step by itself": "is healthy: it is their sum, or it does not repeat itself"},
+)
 
 
 _SPOILED = Diagnosis("corrupt weights", Event("optimizer", "", "step", None, "nan", (), None), math.nan, (), None, {})
@@ -602,15 +829,30 @@ class _Hands:
         if found is not None and self.folder is not None and self.in_a_row == 0:
             facts = {"step": step, "rows": self._ids(found), "policy": self.policy}
             names = (Path(self.folder) / (f"step-{step}" + f"-{n}" * (n > 1)) for n in itertools.count(1))
-            folder = save_case(next(p for p in names if not p.exists()), model, found.batch, diagnosis, scale, found.noise, facts, self.build)
+            folder = save_case(
+                next(p for p in names if not p.exists()),
+                model,
+                found.batch,
+                diagnosis,
+                scale,
+                found.noise,
+                facts,
+                self.build,
+            )
         self.in_a_row += 1
         self.bad_steps.append((step, diagnosis))
         spent = len(self.bad_steps) if self.policy == "rollback" else self.in_a_row
-        hopeless = (self.policy == "skip" and diagnosis.cause == "corrupt weights") or (self.policy == "rollback" and self.copy is None)
+        hopeless = (self.policy == "skip" and diagnosis.cause == "corrupt weights") or (
+            self.policy == "rollback" and self.copy is None
+        )
         if self.policy == "stop" or hopeless or spent > self.patience:
             self.close()
             raise NonFiniteStep(diagnosis, f"step {step}", folder, lost=self._lost())
-        action = "left out" if self.policy == "skip" else f"back to the weights of step {self.copy[0]}, at half the learning rate"
+        action = (
+            "left out"
+            if self.policy == "skip"
+            else f"back to the weights of step {self.copy[0]}, at half the learning rate"
+        )
         self.say(f"step {step}: {diagnosis.cause}; {action}." + (f" Written to {folder}." if folder else ""))
         if self.policy == "rollback":
             self._restore(optimizer, lr_scheduler)
@@ -637,14 +879,19 @@ class _Steps(_Eyes, _Hands, _Memory, TrainerCallback):
     def _lost(self):
         "Are the weights no numbers, or a million times larger than they or anything else was at the beginning?"
         largest = max([1.0, *self.start.values()])
-        return bool(not_finite(dict(enumerate(self.trained)))) or any(p.detach().double().norm() > 1e6 * largest for p in self.trained)
+        return bool(not_finite(dict(enumerate(self.trained)))) or any(
+            p.detach().double().norm() > 1e6 * largest for p in self.trained
+        )
 
     def _heal(self, step, optimizer, lr_scheduler):
         "Weights that a healthy gradient has spoiled go back as well, as often as patience lasts."
         if not not_finite(dict(enumerate(self.trained))) or len(self.bad_steps) >= self.patience:
             return
         self.bad_steps.append((step, _SPOILED))
-        self.say(f"step {step}: the weights are no numbers any more; back to those of step {self.copy[0]}, at half the learning rate.")
+        self.say(
+            f"step {step}: the weights are no numbers any more; back to those of step {self.copy[0]}, at half the "
+            "learning rate."
+        )
         self._restore(optimizer, lr_scheduler)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -654,11 +901,17 @@ class _Steps(_Eyes, _Hands, _Memory, TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
         if self.bad_steps:
-            self.say(f"{len(self.bad_steps)} steps were not finite and had no effect: {', '.join(str(s) for s, _ in self.bad_steps[:10])}.")
+            self.say(
+                f"{len(self.bad_steps)} steps were not finite and had no effect: "
+                f"{', '.join(str(s) for s, _ in self.bad_steps[:10])}."
+            )
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         "The one check of a healthy step: gradient norm and loss, fetched from the device together."
-        grads, losses = [p.grad for p in self.trained if p.grad is not None], [m.loss.float().mean() for m in self.micros if m.loss is not None]
+        grads, losses = (
+            [p.grad for p in self.trained if p.grad is not None],
+            [m.loss.float().mean() for m in self.micros if m.loss is not None],
+        )
         norm = nn.utils.get_total_norm(grads).float() if grads else torch.ones(())
         norm, loss = torch.stack([norm, sum(losses, torch.zeros((), device=norm.device))]).tolist()
         optimizer, scaler = getattr(optimizer, "optimizer", optimizer), getattr(optimizer, "scaler", None)
@@ -676,8 +929,9 @@ class _Steps(_Eyes, _Hands, _Memory, TrainerCallback):
 class NanDoctor(_Steps):
     """Watches a `Trainer`, and acts before the optimizer does.
 
-    Policies: "stop" raises `NonFiniteStep`; "skip" leaves the step out and counts; "rollback" goes back to a healthy copy of what is trained, at half the rate.
-    Raises `InputError` for an unknown policy, an epsilon that is zero, and a model that returns no loss."""
+    Policies: "stop" raises `NonFiniteStep`; "skip" leaves the step out and counts; "rollback" goes back to a healthy
+    copy of what is trained, at half the rate. Raises `InputError` for an unknown policy, an epsilon that is zero, and a
+    model that returns no loss."""
 
     def __init__(
         self,
@@ -687,12 +941,21 @@ class NanDoctor(_Steps):
         copy_every: int = 50,  # steps between copies, for "rollback"
         loss: Callable | None = None,  # of model and batch, when the model itself does not return it
         build: str | None = None,  # see `save_case`
-        scale: float = 1.0,  # of the loss, for a script that multiplies it by hand; a scaler of the Trainer's is found by itself
+        # of the loss, for a script that multiplies it by hand; a scaler of the Trainer's is found by itself
+        scale: float = 1.0,
         say: Callable = print,  # called with each line of the account
     ):
         if policy not in POLICIES:
             raise InputError(f"{policy!r} is no policy", "nan", f"Write one of {', '.join(POLICIES)}")
-        self.policy, self.folder, self.patience, self.copy_every, self.loss, self.build, self.say = policy, folder, patience, copy_every, loss, build, say
+        self.policy, self.folder, self.patience, self.copy_every, self.loss, self.build, self.say = (
+            policy,
+            folder,
+            patience,
+            copy_every,
+            loss,
+            build,
+            say,
+        )
         self.scale, self.bad_steps, self.micros, self.handles, self.indices, self.copy = scale, [], [], [], None, None
         self.in_a_row, self.seen, self.zeros_examined, self.busy = 0, 0, 0, False
 
@@ -700,6 +963,11 @@ class NanDoctor(_Steps):
         args.logging_nan_inf_filter = False  # it writes 0.0 where the loss is NaN
         self.trained, self.start = [p for p in model.parameters() if p.requires_grad], weight_norms(model)
         if flushed := flushed_epsilons(optimizer):
-            raise InputError(f"Adam's epsilon of {optimizer.param_groups[0]['eps']:g} is zero in {flushed[0].dtype}, the type of {len(flushed)} trained tensors; "
-                             "the first step would divide by zero", "optimizer", CAUSES["epsilon underflow"][1])  # fmt: skip
+            raise InputError(
+                f"Adam's epsilon of {optimizer.param_groups[0]['eps']:g} is zero in {flushed[0].dtype}, the type of "
+                f"{len(flushed)} trained tensors; "
+                "the first step would divide by zero",
+                "optimizer",
+                CAUSES["epsilon underflow"][1],
+            )
         self._open(model, train_dataloader, state, args)

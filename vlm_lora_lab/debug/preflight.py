@@ -58,12 +58,24 @@ class Preflight:
         for c in self.checks:
             first, *rest = c.says.splitlines() or [""]
             lines += [f"{c.verdict.upper():12}{c.name:11}{first}"] + [" " * 23 + line for line in rest]
-        return "\n".join([*lines, "", ("Nothing speaks against training.", "It can be trained; read the warnings.", "It cannot be trained like this.")[self.status]])
+        return "\n".join(
+            [
+                *lines,
+                "",
+                (
+                    "Nothing speaks against training.",
+                    "It can be trained; read the warnings.",
+                    "It cannot be trained like this.",
+                )[self.status],
+            ]
+        )
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        row = lambda c: f"<tr><td>{c.verdict}</td><td>{c.name}</td><td><pre>{html.escape(c.says)}</pre></td></tr>"  # noqa: E731
+        def row(c):
+            return f"<tr><td>{c.verdict}</td><td>{c.name}</td><td><pre>{html.escape(c.says)}</pre></td></tr>"
+
         return f"<table>{''.join(map(row, self.checks))}</table>"
 
 # %% ../../nbs/64_debug.preflight.ipynb #ace60265
@@ -90,7 +102,11 @@ def check_data(
     shown = "".join(f"\n{w}" for w in wrong[:20]) + (f"\nand {len(wrong) - 20} others" if len(wrong) > 20 else "")
     says += f"; {len(wrong)} cannot be used:{shown}" if wrong else ""
     verdict = "warning" if any(u.loss for u in unread) else "ok"
-    return Check("data", "error" if wrong or not order else verdict, "\n".join([says, *unread_lines(unread, "the conversations")])), order
+    return Check(
+        "data",
+        "error" if wrong or not order else verdict,
+        "\n".join([says, *unread_lines(unread, "the conversations")]),
+    ), order
 
 # %% ../../nbs/64_debug.preflight.ipynb #4f6fb749
 def check_plan(
@@ -112,8 +128,15 @@ def check_gradients(
     plan: TuningPlan,
     not_finite: str = "error",  # the verdict for what is not finite
 ) -> Check:
-    "Does every trained tensor learn? What is not finite ends a training; what learns nothing, such as the key's bias, or a connector without pictures, is named."
-    result = audit_gradients(model, batch, rate=lambda n: plan.rate(layout_of(model).part_of(n), n, schedule.learning_rate, schedule.full_rate))
+    """Does every trained tensor learn?
+
+    What is not finite ends a training; what learns nothing, such as the key's bias, or a connector without pictures, is
+    named."""
+    result = audit_gradients(
+        model,
+        batch,
+        rate=lambda n: plan.rate(layout_of(model).part_of(n), n, schedule.learning_rate, schedule.full_rate),
+    )
     bad = [r for r in result.wrong if r.verdict == "not finite"]
     return Check("gradients", not_finite if bad else "warning" if result.wrong else "ok", str(result))
 
@@ -129,10 +152,19 @@ def check_precision(
     device = torch.cuda.get_device_name() if p.is_cuda else "CPU"
     trained = sorted({str(q.dtype).removeprefix("torch.") for q in model.parameters() if q.requires_grad})
     worst = min(extents(model, batch), key=lambda e: e.headroom)
-    says = f"{device}, computing in {half}{' with a gradient scaler' if precision.scaler else ''}; trained weights in {', '.join(trained)}\n"
-    says += f"largest activation {worst.forward:.3g} in {worst.module}; fp16 ends {worst.headroom:.1f} powers of two above"
+    says = (
+        f"{device}, computing in {half}{' with a gradient scaler' if precision.scaler else ''}; trained weights in "
+        f"{', '.join(trained)}\n"
+    )
+    says += (
+        f"largest activation {worst.forward:.3g} in {worst.module}; fp16 ends {worst.headroom:.1f} powers of two above"
+    )
     narrow = (precision.scaler and worst.headroom < 4) or "float16" in trained or "bfloat16" in trained
-    return Check("precision", "warning" if narrow else "ok", says + ("\ntrained weights in 16 bit lose small updates" if set(trained) - {"float32", "float64"} else ""))
+    return Check(
+        "precision",
+        "warning" if narrow else "ok",
+        says + ("\ntrained weights in 16 bit lose small updates" if set(trained) - {"float32", "float64"} else ""),
+    )
 
 # %% ../../nbs/64_debug.preflight.ipynb #aea1c097
 def _memory(device):
@@ -150,7 +182,8 @@ def _memory(device):
 
 @contextmanager
 def _as_in_training(model):
-    "Logits only where there are labels (chapter 50) and activations computed again in the backward pass: as `fit` does it."
+    """Logits only where there are labels (chapter 50) and activations computed again in the backward pass: as `fit`
+    does it."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         with label_only(model):
@@ -181,15 +214,25 @@ def check_longest(
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        return Check("longest", "error", f"{rows} rows of {tokens} tokens do not fit: {str(e)[:200]}\nLower batch_size and raise accumulation by the same factor")
+        return Check(
+            "longest",
+            "error",
+            f"{rows} rows of {tokens} tokens do not fit: {str(e)[:200]}\nLower batch_size and raise accumulation by "
+            "the same factor",
+        )
     says = f"{rows} rows of {tokens} tokens: loss {value:.3f}, {seconds:.2f} s, {peak / 2**30:.2f} GiB at the peak"
-    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # AdamW's two, in 32 bit; they come with the first step
+    # AdamW's two, in 32 bit; they come with the first step
+    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     says += (f" of {total / 2**30:.0f}" if total else " of this process") + f"; AdamW will add {moments / 2**30:.3f}"
     if diagnosis is not None:
         return Check("longest", not_finite, f"{says}\n{diagnosis}")
     if total and peak + moments > 0.95 * total:
-        return Check("longest", "warning", f"{says}\nThat is close to all there is. Lower batch_size and raise accumulation by the same factor")
+        return Check(
+            "longest",
+            "warning",
+            f"{says}\nThat is close to all there is. Lower batch_size and raise accumulation by the same factor",
+        )
     return Check("longest", "ok", says)
 
 # %% ../../nbs/64_debug.preflight.ipynb #24c594d8
@@ -224,7 +267,7 @@ def check_steps(
             "precision": lambda: check_precision(model, small),
             "longest": lambda: check_longest(model, batch, not_finite),
         }
-        for name, check in checks.items():
+        for check in checks.values():
             done.append(check())
             watch(done[-1])
     except (InputError, MemoryError, RuntimeError) as e:

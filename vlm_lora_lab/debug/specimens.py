@@ -31,7 +31,8 @@ class Case:
     batch: object  # as the model takes it
     optimizer: torch.optim.Optimizer | None = None
     scale: float = 1.0  # of the loss
-    start: dict[str, float] = field(default_factory=dict)  # norm of each weight when training began, where that is known
+    # norm of each weight when training began, where that is known
+    start: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,11 @@ class Looks(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.query, self.attn, self.head = nn.Parameter(torch.randn(1, 4, 16)), nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 1)
+        self.query, self.attn, self.head = (
+            nn.Parameter(torch.randn(1, 4, 16)),
+            nn.MultiheadAttention(16, 2, batch_first=True),
+            nn.Linear(16, 1),
+        )
 
     def forward(self, patches, sizes):
         hidden = torch.arange(patches.shape[1]) >= sizes[:, None]
@@ -141,7 +146,11 @@ class Speaks(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.attn, self.head = nn.Embedding(50, 16), nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 50)
+        self.embed, self.attn, self.head = (
+            nn.Embedding(50, 16),
+            nn.MultiheadAttention(16, 2, batch_first=True),
+            nn.Linear(16, 50),
+        )
 
     def forward(self, input_ids, attention_mask, labels):
         n, x = input_ids.shape[1], self.embed(input_ids)
@@ -155,7 +164,9 @@ def padding_side() -> Case:
     "Text padded on the right, mask made for the left."
     ids, lengths = torch.randint(1, 50, (3, 8)), torch.tensor([5, 8, 6])
     real = torch.arange(8) < lengths[:, None]
-    return Case(Speaks(), {"input_ids": ids * real, "attention_mask": real.flip(1).long(), "labels": ids.where(real, -100)})
+    return Case(
+        Speaks(), {"input_ids": ids * real, "attention_mask": real.flip(1).long(), "labels": ids.where(real, -100)}
+    )
 
 # %% ../../nbs/62_debug.specimens.ipynb #a9e9add0
 @specimen("no labels", "forward", "llm")
@@ -180,7 +191,10 @@ class Pools(nn.Module):
 @specimen("empty mask", "forward", "", (2,))
 def empty_mask() -> Case:
     "A mean over an empty mask."
-    return Case(Pools(), {"x": torch.randn(4, 5, 8), "mask": torch.tensor([[1.0] * 5, [1, 1, 0, 0, 0], [0] * 5, [1, 0, 0, 0, 0]])})
+    return Case(
+        Pools(),
+        {"x": torch.randn(4, 5, 8), "mask": torch.tensor([[1.0] * 5, [1, 1, 0, 0, 0], [0] * 5, [1, 0, 0, 0, 0]])},
+    )
 
 # %% ../../nbs/62_debug.specimens.ipynb #19034230
 class Rounds(nn.Linear):

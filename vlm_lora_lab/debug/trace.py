@@ -35,7 +35,15 @@ class Range:
     def of(cls, t: torch.Tensor) -> "Range":
         good = t[t.isfinite()].double()
         low, high = (good.min().item(), good.max().item()) if good.numel() else (float("nan"), float("nan"))
-        return cls(str(t.dtype).removeprefix("torch."), tuple(t.shape), low, high, int((t == 0).sum()), int(t.isnan().sum()), int(t.isinf().sum()))
+        return cls(
+            str(t.dtype).removeprefix("torch."),
+            tuple(t.shape),
+            low,
+            high,
+            int((t == 0).sum()),
+            int(t.isnan().sum()),
+            int(t.isinf().sum()),
+        )
 
     def __str__(self):
         spoiled = "".join(f", {n} {what}" for n, what in ((self.nans, "NaN"), (self.infs, "inf")) if n)
@@ -66,12 +74,45 @@ class Event:
     def __str__(self):
         what = f"{self.operation}, in the backward pass of {self.forward_of}" if self.forward_of else self.operation
         inside = "; ".join(map(str, self.inputs))
-        return f"{self.phase}: {self.module or '(outside of all modules)'}: {what} made {self.made}" + (f" of [{inside}]" if inside else "")
+        return f"{self.phase}: {self.module or '(outside of all modules)'}: {what} made {self.made}" + (
+            f" of [{inside}]" if inside else ""
+        )
 
 # %% ../../nbs/63_debug.trace.ipynb #296b5041
-_MASKS = {"masked_fill", "masked_fill_", "where", "full", "full_like", "fill", "fill_", "scalar_tensor", "lift_fresh", "lift_fresh_copy", "new_full", "copy_"}
-_MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}  # holds whatever was there
-_SEE_THROUGH = {"_to_copy", "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "detach", "clone", "mul", "div", "add", "reshape", "select", "slice", "alias"}
+_MASKS = {
+    "masked_fill",
+    "masked_fill_",
+    "where",
+    "full",
+    "full_like",
+    "fill",
+    "fill_",
+    "scalar_tensor",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "new_full",
+    "copy_",
+}
+# holds whatever was there
+_MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
+_SEE_THROUGH = {
+    "_to_copy",
+    "view",
+    "_unsafe_view",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "detach",
+    "clone",
+    "mul",
+    "div",
+    "add",
+    "reshape",
+    "select",
+    "slice",
+    "alias",
+}
+
 
 def _key(t):
     "The memory under a tensor."
@@ -110,11 +151,24 @@ class _Stories:
             phase = "forward"  # computed again by checkpointing
         elif phase == "backward" and node is not None:
             module, forward_of = self.forward_ops.get(node._sequence_nr(), ("", node.name()))
-            parent = parent or self.spoiled.get(node._sequence_nr())  # what was infinite on the way there, and thrown away
+            # what was infinite on the way there, and thrown away
+            parent = parent or self.spoiled.get(node._sequence_nr())
         elif phase == "optimizer":
             module = next((n for t in (out, *self.now) if (n := self.given.get(_key(t)))), "")
         zero = self.producer.get(_key(self.now[-1])) if name.startswith(("div", "reciprocal")) and self.now else None
-        event = Event(phase, module, name, forward_of, made, tuple(map(Range.of, inputs[:4])), Range.of(out), zero, parent, mask, self.operations)
+        event = Event(
+            phase,
+            module,
+            name,
+            forward_of,
+            made,
+            tuple(map(Range.of, inputs[:4])),
+            Range.of(out),
+            zero,
+            parent,
+            mask,
+            self.operations,
+        )
         if phase == "forward" and not mask:
             self.spoiled.setdefault(torch.autograd._get_sequence_nr() - 1, event)
         return event
@@ -129,7 +183,16 @@ class Tracer(_Stories, TorchDispatchMode):
         named: Mapping[str, torch.Tensor] | None = None,  # tensors that come from outside, by name
     ):
         super().__init__()
-        self.phase, self.stack, self.stories, self.producer, self.forward_ops, self.spoiled, self.now, self.operations = "forward", [], {}, {}, {}, {}, [], 0
+        (
+            self.phase,
+            self.stack,
+            self.stories,
+            self.producer,
+            self.forward_ops,
+            self.spoiled,
+            self.now,
+            self.operations,
+        ) = "forward", [], {}, {}, {}, {}, [], 0
         self.given = {_key(t): n for n, t in (named or {}).items()}
         self.given |= {_key(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
 
@@ -139,9 +202,13 @@ class Tracer(_Stories, TorchDispatchMode):
         before = [t.clone() for t in tensors] if op._schema.is_mutable else tensors
         stories, made_by = [self.stories.get(_key(t)) for t in tensors], self._made_by(name, tensors)
         if self.stack or self.phase == "forward":  # also what checkpointing computes again
-            self.forward_ops.setdefault(torch.autograd._get_sequence_nr() - 1, (self.stack[-1] if self.stack else "", name))
+            self.forward_ops.setdefault(
+                torch.autograd._get_sequence_nr() - 1, (self.stack[-1] if self.stack else "", name)
+            )
         out, self.now = op(*args, **(kwargs or {})), tensors
-        results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)] or (tensors if op._schema.is_mutable else [])
+        results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)] or (
+            tensors if op._schema.is_mutable else []
+        )
         for t in (t for t in results if t.is_floating_point()):
             self.producer[_key(t)] = made_by
             if name not in _MEMORY and not t.isfinite().all():
@@ -152,13 +219,19 @@ class Tracer(_Stories, TorchDispatchMode):
 
     def _made_by(self, name, tensors):
         "The operation that a number comes from, seen through changes of shape, type and scale."
-        if name in _SEE_THROUGH and tensors and (len(tensors) == 1 or name not in ("mul", "div", "add") or tensors[1].numel() == 1):
+        if (
+            name in _SEE_THROUGH
+            and tensors
+            and (len(tensors) == 1 or name not in ("mul", "div", "add") or tensors[1].numel() == 1)
+        ):
             return self.producer.get(_key(tensors[0]), name)
         return name
 
     def story(self, t: torch.Tensor) -> Event | None:
         "Where a tensor's NaN or infinity comes from."
-        return self.stories.get(_key(t)) or (None if t.isfinite().all() else self._from_outside(t, bool(t.isnan().any())))
+        return self.stories.get(_key(t)) or (
+            None if t.isfinite().all() else self._from_outside(t, bool(t.isnan().any()))
+        )
 
 # %% ../../nbs/63_debug.trace.ipynb #be136407
 @dataclass(frozen=True)
@@ -180,7 +253,10 @@ def _modules_named(model, stack):
     def leave(module, args, out):
         stack.pop()
 
-    handles = [m.register_forward_pre_hook(lambda module, args, name=name: stack.append(name)) for name, m in model.named_modules()]
+    handles = [
+        m.register_forward_pre_hook(lambda module, args, name=name: stack.append(name))
+        for name, m in model.named_modules()
+    ]
     handles += [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
     try:
         yield
@@ -207,7 +283,9 @@ def trace(
     scale: float = 1.0,  # the loss is multiplied by it and gradients are divided afterwards, as a gradient scaler does
     max_norm: float = 1.0,  # for clipping
 ) -> Trace:
-    "Replay one training step with every operation watched. Weights, optimizer, gradients and random numbers are left as they were."
+    """Replay one training step with every operation watched.
+
+    Weights, optimizer, gradients and random numbers are left as they were."""
     named = {f"batch[{k!r}]": t for k, t in _named(batch) if t.is_floating_point()}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with undisturbed(model), _optimizer_kept(optimizer):
@@ -218,7 +296,11 @@ def trace(
                 return Trace(value.item(), (), _first([tracer.story(value)], "forward"), tracer.operations)
             tracer.phase = "backward"
             (value * scale).backward()
-            bad = {n: tracer.story(p.grad) for n, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()}
+            bad = {
+                n: tracer.story(p.grad)
+                for n, p in trained.items()
+                if p.grad is not None and not p.grad.isfinite().all()
+            }
             if bad:
                 return Trace(value.item(), tuple(bad), _first(list(bad.values()), "backward"), tracer.operations)
             tracer.phase = "clipping"
@@ -237,7 +319,13 @@ def trace(
 
 
 def _named(batch):
-    items = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (tuple, list)) else [(0, batch)]
+    items = (
+        batch.items()
+        if isinstance(batch, Mapping)
+        else enumerate(batch)
+        if isinstance(batch, (tuple, list))
+        else [(0, batch)]
+    )
     return [(k, t) for k, t in items if isinstance(t, torch.Tensor)]
 
 
@@ -247,7 +335,10 @@ def _optimizer_kept(optimizer):
     if optimizer is None:
         yield
         return
-    copy = lambda state: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}  # noqa: E731
+
+    def copy(state):
+        return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
     kept = {p: copy(s) for p, s in optimizer.state.items()}
     try:
         yield

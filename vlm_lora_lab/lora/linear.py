@@ -20,7 +20,9 @@ class Mergeable(nn.Module):
     merged = False
 
     def merge(self) -> None:
-        "Add `delta` to the base's weight (also where it is tied). Raises `InputError` for a base in 4 or 8 bit, when merged already, and for a sum that is not finite."
+        """Add `delta` to the base's weight (also where it is tied).
+
+        Raises `InputError` for a base in 4 or 8 bit, when merged already, and for a sum that is not finite."""
         self._add(1)
 
     def unmerge(self) -> None:
@@ -33,12 +35,19 @@ class Mergeable(nn.Module):
         if self.merged == (sign > 0):
             raise InputError(f"this LoRA is {now}", "LoRALinear", "Look at .merged first")
         if hasattr(weight, "quant_state") or not weight.is_floating_point() or weight.element_size() < 2:
-            raise InputError(f"the base is a {type(self.base).__name__} in {weight.dtype}, whose few levels would round most of LoRA away", "LoRALinear, merge",
-                             "Dequantise the base first; for a whole model, merge_adapter does it (chapter 71)")  # fmt: skip
+            raise InputError(
+                f"the base is a {type(self.base).__name__} in {weight.dtype}, whose few levels would round most of "
+                "LoRA away",
+                "LoRALinear, merge",
+                "Dequantise the base first; for a whole model, merge_adapter does it (chapter 71)",
+            )
         total = (weight + sign * self.delta).to(weight.dtype)  # 16 bit + 32 bit is 32 bit, and is rounded once
         if not total.isfinite().all():
-            raise InputError(f"the sum has NaN or infinity in {weight.dtype}", "LoRALinear, merge",
-                             "Look for the step at which the training diverged, or merge in float32")  # fmt: skip
+            raise InputError(
+                f"the sum has NaN or infinity in {weight.dtype}",
+                "LoRALinear, merge",
+                "Look for the step at which the training diverged, or merge in float32",
+            )
         weight.copy_(total)
         self.merged = sign > 0
 
@@ -46,22 +55,35 @@ class Mergeable(nn.Module):
 def _check(base, rank, alpha, dropout):
     "Everything that `LoRALinear` refuses."
     if not isinstance(base, nn.Linear):
-        raise InputError(f"a {type(base).__name__} is no linear layer", "LoRALinear, base", "Give an nn.Linear or a subclass; linear_layers(model) lists them")
+        raise InputError(
+            f"a {type(base).__name__} is no linear layer",
+            "LoRALinear, base",
+            "Give an nn.Linear or a subclass; linear_layers(model) lists them",
+        )
     if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise InputError("this is the out_proj of an nn.MultiheadAttention, which borrows its weight and never calls it", "LoRALinear, base",
-                         "LoRA there would learn nothing; train the whole attention, or freeze it")  # fmt: skip
+        raise InputError(
+            "this is the out_proj of an nn.MultiheadAttention, which borrows its weight and never calls it",
+            "LoRALinear, base",
+            "LoRA there would learn nothing; train the whole attention, or freeze it",
+        )
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"rank is {rank!r}", "LoRALinear, rank", "Write a whole number from 1 on; 8 to 64 are usual")
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise InputError(f"alpha is {alpha!r}", "LoRALinear, alpha", "Write a number above 0; once or twice the rank is usual")
+        raise InputError(
+            f"alpha is {alpha!r}", "LoRALinear, alpha", "Write a number above 0; once or twice the rank is usual"
+        )
     if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-        raise InputError(f"dropout is {dropout!r}", "LoRALinear, dropout", "Write a number from 0 up to, not including, 1")
+        raise InputError(
+            f"dropout is {dropout!r}", "LoRALinear, dropout", "Write a number from 0 up to, not including, 1"
+        )
 
 # %% ../../nbs/30_lora.linear.ipynb #b2c9ccd9
 class LoRALinear(Mergeable):
-    """A frozen linear layer, whole or in 4 bit, with a LoRA beside it: `base(x) + scale * up(down(dropout(x)))` (arXiv 2106.09685).
+    """A frozen linear layer, whole or in 4 bit, with a LoRA beside it: `base(x) + scale * up(down(dropout(x)))` (arXiv
+    2106.09685).
 
-    Raises `InputError` for a base that is not a linear layer or is never called, and for a rank, alpha or dropout that cannot work."""
+    Raises `InputError` for a base that is not a linear layer or is never called, and for a rank, alpha or dropout that
+    cannot work."""
 
     def __init__(
         self,
@@ -84,17 +106,27 @@ class LoRALinear(Mergeable):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out), in the dtype of the base's answer
         "Base and LoRA. Raises `InputError` when a merged layer is trained: it would learn nothing."
         if self.merged and self.training and torch.is_grad_enabled():
-            raise InputError("a merged LoRA is called in training mode, and its matrices would get no gradient", "LoRALinear",
-                             "Call unmerge() before training, or eval() if this is no training")  # fmt: skip
+            raise InputError(
+                "a merged LoRA is called in training mode, and its matrices would get no gradient",
+                "LoRALinear",
+                "Call unmerge() before training, or eval() if this is no training",
+            )
         y = self.base(x)
-        return y if self.merged else (y + self.up(self.down(self.dropout(x.to(self.down.weight.dtype)))) * self.scale).to(y.dtype)
+        return (
+            y
+            if self.merged
+            else (y + self.up(self.down(self.dropout(x.to(self.down.weight.dtype)))) * self.scale).to(y.dtype)
+        )
 
     @property
     def delta(self) -> torch.Tensor:  # (out, in)
         return (self.up.weight @ self.down.weight) * self.scale
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:g}, trained={self.down.weight.numel() + self.up.weight.numel():,}, merged={self.merged}"
+        return (
+            f"rank={self.rank}, scale={self.scale:g}, "
+            f"trained={self.down.weight.numel() + self.up.weight.numel():,}, merged={self.merged}"
+        )
 
 # %% ../../nbs/30_lora.linear.ipynb #6e74899c
 def add_lora(
@@ -107,15 +139,22 @@ def add_lora(
 ) -> nn.Module:  # the same model, everything frozen but LoRA
     """Freeze a model and put a `LoRALinear` around the layers of these names.
 
-    Raises `InputError` for a name that is none of its modules or no linear layer, and for a model that has LoRA already; nothing is changed then."""
+    Raises `InputError` for a name that is none of its modules or no linear layer, and for a model that has LoRA
+    already; nothing is changed then."""
     modules = dict(model.named_modules())
     if wrapped := [n for n, m in modules.items() if isinstance(m, LoRALinear)]:
         raise InputError(f"{wrapped[0]} has LoRA already", "add_lora", "Start from a fresh model")
     if not names or isinstance(names, str):
-        raise InputError(f"names is {names!r}", "add_lora, names", "Write a list of layers, such as linear_layers(model)['language']")
+        raise InputError(
+            f"names is {names!r}", "add_lora, names", "Write a list of layers, such as linear_layers(model)['language']"
+        )
     for name in names:
         if not name or name not in modules:
-            raise InputError(f"the model has no layer {name!r}", "add_lora, names", "Write full names; linear_layers(model) lists them")
+            raise InputError(
+                f"the model has no layer {name!r}",
+                "add_lora, names",
+                "Write full names; linear_layers(model) lists them",
+            )
         _check(modules[name], rank, alpha, dropout)
     model.requires_grad_(False)
     for name in dict.fromkeys(names):
@@ -138,21 +177,35 @@ def load_adapter_state(
     model: nn.Module,  # after `add_lora` with the same layers and rank, not merged
     state: dict[str, torch.Tensor],  # from `adapter_state`, or a PEFT adapter file
 ) -> None:
-    "Take over LoRA's weights. Raises `InputError` for a name or shape too many, too few or different, and for a merged layer; nothing is changed then."
+    """Take over LoRA's weights.
+
+    Raises `InputError` for a name or shape too many, too few or different, and for a merged layer; nothing is changed
+    then."""
     own = _lora_parameters(model)
     if any(m.merged for m in model.modules() if isinstance(m, LoRALinear)):
-        raise InputError("LoRA is merged, and its old weights could not be taken out of the base any more", "load_adapter_state", "Call unmerge() first")
+        raise InputError(
+            "LoRA is merged, and its old weights could not be taken out of the base any more",
+            "load_adapter_state",
+            "Call unmerge() first",
+        )
     if different := sorted(set(own) ^ set(state)) or sorted(n for n in own if own[n].shape != state[n].shape):
-        raise InputError(f"adapter and model disagree in {len(different)} tensors, such as {different[0]}", "load_adapter_state",
-                         "Use the layers and the rank of the adapter")  # fmt: skip
+        raise InputError(
+            f"adapter and model disagree in {len(different)} tensors, such as {different[0]}",
+            "load_adapter_state",
+            "Use the layers and the rank of the adapter",
+        )
     for name, p in own.items():
         p.copy_(state[name])
 
 
 def _lora_parameters(model):
     "PEFT's name of each LoRA weight, and the weight."
-    found = {f"base_model.model.{n}.{theirs}.weight": getattr(m, mine).weight
-             for n, m in model.named_modules() if isinstance(m, LoRALinear) for mine, theirs in _NAMES.items()}  # fmt: skip
+    found = {
+        f"base_model.model.{n}.{theirs}.weight": getattr(m, mine).weight
+        for n, m in model.named_modules()
+        if isinstance(m, LoRALinear)
+        for mine, theirs in _NAMES.items()
+    }
     if not found:
         raise InputError("the model has no LoRA", "adapter_state", "Call add_lora first")
     return found

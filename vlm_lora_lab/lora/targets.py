@@ -27,12 +27,22 @@ def lora_size(
     targets: tuple[str, ...],  # ends of names of layers of the language model
     rank: int = 1,
 ) -> int:  # parameters
-    "How many parameters LoRA has: rank x (inputs + outputs) of every layer. Raises `InputError` for a target that no layer has."
+    """How many parameters LoRA has: rank x (inputs + outputs) of every layer.
+
+    Raises `InputError` for a target that no layer has."""
     names, modules = linear_layers(model)["language"], dict(model.named_modules())
     if missing := [t for t in targets if not any(n.endswith(f".{t}") for n in names)]:
-        raise InputError(f"{', '.join(missing)} is no linear layer of the language model", "targets",
-                         f"Choose among {', '.join(dict.fromkeys(n.rpartition('.')[2] for n in names))}")  # fmt: skip
-    sides = [(m.in_features, m.out_features) for n in names if n.endswith(tuple(f".{t}" for t in targets)) for m in [modules[n]]]
+        raise InputError(
+            f"{', '.join(missing)} is no linear layer of the language model",
+            "targets",
+            f"Choose among {', '.join(dict.fromkeys(n.rpartition('.')[2] for n in names))}",
+        )
+    sides = [
+        (m.in_features, m.out_features)
+        for n in names
+        if n.endswith(tuple(f".{t}" for t in targets))
+        for m in [modules[n]]
+    ]
     return rank * sum(i + o for i, o in sides)
 
 # %% ../../nbs/31_lora.targets.ipynb #8944cf3e
@@ -42,5 +52,7 @@ def rank_for(
     like: tuple[str, ...],  # the choice to be as large as
     rank: int,  # of that choice
 ) -> int:  # at least 1
-    "The rank at which a choice of layers has about as many parameters as another one. Raises `InputError` for an unknown target."
+    """The rank at which a choice of layers has about as many parameters as another one.
+
+    Raises `InputError` for an unknown target."""
     return max(1, round(lora_size(model, like, rank) / lora_size(model, targets)))

@@ -51,15 +51,23 @@ def weight_files(
     "The safetensors files of a model folder. Raises `InputError` when one is missing or none is there."
     if (index := folder / INDEX).is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(f, str) and Path(f).name == f for f in weight_map.values()
+        ):
             raise InputError("the index has no weight_map from tensors to files", index, "Fetch the file again")
         for tensor, file in weight_map.items():
             if not (folder / file).is_file():
-                raise InputError(f"the index says that {tensor} is in {file}, but there is no such file", index, "Fetch the missing file")
+                raise InputError(
+                    f"the index says that {tensor} is in {file}, but there is no such file",
+                    index,
+                    "Fetch the missing file",
+                )
         return sorted({folder / f for f in weight_map.values()})
     files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith("adapter_")]
     if not files:
-        raise InputError("there are no weights in safetensors format", folder, "Give the folder that holds the model itself")
+        raise InputError(
+            "there are no weights in safetensors format", folder, "Give the folder that holds the model itself"
+        )
     if len(files) > 1 and (folder / "model.safetensors") not in files:
         raise InputError(f"there are {len(files)} files of weights and no {INDEX}", folder, "Fetch the index, too")
     if lost := [f.name for f in files if not f.is_file()]:
@@ -70,14 +78,20 @@ def weight_files(
 def stored_in(
     folder: Path,
 ) -> dict[str, Stored]:
-    "Every tensor of a model folder, from the files' headers. Raises `InputError` for a damaged file or a tensor in a place where it should not be."
+    """Every tensor of a model folder, from the files' headers.
+
+    Raises `InputError` for a damaged file or a tensor in a place where it should not be."""
     found, files = {}, weight_files(folder)
     for file in files:
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():
                     if name in found:
-                        raise InputError(f"the tensor {name} is in {found[name].file.name}, too", file, "Remove the file that does not belong to the model")
+                        raise InputError(
+                            f"the tensor {name} is in {found[name].file.name}, too",
+                            file,
+                            "Remove the file that does not belong to the model",
+                        )
                     part = f.get_slice(name)
                     found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as e:
@@ -85,7 +99,11 @@ def stored_in(
     if (index := folder / INDEX).is_file():
         for tensor, file in read_json(index)["weight_map"].items():
             if tensor not in found or found[tensor].file.name != file:
-                raise InputError(f"the index says that {tensor} is in {file}, but it is not", index, "Fetch index and file again; they belong to different versions")
+                raise InputError(
+                    f"the index says that {tensor} is in {file}, but it is not",
+                    index,
+                    "Fetch index and file again; they belong to different versions",
+                )
     return _unpacked(found)
 
 # %% ../../nbs/17_models.files.ipynb #7586eb65
@@ -96,8 +114,12 @@ def _unpacked(found):
         weight, kind = name.split(_BNB)
         with safe_open(found[name].file, framework="pt") as f:
             state = json.loads(bytes(f.get_tensor(name).tolist()))
-        if lacking := [s for s in ("absmax", "quant_map") if f"{weight}.{s}" not in found] or ([] if weight in found else ["the weight itself"]):
-            raise InputError(f"{weight} is in 4 bit, but {', '.join(lacking)} is missing", found[name].file, "Fetch the file again")
+        if lacking := [s for s in ("absmax", "quant_map") if f"{weight}.{s}" not in found] or (
+            [] if weight in found else ["the weight itself"]
+        ):
+            raise InputError(
+                f"{weight} is in 4 bit, but {', '.join(lacking)} is missing", found[name].file, "Fetch the file again"
+            )
         for extra in [n for n in found if n.startswith(f"{weight}.")]:
             del result[extra]
         result[weight] = Stored(found[weight].file, tuple(state["shape"]), kind.upper())
@@ -124,23 +146,38 @@ def account(
 ) -> Account:
     """Compare every stored tensor with the model: name, shape, type.
 
-    Raises `InputError` naming file and tensor of what is missing, unexpected, of another shape or of a type that is no weight."""
+    Raises `InputError` naming file and tensor of what is missing, unexpected, of another shape or of a type that is no
+    weight."""
     layout, expected = layout_of(model), {n: t for n, t in model.state_dict().items()}
     aside = tuple(n for n in stored if any(n.startswith(f"{p}.") for p in layout.aside))
     mine = {n: s for n, s in stored.items() if n not in aside}
     hint = _hint(set(mine), set(expected))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if missing := sorted(n for n in set(expected) - set(mine) if tied.get(n) not in mine):
-        raise InputError(f"{len(missing)} tensors that config.json asks for are in no file, such as {missing[0]}", folder, hint or "Fetch the model again")
+        raise InputError(
+            f"{len(missing)} tensors that config.json asks for are in no file, such as {missing[0]}",
+            folder,
+            hint or "Fetch the model again",
+        )
     if left := sorted(set(mine) - set(expected)):
-        raise InputError(f"{len(left)} tensors are not asked for by config.json, such as {left[0]}", mine[left[0]].file, hint or "Config and weights differ")
+        raise InputError(
+            f"{len(left)} tensors are not asked for by config.json, such as {left[0]}",
+            mine[left[0]].file,
+            hint or "Config and weights differ",
+        )
     for name, s in mine.items():
         if s.shape != tuple(expected[name].shape):
-            raise InputError(f"{name} is {shape_of(s.shape)}, but config.json asks for {shape_of(expected[name].shape)}", s.file,
-                             hint or "The folder mixes files of different models")  # fmt: skip
+            raise InputError(
+                f"{name} is {shape_of(s.shape)}, but config.json asks for {shape_of(expected[name].shape)}",
+                s.file,
+                hint or "The folder mixes files of different models",
+            )
         if expected[name].is_floating_point() and s.dtype not in FLOATS | {"NF4", "FP4"}:
-            raise InputError(f"{name} is stored as {s.dtype}, which is no type of weights read here", s.file,
-                             "Give a checkpoint in 16 or 32 bit, or in bitsandbytes' 4 bit")  # fmt: skip
+            raise InputError(
+                f"{name} is stored as {s.dtype}, which is no type of weights read here",
+                s.file,
+                "Give a checkpoint in 16 or 32 bit, or in bitsandbytes' 4 bit",
+            )
     dtypes = Counter()
     for s in mine.values():
         dtypes[s.dtype] += torch.Size(s.shape).numel()
@@ -163,9 +200,16 @@ _SIGNS = {
 
 def _hint(found, expected):
     "What the weights look like, if that is not what the configuration says."
-    kind = lambda names: next((k for k, sign in _SIGNS.items() if sign in names), None)  # noqa: E731
+
+    def kind(names):
+        return next((k for k, sign in _SIGNS.items() if sign in names), None)
+
     weights, config = kind(found), kind(expected)
-    return f"These are weights of {weights} beside a config.json of {config}" if weights and config and weights != config else ""
+    return (
+        f"These are weights of {weights} beside a config.json of {config}"
+        if weights and config and weights != config
+        else ""
+    )
 
 # %% ../../nbs/17_models.files.ipynb #0aeeed74
 def has_pickles(folder: Path) -> bool:
@@ -177,7 +221,8 @@ def convert_pickles(
 ) -> list[Path]:  # the files written
     """Write `pytorch_model*.bin` as safetensors beside them, through torch's `weights_only` reader.
 
-    A second process waits for the first, and finds its files. Raises `InputError` for a pickle that is damaged or holds anything but tensors; nothing is written then."""
+    A second process waits for the first, and finds its files. Raises `InputError` for a pickle that is damaged or holds
+    anything but tensors; nothing is written then."""
     with ExitStack() as lock:
         with explain_write_errors(folder):
             lock.enter_context(claimed(folder / ".converting.lock", folder, wait=True))
@@ -189,22 +234,38 @@ def _convert(folder):
     bins = [folder / "pytorch_model.bin"]
     if (index := folder / "pytorch_model.bin.index.json").is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(f, str) and Path(f).name == f for f in weight_map.values()
+        ):
             raise InputError("the index has no weight_map from tensors to files", index, "Fetch the file again")
         bins = sorted({folder / f for f in weight_map.values()})
     if lost := [b.name for b in bins if not b.is_file()]:
         raise InputError(f"{', '.join(lost)} is missing", folder, "Fetch the missing file")
     names, written, where = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))], [], {}
     try:
-        for source, name in zip(tqdm(bins, desc="converting pickles", **({"disable": True} if sum(b.stat().st_size for b in bins) < 2**27 else {})), names):
+        for source, name in zip(
+            tqdm(
+                bins,
+                desc="converting pickles",
+                **({"disable": True} if sum(b.stat().st_size for b in bins) < 2**27 else {}),
+            ),
+            names,
+        ):
             tensors = _unpickle(source)
             where |= dict.fromkeys(tensors, name)
-            target = folder / ((name if len(bins) > 1 else "model.safetensors") + ".partial")  # a run that is killed leaves nothing that looks like weights
+            # a run that is killed leaves nothing that looks like weights
+            target = folder / ((name if len(bins) > 1 else "model.safetensors") + ".partial")
             written.append(target)
             with explain_write_errors(folder):
-                save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, target, metadata={"format": "pt"})
+                save_file(
+                    {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
+                    target,
+                    metadata={"format": "pt"},
+                )
         if len(bins) > 1:
-            size = sum(torch.Size(s.shape).numel() * {"F32": 4, "F64": 8}.get(s.dtype, 2) for f in written for s in _headers(f))
+            size = sum(
+                torch.Size(s.shape).numel() * {"F32": 4, "F64": 8}.get(s.dtype, 2) for f in written for s in _headers(f)
+            )
             write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
         written = [f.rename(f.with_suffix("")) for f in written]
     except BaseException:  # Ctrl-C as well: half a conversion must not stay
@@ -234,10 +295,17 @@ def _unpickle(file):
                 raise
             tensors = torch.load(file, map_location="cpu", weights_only=True)  # written by torch before 1.6
     except pickle.UnpicklingError as e:
-        raise InputError(f"this pickle holds more than tensors, and was not run ({_line(e)})", file, "Do not trust it; ask for safetensors") from None
+        raise InputError(
+            f"this pickle holds more than tensors, and was not run ({_line(e)})",
+            file,
+            "Do not trust it; ask for safetensors",
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as e:
         raise InputError(f"this file is truncated or damaged ({_line(e)})", file, "Fetch it again") from None
-    plain = lambda v: isinstance(v, torch.Tensor) and v.layout is torch.strided and not v.is_meta  # noqa: E731
+
+    def plain(v):
+        return isinstance(v, torch.Tensor) and v.layout is torch.strided and not v.is_meta
+
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and plain(v) for k, v in tensors.items()):
         raise InputError("this pickle holds no dictionary of tensors", file, "Give the files of the model itself")
     return tensors
@@ -247,7 +315,9 @@ def model_names(
     model: nn.Module,  # whole, or on the meta device
     stored: dict[str, Stored],  # from `stored_in`
 ) -> dict[str, str]:  # names in the files -> names in the model
-    "The tensors that one file holds as one tensor of the model, renamed as transformers does when it loads. What is rebuilt of several, or of another shape, is left out."
+    """The tensors that one file holds as one tensor of the model, renamed as transformers does when it loads.
+
+    What is rebuilt of several, or of another shape, is left out."""
     state = model.state_dict()
     if isinstance(model, (MiniCPMV, QwenVL)):
         return {n: n for n in stored if n in state}
@@ -285,20 +355,30 @@ def save_vlm(
     source: Path,  # the folder that the model was loaded from
     dtype: torch.dtype | None = None,  # in which the weights are written; None: each as it is
     max_shard_size: str = "5GB",
-    also: Callable[[Path], object] | None = None,  # called with the folder before it takes its name, to change what lies beside the weights
+    # called with the folder before it takes its name, to change what lies beside the weights
+    also: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a model in the layout of the checkpoint it came from, and read the headers back.
 
-    Raises `InputError` for a folder that is in use, a full disk or a model in 4 bit, `RuntimeError` when what was written is not what was meant."""
+    Raises `InputError` for a folder that is in use, a full disk or a model in 4 bit, `RuntimeError` when what was
+    written is not what was meant."""
     folder, layout = empty_folder(folder), layout_of(model)
     if getattr(model, "is_loaded_in_4bit", False):
-        raise InputError("this model is in 4 bit; its rounded weights would be passed off as the model", folder, "Load it whole and merge the adapter into it")
+        raise InputError(
+            "this model is in 4 bit; its rounded weights would be passed off as the model",
+            folder,
+            "Load it whole and merge the adapter into it",
+        )
     state = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in model.state_dict().items()}
     state |= _aside(source, layout)
-    for name in set(getattr(model, "all_tied_weights_keys", None) or ()) & set(stored_in(source) if (source / "config.json").is_file() else ()):
-        state[name] = state[name].clone()  # a tied head that the source holds is written, too: other loaders look for it
+    for name in set(getattr(model, "all_tied_weights_keys", None) or ()) & set(
+        stored_in(source) if (source / "config.json").is_file() else ()
+    ):
+        # a tied head that the source holds is written, too: other loaders look for it
+        state[name] = state[name].clone()
     with complete_or_nothing(folder) as partial, no_bar_if_small(sum(t.nbytes for t in state.values())):
-        model.save_pretrained(partial, state_dict=dict(state), max_shard_size=max_shard_size)  # it empties the dictionary
+        # it empties the dictionary
+        model.save_pretrained(partial, state_dict=dict(state), max_shard_size=max_shard_size)
         copy_beside(source, partial)
         if (source / "config.json").is_file():
             kinds = Counter()
@@ -330,7 +410,12 @@ def copy_beside(
 ) -> None:
     "Copy what lies beside the weights: configuration, tokenizer, processor, code."
     for file in source.iterdir():
-        if file.is_file() and file.suffix not in _NOT_COPIED and not file.name.endswith(".index.json") and not file.name.startswith("."):
+        if (
+            file.is_file()
+            and file.suffix not in _NOT_COPIED
+            and not file.name.endswith(".index.json")
+            and not file.name.startswith(".")
+        ):
             shutil.copyfile(file, folder / file.name)
 
 
@@ -339,14 +424,22 @@ def true_config(
     kinds: Counter,  # torch type -> weights of it that are written
     tied: bool = True,  # False: the head has weights of its own now, whatever the source says
 ) -> dict:
-    "The source's configuration, true of what is written. Raises `RuntimeError` when it cannot be made to say that head and embeddings are two."
+    """The source's configuration, true of what is written.
+
+    Raises `RuntimeError` when it cannot be made to say that head and embeddings are two."""
     values = {k: v for k, v in values.items() if k != "quantization_config"}
     floating = {d: n for d, n in kinds.items() if d.is_floating_point}
-    values["dtype" if "dtype" in values else "torch_dtype"] = str(max(floating, key=floating.__getitem__)).removeprefix("torch.")
+    values["dtype" if "dtype" in values else "torch_dtype"] = str(max(floating, key=floating.__getitem__)).removeprefix(
+        "torch."
+    )
     if not tied and "model_type" in values and getattr(on_meta(values), "all_tied_weights_keys", None):
-        values |= {"tie_word_embeddings": False} | {k: v | {"tie_word_embeddings": False} for k, v in values.items() if k == "text_config"}
+        values |= {"tie_word_embeddings": False} | {
+            k: v | {"tie_word_embeddings": False} for k, v in values.items() if k == "text_config"
+        }
         if on_meta(values).all_tied_weights_keys:
-            raise RuntimeError(f"The configuration of {values['model_type']} ties the head to the embeddings, and they differ.")
+            raise RuntimeError(
+                f"The configuration of {values['model_type']} ties the head to the embeddings, and they differ."
+            )
     return values
 
 # %% ../../nbs/17_models.files.ipynb #08bd5f72

@@ -16,14 +16,22 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from ..errors import InputError
-from .files import FLOATS, account, convert_pickles, has_pickles, model_names, no_bar_if_small, shape_of, stored_in, weight_files
+from .files import FLOATS, account, convert_pickles, has_pickles, model_names, no_bar_if_small
+from .files import shape_of, stored_in, weight_files
 from .minicpmv import MiniCPMV, MiniCPMVConfig
 from .parts import layout_of, linear_layers
 from .precision import precision_for
@@ -39,20 +47,28 @@ _said = set()
 def stand_in(
     name: str | Path,  # as a model is named
 ) -> Path | None:  # None: nothing stands for it
-    """The folder that the environment variable `VLM_LORA_LAB_STAND_IN` puts in place of a model of the hub, for a rehearsal without gigabytes; said aloud once in every process.
+    """The folder that the environment variable `VLM_LORA_LAB_STAND_IN` puts in place of a model of the hub, for a
+    rehearsal without gigabytes; said aloud once in every process.
 
-    It holds name=folder, several of them joined as PATH is. Raises `InputError` for anything else, and for a folder that is not there."""
+    It holds name=folder, several of them joined as PATH is. Raises `InputError` for anything else, and for a folder
+    that is not there."""
     found = None
     for pair in filter(None, os.environ.get(STAND_IN, "").split(os.pathsep)):
         known, _, folder = pair.partition("=")
         if not folder or not Path(folder).is_dir():
-            raise InputError(f"{pair!r} puts no folder in place of a model", STAND_IN, "Write owner/name=folder, or unset the variable")
+            raise InputError(
+                f"{pair!r} puts no folder in place of a model",
+                STAND_IN,
+                "Write owner/name=folder, or unset the variable",
+            )
         found = Path(folder) if known == str(name) else found
     if found and str(name) not in _said:
         _said.add(str(name))
-        print(f"{STAND_IN} is set: {name} is not the model of that name, but {found}. Unset it for the real one.", file=sys.stderr)
+        print(
+            f"{STAND_IN} is set: {name} is not the model of that name, but {found}. Unset it for the real one.",
+            file=sys.stderr,
+        )
     return found
-
 
 # %% ../../nbs/14_models.load.ipynb #f90f0a42
 _FETCHED = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "*.safetensors"]
@@ -65,30 +81,51 @@ def model_folder(
 ) -> Path:  # with config.json and safetensors
     """The folder of a model, fetched if the name is one of the hub's.
 
-    Raises `InputError` for a name that is neither folder nor model, for pickles that were not allowed, and when the hub cannot be reached."""
+    Raises `InputError` for a name that is neither folder nor model, for pickles that were not allowed, and when the hub
+    cannot be reached."""
     if str(name) == "lab":
         return lab_folder()
     name = stand_in(name) or name
     folder = Path(name)
     if len(str(name)) > 4096 or any(len(p) > 255 for p in folder.parts) or not folder.is_dir():
         if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", str(name)) or str(name).startswith("."):
-            raise InputError(f"there is no model {str(name)!r}", "model",
-                             "Write 'lab' for the small model of the course, a folder with config.json and *.safetensors, "
-                             "or owner/name on the Hugging Face hub, such as openbmb/MiniCPM-V-2_6")  # fmt: skip
+            raise InputError(
+                f"there is no model {str(name)!r}",
+                "model",
+                "Write 'lab' for the small model of the course, a folder with config.json and *.safetensors, "
+                "or owner/name on the Hugging Face hub, such as openbmb/MiniCPM-V-2_6",
+            )
         if (copy := packed_copy(str(name))) and not copy.read:  # before gigabytes are fetched
-            raise InputError(f"{name} is packed by {copy.by}, and that is not read here", "model", f"Give {copy.of}, with four_bit: true if it should be in 4 bit")
+            raise InputError(
+                f"{name} is packed by {copy.by}, and that is not read here",
+                "model",
+                f"Give {copy.of}, with four_bit: true if it should be in 4 bit",
+            )
         folder = _fetch(str(name), _FETCHED if weights else [p for p in _FETCHED if p != "*.safetensors"])
         if weights and not list(folder.glob("*.safetensors")) and allow_pickle:
             folder = _fetch(str(name), [*_FETCHED, "pytorch_model*.bin"])
     if not (folder / "config.json").is_file():
-        raise InputError("there is no config.json in this folder", folder, "Give the folder that holds the model itself")
+        raise InputError(
+            "there is no config.json in this folder", folder, "Give the folder that holds the model itself"
+        )
     if (folder / "adapter_config.json").exists():
-        raise InputError("there is an adapter in the model's folder (adapter_config.json), which would be loaded along with it", folder,
-                         "Move it to a folder of its own, and load it with load_adapter or --adapter")  # fmt: skip
-    if weights and not list(folder.glob("*.safetensors")) and (has_pickles(folder) or (not Path(name).is_dir() and not allow_pickle)):
+        raise InputError(
+            "there is an adapter in the model's folder (adapter_config.json), which would be loaded along with it",
+            folder,
+            "Move it to a folder of its own, and load it with load_adapter or --adapter",
+        )
+    if (
+        weights
+        and not list(folder.glob("*.safetensors"))
+        and (has_pickles(folder) or (not Path(name).is_dir() and not allow_pickle))
+    ):
         if not allow_pickle:
-            raise InputError("there are no weights in safetensors format; if there are pickles (*.bin), they were not opened", folder,
-                             "If you trust their source, say --allow-pickle, or load_vlm(…, allow_pickle=True): they are converted once, by a reader that runs no code")  # fmt: skip
+            raise InputError(
+                "there are no weights in safetensors format; if there are pickles (*.bin), they were not opened",
+                folder,
+                "If you trust their source, say --allow-pickle, or load_vlm(…, allow_pickle=True): they are converted "
+                "once, by a reader that runs no code",
+            )
         convert_pickles(folder)
     return folder
 
@@ -97,13 +134,30 @@ def _fetch(name, patterns):
     "A model of the hub, from its cache or from the network."
     remedy = "Check the name and the network, or fetch it elsewhere (hf download) and give the folder"
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*", "*.fp16.*", "adapter_*"]))
+        return Path(
+            snapshot_download(
+                name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*", "*.fp16.*", "adapter_*"]
+            )
+        )
     except GatedRepoError:
-        raise InputError(f"{name} asks for an agreement before it is fetched", "model", "Accept it on the model's page and log in with: hf auth login") from None
+        raise InputError(
+            f"{name} asks for an agreement before it is fetched",
+            "model",
+            "Accept it on the model's page and log in with: hf auth login",
+        ) from None
     except RepositoryNotFoundError:
-        raise InputError(f"the hub has no model {name!r}, or it is private", "model", "Check the spelling, or log in with: hf auth login") from None
+        raise InputError(
+            f"the hub has no model {name!r}, or it is private",
+            "model",
+            "Check the spelling, or log in with: hf auth login",
+        ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, HfHubHTTPError, OSError) as e:
-        raise InputError(f"{name} is not on this machine and could not be fetched ({(str(e).splitlines() or [type(e).__name__])[0]:.120})", "model", remedy) from None
+        raise InputError(
+            f"{name} is not on this machine and could not be fetched "
+            f"({(str(e).splitlines() or [type(e).__name__])[0]:.120})",
+            "model",
+            remedy,
+        ) from None
 
 # %% ../../nbs/14_models.load.ipynb #56a1ddaf
 def load_tokenizer(
@@ -111,7 +165,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A model's tokenizer, from its files alone, with its special tokens and its vocabulary checked against the model.
 
-    Raises `InputError` when the folder has none, when it lacks a token that pictures need, or when it can produce ids that the model has no row for."""
+    Raises `InputError` when the folder has none, when it lacks a token that pictures need, or when it can produce ids
+    that the model has no row for."""
     folder = model_folder(name, weights=False)
     values = read_json(folder / "config.json")
     config, tokenizer = model_config(values, folder / "config.json"), tokenizer_of(folder)
@@ -132,7 +187,8 @@ def nf4_config(
     compute_dtype: torch.dtype,  # in which the weights are multiplied
     whole: list[str] | tuple[str, ...] = (),  # modules that stay out of it as well
 ) -> BitsAndBytesConfig:
-    "NF4 with double quantisation for the language model's decoder layers alone (QLoRA, arXiv 2305.14314); all other layers are kept out by their full names."
+    """NF4 with double quantisation for the language model's decoder layers alone (QLoRA, arXiv 2305.14314); all other
+    layers are kept out by their full names."""
     take = set(packable(model, whole))
     return _four_bit(compute_dtype, [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in take])
 
@@ -146,63 +202,92 @@ def packable(
     Raises `InputError` for a name that is no module, since it would keep nothing whole, and when nothing is left."""
     modules, layers = {n for n, _ in model.named_modules()}, linear_layers(model)["language"]
     if unknown := [w for w in whole if w not in modules]:
-        meant = [n for n in modules if n.endswith("." + unknown[0].rpartition(".")[2])] or get_close_matches(unknown[0], modules)
-        raise InputError(f"there is no module {unknown[0]!r} to keep out of 4 bit", "whole", f"Write its full name{', such as ' + min(meant, key=len) if meant else ''}")
+        meant = [n for n in modules if n.endswith("." + unknown[0].rpartition(".")[2])] or get_close_matches(
+            unknown[0], modules
+        )
+        raise InputError(
+            f"there is no module {unknown[0]!r} to keep out of 4 bit",
+            "whole",
+            f"Write its full name{', such as ' + min(meant, key=len) if meant else ''}",
+        )
     take = [n for n in layers if not any(n == w or n.startswith(w + ".") for w in whole)]
     if not take:
-        raise InputError("nothing is left to be in 4 bit: every layer of the language model stays whole", "four_bit", "Load the model whole (four_bit: false)")
+        raise InputError(
+            "nothing is left to be in 4 bit: every layer of the language model stays whole",
+            "four_bit",
+            "Load the model whole (four_bit: false)",
+        )
     return take
 
 
 def _four_bit(compute_dtype, keep):
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=[rf"{re.escape(name)}$" for name in keep],
-    )  # fmt: skip
+    )
 
 
 def check_nf4(
     model: torch.nn.Module,  # loaded in 4 bit
     packed: set[str] | None = None,  # the layers that a file holds in 4 bit, where it does
-    meant: list[str] | None = None,  # else the layers that should be; None: every linear layer of the language model's decoder
+    # else the layers that should be; None: every linear layer of the language model's decoder
+    meant: list[str] | None = None,
     compute: torch.dtype | None = None,  # in which they should be multiplied; None: not looked at
 ) -> list[str]:  # names of the layers in 4 bit
     """Look at what really is in 4 bit: what should be, and nothing else.
 
-    Raises `RuntimeError` naming the layers that break the rule; a skip list that matches nothing would otherwise be silent."""
+    Raises `RuntimeError` naming the layers that break the rule; a skip list that matches nothing would otherwise be
+    silent."""
     import bitsandbytes as bnb
 
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, bnb.nn.Embedding4bit, bnb.nn.Embedding8bit)
     four_bit = [n for n, m in model.named_modules() if isinstance(m, kinds)]
     should = packed or (linear_layers(model)["language"] if meant is None else meant)
     if set(four_bit) != set(should):
-        raise RuntimeError(f"In 4 bit but should not be: {sorted(set(four_bit) - set(should))}; should be but is not: {sorted(set(should) - set(four_bit))}.")
+        raise RuntimeError(
+            f"In 4 bit but should not be: {sorted(set(four_bit) - set(should))}; should be but is not: "
+            f"{sorted(set(should) - set(four_bit))}."
+        )
     for name in four_bit:
         state = getattr(model.get_submodule(name).weight, "quant_state", None)
         if state is None or state.quant_type != "nf4" or not (state.nested or packed):
             raise RuntimeError(f"{name} is not NF4 with double quantisation: {state}.")
         if compute and (used := model.get_submodule(name).compute_dtype) != compute:
-            raise RuntimeError(f"{name} is multiplied in {used}, and should be in {compute}; the setting is called bnb_4bit_compute_dtype.")
+            raise RuntimeError(
+                f"{name} is multiplied in {used}, and should be in {compute}; the setting is called "
+                "bnb_4bit_compute_dtype."
+            )
     return four_bit
 
 # %% ../../nbs/14_models.load.ipynb #bd3c1577
 def load_vlm(
     name: str | Path,  # "lab", a folder, or owner/name on the hub
     four_bit: bool = False,  # NF4 for the language model's decoder layers
-    dtype: torch.dtype | str | None = None,  # of everything else; "stored": as in the files; None: what chapter 18's table says of the device
+    # of everything else; "stored": as in the files; None: what chapter 18's table says of the device
+    dtype: torch.dtype | str | None = None,
     device: str | None = None,  # None: the GPU if there is one
     allow_pickle: bool = False,  # convert pickled weights once
-    whole: list[str] | tuple[str, ...] = (),  # modules of the language model that stay out of 4 bit, because a plan trains them in full
+    # modules of the language model that stay out of 4 bit, because a plan trains them in full
+    whole: list[str] | tuple[str, ...] = (),
 ) -> PreTrainedModel:  # in evaluation mode
     """Load a vision-language model of any known family, and account for every tensor; remote code is never run.
 
-    Raises `InputError` for a name that is no model, or for files that disagree with their configuration, naming file and tensor."""
+    Raises `InputError` for a name that is no model, or for files that disagree with their configuration, naming file
+    and tensor."""
     folder = model_folder(name, allow_pickle)
     config = model_config(read_json(folder / "config.json"), folder / "config.json")
     stored, empty = stored_in(folder), on_meta(folder)
-    if odd := sorted(n for n, s in stored.items() if s.dtype not in FLOATS | {"NF4", "FP4"} and not n.endswith("position_ids")):
-        raise InputError(f"{odd[0]} is stored as {stored[odd[0]].dtype}, which is no type of weights read here", stored[odd[0]].file,
-                         "Give a checkpoint in 16 or 32 bit, or in bitsandbytes' 4 bit")  # fmt: skip
+    if odd := sorted(
+        n for n, s in stored.items() if s.dtype not in FLOATS | {"NF4", "FP4"} and not n.endswith("position_ids")
+    ):
+        raise InputError(
+            f"{odd[0]} is stored as {stored[odd[0]].dtype}, which is no type of weights read here",
+            stored[odd[0]].file,
+            "Give a checkpoint in 16 or 32 bit, or in bitsandbytes' 4 bit",
+        )
     aside = account(stored, empty, folder).aside if isinstance(empty, (MiniCPMV, QwenVL)) else ()
     packed = _packed(config, stored, folder, empty)
     device, as_stored = _device(device), False
@@ -210,8 +295,15 @@ def load_vlm(
         dtype = precision_for(device).stored
     elif as_stored := dtype == "stored":
         dtype = _widest(stored)
-    elif (dtype := getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype) not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise InputError(f"dtype is {dtype!r}", "load_vlm", "Write float32, bfloat16, float16, float64, 'stored' or nothing")
+    elif (dtype := getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype) not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+    ):
+        raise InputError(
+            f"dtype is {dtype!r}", "load_vlm", "Write float32, bfloat16, float16, float64, 'stored' or nothing"
+        )
     if packed:
         _none_whole(packed, whole, empty)
         keep = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and n not in packed]
@@ -220,13 +312,23 @@ def load_vlm(
     model = _from_pretrained(type(empty), folder, config, dtype, device, quantization, aside)
     if aside:
         parts = sorted({n.split(".")[0] for n in aside})
-        warnings.warn(f"{len(aside)} tensors of {', '.join(parts)} stay on the disk: this package reads and trains what sees and speaks in text.", stacklevel=2)
-    for p in model.parameters() if packed else ():  # transformers 5.23 leaves some weights of a packed checkpoint as they were stored
+        warnings.warn(
+            f"{len(aside)} tensors of {', '.join(parts)} stay on the disk: this package reads and trains what sees and "
+            "speaks in text.",
+            stacklevel=2,
+        )
+    # transformers 5.23 leaves some weights of a packed checkpoint as they were stored
+    for p in model.parameters() if packed else ():
         p.data = p.data.to(dtype) if p.is_floating_point() and not hasattr(p, "quant_state") else p.data
     if as_stored:
         _as_stored(model, stored)
-    for layer in check_nf4(model, set(packed) or None, None if packed else packable(empty, whole), dtype) if four_bit or packed else ():
-        model.get_submodule(layer).support_avx512bf16_for_cpu = False  # see "Evaluated once, trained never" in chapter 14
+    for layer in (
+        check_nf4(model, set(packed) or None, None if packed else packable(empty, whole), dtype)
+        if four_bit or packed
+        else ()
+    ):
+        # see "Evaluated once, trained never" in chapter 14
+        model.get_submodule(layer).support_avx512bf16_for_cpu = False
     return model.eval()
 
 # %% ../../nbs/14_models.load.ipynb #8c663e93
@@ -237,23 +339,42 @@ def _from_pretrained(cls, folder, config, dtype, device, quantization, aside):
     with no_bar_if_small(sum(f.stat().st_size for f in weight_files(folder))):
         try:
             model, report = cls.from_pretrained(
-                folder, config=config, dtype=dtype, device_map={"": device}, quantization_config=quantization, output_loading_info=True,
-                ignore_mismatched_sizes=True,  # what is mismatched stands in the report, with both shapes, and is an error below
-            )  # fmt: skip
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=quantization,
+                output_loading_info=True,
+                # what is mismatched stands in the report, with both shapes, and is an error below
+                ignore_mismatched_sizes=True,
+            )
         except (OSError, SafetensorError) as e:
-            raise InputError(f"a file of the model is missing or damaged ({e})", folder, "Fetch the model again") from None
+            raise InputError(
+                f"a file of the model is missing or damaged ({e})", folder, "Fetch the model again"
+            ) from None
         except TypeError as e:  # a generation_config.json that is none
-            raise InputError(f"a configuration file beside the weights cannot be read ({e})", folder, "Fetch generation_config.json again") from e
+            raise InputError(
+                f"a configuration file beside the weights cannot be read ({e})",
+                folder,
+                "Fetch generation_config.json again",
+            ) from e
         finally:
             hf_logging.set_verbosity(loud)
     if mismatched := sorted(map(tuple, report.get("mismatched_keys", ())), key=str):
         name, found, wanted = mismatched[0]
-        raise InputError(f"{name} is {shape_of(found)}, but config.json asks for {shape_of(wanted)}", folder, "The folder mixes files of different models")
+        raise InputError(
+            f"{name} is {shape_of(found)}, but config.json asks for {shape_of(wanted)}",
+            folder,
+            "The folder mixes files of different models",
+        )
     report = {k: sorted(map(str, set(v) - set(aside))) for k, v in report.items()}
     if wrong := {k: v for k, v in report.items() if v}:
         kind, names = next(iter(wrong.items()))
-        raise InputError(f"weights and configuration disagree: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}", folder,
-                         "The folder mixes files of different models, or is incomplete")  # fmt: skip
+        raise InputError(
+            f"weights and configuration disagree: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}",
+            folder,
+            "The folder mixes files of different models, or is incomplete",
+        )
     _check_ends(model, folder)
     return model
 
@@ -264,16 +385,25 @@ def _check_ends(model, folder):
         value = getattr(getattr(model, "generation_config", None), name, None)
         ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise InputError(f"{name} is {value!r:.60}", Path(folder) / "generation_config.json", "Write the id of a token, or a list of ids; or fetch the file again")
+            raise InputError(
+                f"{name} is {value!r:.60}",
+                Path(folder) / "generation_config.json",
+                "Write the id of a token, or a list of ids; or fetch the file again",
+            )
 
 
 def _device(name):
     "The device of a name, or the GPU if there is one. Raises `InputError` for one that this machine has not."
     try:
-        device = torch.device(name or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"))  # of several, the one of this process
+        # of several, the one of this process
+        device = torch.device(name or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise InputError(f"the device {name!r} cannot be used ({str(e).splitlines()[0]})", "load_vlm", "Write 'cpu', or 'cuda' where there is a GPU") from None
+        raise InputError(
+            f"the device {name!r} cannot be used ({str(e).splitlines()[0]})",
+            "load_vlm",
+            "Write 'cpu', or 'cuda' where there is a GPU",
+        ) from None
     return device
 
 
@@ -282,18 +412,39 @@ def _packed(config, stored, folder, empty):
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
     packed = {n.removesuffix(".weight") for n, s in stored.items() if s.dtype in ("NF4", "FP4")}
     if method != "bitsandbytes":
-        raise InputError(f"this checkpoint was quantised with {method}", folder / "config.json", "Give the whole model and load it with four_bit=True")
+        raise InputError(
+            f"this checkpoint was quantised with {method}",
+            folder / "config.json",
+            "Give the whole model and load it with four_bit=True",
+        )
     if fp4 := sorted(n for n, s in stored.items() if s.dtype == "FP4"):
-        raise InputError(f"{fp4[0]} is stored as FP4, and only NF4 is read here", stored[fp4[0]].file, "Give the whole model and load it with four_bit=True")
+        raise InputError(
+            f"{fp4[0]} is stored as FP4, and only NF4 is read here",
+            stored[fp4[0]].file,
+            "Give the whole model and load it with four_bit=True",
+        )
     if getattr(config, "quantization_config", None) and not packed:
-        raise InputError("config.json says that the weights are in 4 bit, and none of them is", folder, "The folder mixes files of different models")
-    names, layers = model_names(empty, stored) if packed else {}, {n for names in linear_layers(empty).values() for n in names}
+        raise InputError(
+            "config.json says that the weights are in 4 bit, and none of them is",
+            folder,
+            "The folder mixes files of different models",
+        )
+    names, layers = (
+        model_names(empty, stored) if packed else {},
+        {n for names in linear_layers(empty).values() for n in names},
+    )
     found = {}
     for old in sorted(packed):
         name, file = names.get(f"{old}.weight", "").removesuffix(".weight"), stored[f"{old}.weight"].file
         if name not in layers:
-            why = "and the model never calls this layer, it reads its weight alone" if name else "under a name that the model does not have"
-            raise InputError(f"{old} is stored in 4 bit {why}", file, "Give the whole model and load it with four_bit=True")
+            why = (
+                "and the model never calls this layer, it reads its weight alone"
+                if name
+                else "under a name that the model does not have"
+            )
+            raise InputError(
+                f"{old} is stored in 4 bit {why}", file, "Give the whole model and load it with four_bit=True"
+            )
         found[name] = file
     return found
 
@@ -301,12 +452,18 @@ def _packed(config, stored, folder, empty):
 def _as_stored(model, stored):
     "Give each tensor the type it has in its file; it was loaded in one that holds them all."
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    tensors = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if not hasattr(t, "quant_state") and t.is_floating_point()}
+    tensors = {
+        n: t
+        for n, t in [*model.named_parameters(), *model.named_buffers()]
+        if not hasattr(t, "quant_state") and t.is_floating_point()
+    }
     for name, t in tensors.items():
         if name in stored and stored[name].dtype in kinds:
             t.data = t.data.to(kinds[stored[name].dtype])
     if len({s.dtype for s in stored.values()} & set(kinds)) > 1 and not set(tensors) & set(stored):
-        warnings.warn("The files hold several types under older names; all weights were loaded in the widest.", stacklevel=3)
+        warnings.warn(
+            "The files hold several types under older names; all weights were loaded in the widest.", stacklevel=3
+        )
 
 
 def _widest(stored):
@@ -314,22 +471,32 @@ def _widest(stored):
     kinds = {s.dtype for s in stored.values()} & FLOATS
     if "F64" in kinds:
         return torch.float64
-    return torch.float32 if "F32" in kinds or len(kinds) > 1 else {"F16": torch.float16, "BF16": torch.bfloat16}[kinds.pop()]
+    return (
+        torch.float32
+        if "F32" in kinds or len(kinds) > 1
+        else {"F16": torch.float16, "BF16": torch.bfloat16}[kinds.pop()]
+    )
 
 # %% ../../nbs/14_models.load.ipynb #7ab247c0
 def _none_whole(packed, whole, empty):
     "Raises `InputError` when a module that should be whole is stored in 4 bit."
     if clash := sorted(n for n in packed if any(n == w or n.startswith(w + ".") for w in whole)):
         part = layout_of(empty).part_of(clash[0])
-        raise InputError(f"{clash[0]} is stored in 4 bit and should be whole, to be trained in full: integers have no gradient", packed[clash[0]],
-                         f"Train this part by LoRA ({part}: lora), or give the model in 16 bit and load it with four_bit=True (four_bit: true)")  # fmt: skip
+        raise InputError(
+            f"{clash[0]} is stored in 4 bit and should be whole, to be trained in full: integers have no gradient",
+            packed[clash[0]],
+            f"Train this part by LoRA ({part}: lora), or give the model in 16 bit and load it with four_bit=True "
+            "(four_bit: true)",
+        )
 
 
 def check_stored(
     name: str | Path,  # as a model is named
     whole: list[str] | tuple[str, ...],  # modules that a plan trains in full
 ) -> None:
-    "What `load_vlm` would say of 4-bit weights in a folder, from headers alone; nothing for a name without files. Raises `InputError`."
+    """What `load_vlm` would say of 4-bit weights in a folder, from headers alone; nothing for a name without files.
+
+    Raises `InputError`."""
     folder = Path(stand_in(name) or name)
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         empty = on_meta(folder)

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -52,12 +60,18 @@ class MiniCPMVConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.llm_class is None:
-            raise ValueError("MiniCPMVConfig alone belongs to no version; make a configuration with MiniCPMVConfig.from_dict.")
+            raise ValueError(
+                "MiniCPMVConfig alone belongs to no version; make a configuration with MiniCPMVConfig.from_dict."
+            )
         vision = self.vision_config or {}
         if isinstance(vision, dict):
             vision = {k: v for k, v in vision.items() if k != "model_type"}
             self.vision_config = SiglipVisionConfig(**{"image_size": 980, "patch_size": 14, **vision})
-        self.slice_config = {"max_slice_nums": 9, "patch_size": self.vision_config.patch_size, "scale_resolution": 448} | (self.slice_config or {})
+        self.slice_config = {
+            "max_slice_nums": 9,
+            "patch_size": self.vision_config.patch_size,
+            "scale_resolution": 448,
+        } | (self.slice_config or {})
         if self.resampler_num_heads is None:
             self.resampler_num_heads = max(1, self.hidden_size // 128)
         super().__post_init__(**kwargs)
@@ -107,9 +121,16 @@ class MiniCPMV45Config(MiniCPMVConfig, Qwen3Config):
 
 # %% ../../nbs/12_models.minicpmv.ipynb #65146e96
 TIMM_TOWERS = {
-    "vit_so400m_patch14_siglip_384.webli": dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
-                                                image_size=384, patch_size=14, hidden_act="gelu"),
-}  # fmt: skip
+    "vit_so400m_patch14_siglip_384.webli": dict(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        hidden_act="gelu",
+    ),
+}
 
 
 @strict
@@ -126,7 +147,10 @@ class MiniCPMV20Config(MiniCPMVConfig, GraniteConfig):
     def __post_init__(self, **kwargs):
         if self.vision_config is None:
             if self.vision_encoder not in TIMM_TOWERS:
-                raise ValueError(f"vision_encoder is {self.vision_encoder!r}; known are {list(TIMM_TOWERS)}, or give its sizes as vision_config.")
+                raise ValueError(
+                    f"vision_encoder is {self.vision_encoder!r}; known are {list(TIMM_TOWERS)}, or give its sizes as "
+                    "vision_config."
+                )
             self.vision_config = dict(TIMM_TOWERS[self.vision_encoder])
         flat = {k: kwargs[k] for k in ("max_slice_nums", "patch_size", "scale_resolution") if k in kwargs}
         self.slice_config = flat | (self.slice_config or {})
@@ -137,7 +161,13 @@ class MiniCPMV20Config(MiniCPMVConfig, GraniteConfig):
         super().__post_init__(**kwargs)
 
 
-VERSIONS = {"2.0": MiniCPMV20Config, "2.5": MiniCPMV25Config, "2.6": MiniCPMV26Config, "4.0": MiniCPMV40Config, "4.5": MiniCPMV45Config}
+VERSIONS = {
+    "2.0": MiniCPMV20Config,
+    "2.5": MiniCPMV25Config,
+    "2.6": MiniCPMV26Config,
+    "4.0": MiniCPMV40Config,
+    "4.5": MiniCPMV45Config,
+}
 
 
 def _version_class(config):
@@ -146,7 +176,9 @@ def _version_class(config):
     try:
         return next(cls for known, cls in VERSIONS.items() if float(known) == float(version))
     except (StopIteration, TypeError, ValueError):
-        raise ValueError(f"version is {version!r}; the MiniCPM-V layouts implemented here are {', '.join(VERSIONS)}.") from None
+        raise ValueError(
+            f"version is {version!r}; the MiniCPM-V layouts implemented here are {', '.join(VERSIONS)}."
+        ) from None
 
 
 @strict
@@ -182,7 +214,10 @@ class PatchEmbeddings(nn.Module):
         tgt_sizes: torch.Tensor,  # (pictures, 2) int: rows and columns of patches
     ) -> torch.Tensor:  # (pictures, patches) int, 0 where there is only padding
         "The learned position of each patch, row by row."
-        ids = [position_buckets(h, self.side)[:, None] * self.side + position_buckets(w, self.side) for h, w in tgt_sizes.tolist()]
+        ids = [
+            position_buckets(h, self.side)[:, None] * self.side + position_buckets(w, self.side)
+            for h, w in tgt_sizes.tolist()
+        ]
         return nn.utils.rnn.pad_sequence([i.flatten() for i in ids], batch_first=True)
 
     def forward(
@@ -222,7 +257,11 @@ class VisionTower(nn.Module):
     ) -> torch.Tensor:  # (pictures, patches, V); rows past the end of a picture are padding
         "See each picture."
         if not self.rows_and_columns:
-            length = torch.full_like(tgt_sizes[:, 0], int(tgt_sizes.prod(-1).max())) if self.see_padding else tgt_sizes.prod(-1)
+            length = (
+                torch.full_like(tgt_sizes[:, 0], int(tgt_sizes.prod(-1).max()))
+                if self.see_padding
+                else tgt_sizes.prod(-1)
+            )
             tgt_sizes = torch.stack([torch.ones_like(length), length], -1)
         x = self.embeddings(pixel_values, tgt_sizes)
         real = torch.arange(x.shape[1], device=x.device) < tgt_sizes.prod(-1, keepdim=True).to(x.device)
@@ -239,7 +278,8 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x, mask):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (pictures, heads, patches, V / heads) each
+        # (pictures, heads, patches, V / heads) each
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -260,7 +300,10 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config):
         super().__init__()
-        norm = lambda: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # noqa: E731
+
+        def norm():
+            return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
         self.norm1, self.attn = norm(), Attention(config.hidden_size, config.num_attention_heads)
         self.norm2, self.mlp = norm(), MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
@@ -324,13 +367,16 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input_ids) * self.embed_scale
 
 # %% ../../nbs/12_models.minicpmv.ipynb #8723e962
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name before transformers 5.24
+# its name before transformers 5.24
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MiniCPMV(PreTrainedModel, GenerationMixin):
-    """MiniCPM-V 2.0 to 4.5: vision tower (`vpm`), `resampler` and language model (`llm`), with the parameter names of the published checkpoints.
+    """MiniCPM-V 2.0 to 4.5: vision tower (`vpm`), `resampler` and language model (`llm`), with the parameter names of
+    the published checkpoints.
 
-    Implemented from the architecture; held to reference tensors of the original code (`tests/test_golden_minicpmv.py`)."""
+    Implemented from the architecture; held to reference tensors of the original code (`tests/test_golden_minicpmv.py`).
+    """
 
     config_class = MiniCPMVConfig
     base_model_prefix = ""
@@ -338,12 +384,21 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
-    _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "GraniteDecoderLayer", "SiglipEncoderLayer", "Block", "Resampler"]
+    _no_split_modules = [
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "LlamaDecoderLayer",
+        "GraniteDecoderLayer",
+        "SiglipEncoderLayer",
+        "Block",
+        "Resampler",
+    ]
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)
-        vision: Any = config.vision_config  # never None here, nor is the number of heads: the configuration fills them in
+        # never None here, nor is the number of heads: the configuration fills them in
+        vision: Any = config.vision_config
         heads: Any = config.resampler_num_heads
         vision._attn_implementation = config._attn_implementation
         if config.timm_tower:
@@ -351,7 +406,9 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         else:
             line = not config.rows_and_columns
             self.vpm = VisionTower(vision, config.drop_vision_last_layer, not line, line and config.batch_vision_input)
-        self.resampler = Resampler(config.query_num, config.hidden_size, heads, vision.hidden_size, stored_table=config.timm_tower)
+        self.resampler = Resampler(
+            config.query_num, config.hidden_size, heads, vision.hidden_size, stored_table=config.timm_tower
+        )
         self.llm = config.llm_class(config)
         if config.text_scale != 1:
             self.llm.model.embed_tokens.__class__ = ScaledEmbedding
@@ -391,7 +448,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,  # (pictures, 3, patch, patches * patch)
         tgt_sizes: torch.Tensor | None = None,  # (pictures, 2) int: rows and columns of patches
         image_bound: torch.Tensor | None = None,  # (pictures, 3) int: row, start, end of each picture's placeholder
-        temporal_ids: torch.Tensor | None = None,  # (pictures, 2) int: group and time; a group has one placeholder (4.5)
+        # (pictures, 2) int: group and time; a group has one placeholder (4.5)
+        temporal_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:  # (batch, tokens, D)
         """Text embeddings with every placeholder replaced by its picture.
 
@@ -409,12 +467,19 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             return x + self._no_picture(x) if self.training else x
         queries = self.config.query_num
         if tgt_sizes is None or len(tgt_sizes) != len(pixel_values):
-            raise ValueError(f"The batch holds {len(pixel_values)} pictures; tgt_sizes must say rows and columns of each.")
+            raise ValueError(
+                f"The batch holds {len(pixel_values)} pictures; tgt_sizes must say rows and columns of each."
+            )
         lengths, last = image_bound[:, 2] - image_bound[:, 1], torch.tensor(input_ids.shape, device=image_bound.device)
         if (image_bound < 0).any() or (image_bound[:, 0] >= last[0]).any() or (image_bound[:, 2] > last[1]).any():
-            raise ValueError(f"image_bound names places outside of a batch of {tuple(input_ids.shape)} tokens: {image_bound.tolist()}.")
+            raise ValueError(
+                f"image_bound names places outside of a batch of {tuple(input_ids.shape)} tokens: "
+                f"{image_bound.tolist()}."
+            )
         if (lengths != queries).any():
-            raise ValueError(f"Each picture becomes {queries} vectors, but image_bound leaves room for {lengths.tolist()}.")
+            raise ValueError(
+                f"Each picture becomes {queries} vectors, but image_bound leaves room for {lengths.tolist()}."
+            )
         seen = self.resampler(self.vpm(pixel_values, tgt_sizes), tgt_sizes, temporal_ids)  # (pictures, queries, D)
         rows = image_bound[:, :1].expand(-1, queries)
         places = image_bound[:, 1:2] + torch.arange(queries, device=image_bound.device)
@@ -452,9 +517,15 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, tgt_sizes, image_bound, temporal_ids)
         return self.llm(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, labels=labels,
-            use_cache=use_cache, logits_to_keep=logits_to_keep, **{CACHE: past_key_values if cache is None else cache}, **kwargs,
-        )  # fmt: skip
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **{CACHE: past_key_values if cache is None else cache},
+            **kwargs,
+        )
 
     @torch.no_grad()
     def generate(
@@ -469,5 +540,6 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:  # (batch, new tokens) int: the answers without their prompts
         "Answer. Pictures are looked at once, before the first token."
         embeds = self.embed(input_ids, pixel_values, tgt_sizes, image_bound, temporal_ids)
-        self.llm.generation_config = self.generation_config  # the language model's own would not know generation_config.json
+        # the language model's own would not know generation_config.json
+        self.llm.generation_config = self.generation_config
         return self.llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)

@@ -56,11 +56,16 @@ class Layout:
         name = plain_name(name)
         found = [(len(p), part) for part in PARTS for p in getattr(self, part) if name == p or name.startswith(p + ".")]
         if not found:
-            raise KeyError(f"{name!r} belongs to no part of {self.family}; known prefixes are {[p for part in PARTS for p in getattr(self, part)]}")
+            raise KeyError(
+                f"{name!r} belongs to no part of {self.family}; known prefixes are "
+                f"{[p for part in PARTS for p in getattr(self, part)]}"
+            )
         return max(found)[1]
 
 
-_PEFT = re.compile(r"^base_model\.model\.|\.(?:base_layer|lora_[AB]\.[^.]+|lora_embedding_[AB]|lora_magnitude_vector\.[^.]+|modules_to_save\.[^.]+|original_module)(?=\.|$)")
+_PEFT = re.compile(
+    r"^base_model\.model\.|\.(?:base_layer|lora_[AB]\.[^.]+|lora_embedding_[AB]|lora_magnitude_vector\.[^.]+|modules_to_save\.[^.]+|original_module)(?=\.|$)"
+)
 
 
 def plain_name(
@@ -84,15 +89,37 @@ def register(
 
 def _native(family, vision="vision_tower", connector=("multi_modal_projector",), language="language_model"):
     "The layout of a model that transformers itself implements: everything below `model`, the head beside it."
-    return Layout(family, f"model.{vision}", tuple(f"model.{c}" for c in connector), f"model.{language}", f"model.{language}.embed_tokens", "lm_head")
+    return Layout(
+        family,
+        f"model.{vision}",
+        tuple(f"model.{c}" for c in connector),
+        f"model.{language}",
+        f"model.{language}.embed_tokens",
+        "lm_head",
+    )
 
 
-_minicpmv: dict[str, Any] = dict(vision="vpm", connector="resampler", language="llm.model", embeddings="llm.model.embed_tokens", head="llm.lm_head")
+_minicpmv: dict[str, Any] = dict(
+    vision="vpm", connector="resampler", language="llm.model", embeddings="llm.model.embed_tokens", head="llm.lm_head"
+)
 register(Layout("MiniCPM-V", **_minicpmv), "minicpmv")
-register(Layout("MiniCPM-o", **_minicpmv, aside=("apm", "audio_projection_layer", "audio_avg_pooler", "tts")), "minicpmo")
+register(
+    Layout("MiniCPM-o", **_minicpmv, aside=("apm", "audio_projection_layer", "audio_avg_pooler", "tts")), "minicpmo"
+)
 register(_native("MiniCPM-V 4.6/4.7", connector=("merger",)), "minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
-# As in Qwen-VL's own script: what stays trainable under `fix_vit` is the resampler, not the norm and the bare matrix behind it.
-register(Layout("Qwen-VL", "transformer.visual", "transformer.visual.attn_pool", ("transformer.h", "transformer.ln_f"), "transformer.wte", "lm_head"), "qwen")
+# As in Qwen-VL's own script: what stays trainable under `fix_vit` is the resampler, not the norm and the bare matrix
+# behind it.
+register(
+    Layout(
+        "Qwen-VL",
+        "transformer.visual",
+        "transformer.visual.attn_pool",
+        ("transformer.h", "transformer.ln_f"),
+        "transformer.wte",
+        "lm_head",
+    ),
+    "qwen",
+)
 register(_native("Qwen2-VL", "visual", ("visual.merger",)), "qwen2_vl", "qwen2_5_vl")
 register(_native("Qwen3-VL", "visual", ("visual.merger", "visual.deepstack_merger_list")), "qwen3_vl")
 register(_native("Idefics", "vision_model", ("connector",), "text_model"), "idefics2", "idefics3", "smolvlm")
@@ -100,15 +127,27 @@ register(_native("LLaVA"), "llava")
 register(_native("InternVL"), "internvl")
 register(_native("Gemma 3"), "gemma3")
 register(_native("PaliGemma"), "paligemma")
-# One learned vector that ends each row of patches stands bare beside the modules. It is a token's embedding in all but name.
-register(Layout("LLaVA-OneVision", "model.vision_tower", "model.multi_modal_projector", "model.language_model",
-                ("model.language_model.embed_tokens", "model.image_newline"), "lm_head"), "llava_onevision")  # fmt: skip
+# One learned vector that ends each row of patches stands bare beside the modules. It is a token's embedding in all but
+# name.
+register(
+    Layout(
+        "LLaVA-OneVision",
+        "model.vision_tower",
+        "model.multi_modal_projector",
+        "model.language_model",
+        ("model.language_model.embed_tokens", "model.image_newline"),
+        "lm_head",
+    ),
+    "llava_onevision",
+)
 
 # %% ../../nbs/10_models.parts.ipynb #3f62a84d
 def infer_layout(
     model: nn.Module,  # a transformers model, also on the meta device
 ) -> Layout:
-    "Guess the parts of an unknown architecture from its structure. Raises `InputError` where the structure does not tell."
+    """Guess the parts of an unknown architecture from its structure.
+
+    Raises `InputError` where the structure does not tell."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     modules = dict(model.named_modules())
     names = {id(m): n for n, m in modules.items()}
@@ -117,15 +156,24 @@ def infer_layout(
     except NotImplementedError:
         raise _unknown(kind, "it does not say which module holds its input embeddings") from None
     language = (embeddings or "").rpartition(".")[0]
-    below = lambda name, root: name == root or name.startswith(root + ".")  # noqa: E731
+
+    def below(name, root):
+        return name == root or name.startswith(root + ".")
+
     if not language or not any(isinstance(m, nn.ModuleList) and below(n, language) for n, m in modules.items()):
         raise _unknown(kind, f"its input embeddings ({embeddings or 'none'}) lie in no module with a list of layers")
     head = names.get(id(model.get_output_embeddings())) or _head_beside(language, modules)
     width = model.get_input_embeddings().weight.shape[1]
     outside = {n: m for n, m in modules.items() if not below(n, language)}
-    eyes = [n for n, m in outside.items() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3] or _patch_readers(model.config, outside)
+    eyes = [
+        n for n, m in outside.items() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3
+    ] or _patch_readers(model.config, outside)
     if not eyes:
-        raise _unknown(kind, "no convolution outside its language model reads a picture's 3 channels, and no linear layer takes its patches")
+        raise _unknown(
+            kind,
+            "no convolution outside its language model reads a picture's 3 channels, and no linear layer takes its "
+            "patches",
+        )
     vision = eyes[0]
     while (parent := vision.rpartition(".")[0]) and not below(language, parent):
         vision = parent
@@ -139,7 +187,15 @@ def infer_layout(
     connector += [n for n in others if n not in towers]
     if not connector:
         raise _unknown(kind, f"nothing between {vision!r} and {language!r} looks like a connector")
-    return Layout(f"{kind} (inferred)", (vision, *towers), tuple(connector), language, (embeddings or "", *bare), head, inferred=True)
+    return Layout(
+        f"{kind} (inferred)",
+        (vision, *towers),
+        tuple(connector),
+        language,
+        (embeddings or "", *bare),
+        head,
+        inferred=True,
+    )
 
 # %% ../../nbs/10_models.parts.ipynb #e2e6121c
 def _after_layers(tower):
@@ -172,28 +228,41 @@ def _patch_readers(config, modules):
 
 def _squares(numbers):
     "Can so many numbers be 3 colours of a square of at least 8 pixels, in one frame or two?"
-    return any(numbers % (3 * f) == 0 and math.isqrt(numbers // (3 * f)) ** 2 == numbers // (3 * f) >= 64 for f in (1, 2))
+    return any(
+        numbers % (3 * f) == 0 and math.isqrt(numbers // (3 * f)) ** 2 == numbers // (3 * f) >= 64 for f in (1, 2)
+    )
 
 
 def _second_tower(kind, name, module, eye):
-    "Does a module beside the vision tower look at pictures, too? Raises `InputError` for one that is neither an eye nor a connector."
+    """Does a module beside the vision tower look at pictures, too?
+
+    Raises `InputError` for one that is neither an eye nor a connector."""
     inside = list(module.modules())
     picture = [m for m in inside if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3]
     sound = [m for m in inside if isinstance(m, nn.Conv1d) or (isinstance(m, nn.Conv2d) and m.in_channels == 1)]
     layers = any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in inside)
-    if picture and picture[0].kernel_size == picture[0].stride and layers:  # patches that do not overlap, and layers behind them
+    # patches that do not overlap, and layers behind them
+    if picture and picture[0].kernel_size == picture[0].stride and layers:
         return True
     width = getattr(eye, "out_channels", None) or eye.out_features
     if picture or (layers and sound) or "audio" in name:
         raise _unknown(kind, f"{name!r} is no connector: it reads {'pictures' if picture else 'sound'} of its own")
-    if layers and not any(isinstance(m, nn.Linear) and m.in_features == width for m in inside):  # a connector with layers, as a Q-Former, takes the tower's width
-        raise _unknown(kind, f"{name!r} has its own list of layers, and none of them takes the {width} numbers that the vision tower hands over")
+    # a connector with layers, as a Q-Former, takes the tower's width
+    if layers and not any(isinstance(m, nn.Linear) and m.in_features == width for m in inside):
+        raise _unknown(
+            kind,
+            f"{name!r} has its own list of layers, and none of them takes the {width} numbers that the vision tower "
+            "hands over",
+        )
     return False
 
 
 def _unknown(kind, why):
-    return InputError(f"the parts of the architecture {kind!r} could not be told apart: {why}", "model",
-                      f"Register it: register(Layout('name', vision=…, connector=…, language=…, embeddings=…, head=…), {kind!r})")  # fmt: skip
+    return InputError(
+        f"the parts of the architecture {kind!r} could not be told apart: {why}",
+        "model",
+        f"Register it: register(Layout('name', vision=…, connector=…, language=…, embeddings=…, head=…), {kind!r})",
+    )
 
 
 def layout_of(
@@ -214,11 +283,17 @@ def numel(p: torch.Tensor) -> int:
 def stored_tensors(
     model: nn.Module,
 ) -> Iterator[tuple[str, torch.Tensor]]:  # parameters, and the floating-point buffers that a checkpoint holds
-    "What a checkpoint stores. PEFT's frozen copies of a module in `modules_to_save` are left out, and a tied tensor comes once."
+    """What a checkpoint stores.
+
+    PEFT's frozen copies of a module in `modules_to_save` are left out, and a tied tensor comes once."""
     yield from ((n, p) for n, p in model.named_parameters() if ".original_module." not in n)
     for prefix, module in model.named_modules():
         for name, b in module.named_buffers(recurse=False):
-            if b.is_floating_point() and name not in module._non_persistent_buffers_set and "original_module" not in prefix.split("."):
+            if (
+                b.is_floating_point()
+                and name not in module._non_persistent_buffers_set
+                and "original_module" not in prefix.split(".")
+            ):
                 yield f"{prefix}.{name}".lstrip("."), b
 
 
@@ -251,7 +326,9 @@ NARROW = "\u00a0"  # keeps "q_proj 64→64 ×2" on one line
 
 @dataclass(frozen=True)
 class PartsTable:
-    "Every part of a model: where it lives, how much it weighs, which linear layers are inside. Prints as text, shows as a table in a notebook."
+    """Every part of a model: where it lives, how much it weighs, which linear layers are inside.
+
+    Prints as text, shows as a table in a notebook."""
 
     title: str
     rows: tuple[tuple[str, str, int, str], ...]  # part, names, weights, linear layers
@@ -263,13 +340,32 @@ class PartsTable:
         title: str = "",
     ) -> "PartsTable":
         "Measured on the model itself."
-        layout, total, layers, modules = layout_of(model), count(model), linear_layers(model), dict(model.named_modules())
+        layout, total, layers, modules = (
+            layout_of(model),
+            count(model),
+            linear_layers(model),
+            dict(model.named_modules()),
+        )
         rows = []
         for part in PARTS:
-            kinds = Counter((n.rpartition(".")[2] if not n.rpartition(".")[2].isdigit() else ".".join(n.split(".")[-2:]), modules[n].in_features, modules[n].out_features) for n in layers[part])
+            kinds = Counter(
+                (
+                    n.rpartition(".")[2] if not n.rpartition(".")[2].isdigit() else ".".join(n.split(".")[-2:]),
+                    modules[n].in_features,
+                    modules[n].out_features,
+                )
+                for n in layers[part]
+            )
             inside = ", ".join(f"{n} {i}→{o}" + (f" ×{k}" if k > 1 else "") for (n, i, o), k in kinds.items())
             where = ", ".join(getattr(layout, part))
-            rows.append((part, where, total[part], (inside or "none") + (f" ({TIED})" if part == "head" and not total[part] else "")))
+            rows.append(
+                (
+                    part,
+                    where,
+                    total[part],
+                    (inside or "none") + (f" ({TIED})" if part == "head" and not total[part] else ""),
+                )
+            )
         return cls(title or layout.family, tuple(rows))
 
     def _cells(self):
@@ -284,15 +380,27 @@ class PartsTable:
         cells = list(self._cells())
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
         for row in cells:
-            lines.append("  ".join(c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row[:4], widths))).rstrip())
+            lines.append(
+                "  ".join(
+                    c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row[:4], widths))
+                ).rstrip()
+            )
         lines += ["", "linear layers, which LoRA can adapt (input→output ×count)"]
         wrap = dict(width=110, subsequent_indent=" " * (widths[0] + 2), break_long_words=False)
-        lines += [textwrap.fill(f"{row[0].ljust(widths[0])}  {row[4].replace(' ', NARROW).replace(',' + NARROW, ', ')}", **wrap).replace(NARROW, " ") for row in cells[1:-1]]
+        lines += [
+            textwrap.fill(
+                f"{row[0].ljust(widths[0])}  {row[4].replace(' ', NARROW).replace(',' + NARROW, ', ')}", **wrap
+            ).replace(NARROW, " ")
+            for row in cells[1:-1]
+        ]
         return "\n".join(lines)
 
     def _repr_html_(self):
         head, *body = self._cells()
-        row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
+
+        def row(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
         return f"<table><caption>{html.escape(self.title)}</caption><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
 
 # %% ../../nbs/10_models.parts.ipynb #9087725f

@@ -18,7 +18,10 @@ from torch import nn
 from ..errors import InputError
 
 # %% ../../nbs/18_models.precision.ipynb #d411f38b
-_CAPABILITY = "compute capability: developer.nvidia.com/cuda-gpus; attention: PyTorch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp"
+_CAPABILITY = (
+    "compute capability: developer.nvidia.com/cuda-gpus; attention: PyTorch, "
+    "aten/src/ATen/native/transformers/cuda/sdp_utils.cpp"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ GENERATIONS = (
     Generation("Volta", (7, 0), r"V100|TITAN V", torch.float16, "memory-efficient"),
     Generation("Turing", (7, 5), r"T4|(?:RTX ?)?20[678]0|TITAN RTX", torch.float16, "memory-efficient"),
     Generation("Ampere", (8, 0), r"A100|A800|A30", torch.bfloat16, "flash"),
-    Generation("Ampere (RTX 30)", (8, 6), r"(?:RTX ?)?30[5-9]0|A10G?|A16|A40|(?:RTX ?)?A[2456]000", torch.bfloat16, "flash"),
+    Generation(
+        "Ampere (RTX 30)", (8, 6), r"(?:RTX ?)?30[5-9]0|A10G?|A16|A40|(?:RTX ?)?A[2456]000", torch.bfloat16, "flash"
+    ),
     Generation("Ada", (8, 9), r"(?:RTX ?)?40[5-9]0|L4|L40S?|RTX ?[456]000 ADA", torch.bfloat16, "flash"),
     Generation("Hopper", (9, 0), r"H100|H200|H800|GH200", torch.bfloat16, "flash"),
     Generation("Blackwell", (10, 0), r"B100|B200|GB200|(?:RTX ?)?50[5-9]0", torch.bfloat16, "flash"),
@@ -73,9 +78,12 @@ class Precision:
 
 # %% ../../nbs/18_models.precision.ipynb #7f347944
 def precision_for(
-    on: str | torch.device | tuple[int, int],  # "cpu", "cuda:0", a card such as "T4" or "RTX 4090", or a compute capability
+    # "cpu", "cuda:0", a card such as "T4" or "RTX 4090", or a compute capability
+    on: str | torch.device | tuple[int, int],
 ) -> Precision:
-    "What to compute in on a device, or on a card that is not here. Raises `InputError` for a card that is not in the table."
+    """What to compute in on a device, or on a card that is not here.
+
+    Raises `InputError` for a card that is not in the table."""
     if isinstance(on, tuple):
         return Precision.of(_generation(on))
     if isinstance(on, torch.device) or re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", str(on)):
@@ -84,14 +92,22 @@ def precision_for(
     for row in GENERATIONS:
         if re.fullmatch(rf"(?:{row.cards})(?:[ -]?(TI|SUPER|LAPTOP|GPU|PCIE|SXM\d?|NVL|\d+ ?GB))*(?:[ -].*)?", name):
             return Precision.of(row)
-    raise InputError(f"the card {on!r} is not in the table", "precision_for", "Write a name such as T4, V100, RTX 3090, RTX 4090, L4, A100, H100, or a compute capability such as (8, 6)")
+    raise InputError(
+        f"the card {on!r} is not in the table",
+        "precision_for",
+        "Write a name such as T4, V100, RTX 3090, RTX 4090, L4, A100, H100, or a compute capability such as (8, 6)",
+    )
 
 
 def _generation(capability):
     "The newest row that is not newer."
     rows = [g for g in GENERATIONS if g.since and g.since <= tuple(capability)]
     if not rows:
-        raise InputError(f"compute capability is {capability}", "precision_for", f"bitsandbytes and this table begin at {GENERATIONS[1].since}; use the CPU")
+        raise InputError(
+            f"compute capability is {capability}",
+            "precision_for",
+            f"bitsandbytes and this table begin at {GENERATIONS[1].since}; use the CPU",
+        )
     return rows[-1]
 
 
@@ -102,7 +118,8 @@ def _of_device(device):
         return replace(Precision.of(GENERATIONS[0]), on=f"{device.type} (never tried)", attention="unknown")
     row = _generation(torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # PyTorch's word counts: other vendors' cards have other numbers
+        # PyTorch's word counts: other vendors' cards have other numbers
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return Precision.of(replace(row, half=torch.bfloat16 if bf16 else torch.float16))
 
 # %% ../../nbs/18_models.precision.ipynb #5b95acd2
@@ -117,7 +134,9 @@ def precision_of(
         return card
     half = torch.bfloat16 if torch.bfloat16 in halves else torch.float16
     if half == torch.bfloat16 and card.autocast:
-        warnings.warn(f"The weights are in bfloat16, which {card.on} only emulates; load them in float16.", stacklevel=2)
+        warnings.warn(
+            f"The weights are in bfloat16, which {card.on} only emulates; load them in float16.", stacklevel=2
+        )
     return replace(card, stored=half, autocast=half)
 
 # %% ../../nbs/18_models.precision.ipynb #7c1f00a2

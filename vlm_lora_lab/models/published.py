@@ -38,19 +38,47 @@ def model_config(
     kind = kind if isinstance(kind, str) else repr(kind)
     ours: dict[str, Any] = {"minicpmv": MiniCPMVConfig, "minicpmo": MiniCPMOConfig, "qwen": QwenVLConfig}
     if kind == "qwen" and "visual" not in values:
-        raise InputError("model_type is 'qwen', but there is no 'visual' in it: this is Qwen, which has no eyes", where, "Give a Qwen-VL checkpoint")
-    if kind not in ours and (kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping):
-        raise InputError(f"model_type is {kind!r}, which is no vision-language model known here", where,
-                         f"Known are {', '.join(ours)} and what transformers implements as image-text-to-text, such as qwen2_vl, llava or gemma3")  # fmt: skip
+        raise InputError(
+            "model_type is 'qwen', but there is no 'visual' in it: this is Qwen, which has no eyes",
+            where,
+            "Give a Qwen-VL checkpoint",
+        )
+    if kind not in ours and (
+        kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping
+    ):
+        raise InputError(
+            f"model_type is {kind!r}, which is no vision-language model known here",
+            where,
+            f"Known are {', '.join(ours)} and what transformers implements as image-text-to-text, such as qwen2_vl, "
+            "llava or gemma3",
+        )
     try:
-        return (ours.get(kind) or CONFIG_MAPPING[kind]).from_dict(deepcopy({k: v for k, v in values.items() if k != "auto_map"}))  # it takes pieces out of what it is given
+        # it takes pieces out of what it is given
+        return (ours.get(kind) or CONFIG_MAPPING[kind]).from_dict(
+            deepcopy({k: v for k, v in values.items() if k != "auto_map"})
+        )
     except InputError:
         raise
     except UNUSABLE as e:
-        raise InputError(f"this configuration cannot be used: {_said(e)}", where, "Compare it with the published one: vlm-lora-lab parts") from None
+        raise InputError(
+            f"this configuration cannot be used: {_said(e)}",
+            where,
+            "Compare it with the published one: vlm-lora-lab parts",
+        ) from None
 
 
-UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, ImportError, StrictDataclassError)  # what strange values cause
+# what strange values cause
+UNUSABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    ArithmeticError,
+    ImportError,
+    StrictDataclassError,
+)
 
 
 def _said(error):
@@ -77,7 +105,8 @@ class Published:
     source: str  # where they were read
     unread: dict = field(default_factory=dict)  # field -> where its value comes from instead
     weights: int | None = None  # as published
-    counted: str = ""  # where that number is from: "file" (an index or the hub's count), "memory", or "rounded" (4.1 B, or a file's size)
+    # where that number is from: "file" (an index or the hub's count), "memory", or "rounded" (4.1 B, or a file's size)
+    counted: str = ""
 
 
 def _read_published():
@@ -88,7 +117,9 @@ def _read_published():
 PUBLISHED = _read_published()
 
 # %% ../../nbs/16_models.published.ipynb #b1868098
-_PACKED = re.compile(r"(?P<whole>.+?)-(?:unsloth-)?(?P<how>bnb-4bit|int4|int8|awq|gptq|fp8|gguf)(?:-int[48])?$", re.IGNORECASE)
+_PACKED = re.compile(
+    r"(?P<whole>.+?)-(?:unsloth-)?(?P<how>bnb-4bit|int4|int8|awq|gptq|fp8|gguf)(?:-int[48])?$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -106,8 +137,15 @@ class PackedCopy:
 
     def __str__(self):
         if self.read:
-            return f"{self.name} is {self.of}, packed in 4 bit by {self.by}: parts and shapes are those of the whole model. It is read as it is; a layer that it holds in 4 bit can have LoRA, and cannot be trained in full."
-        return f"{self.name} is {self.of}, packed by {self.by}, which is not read here: parts and shapes are those of the whole model. To train it in 4 bit, give {self.of}, with four_bit: true."
+            return (
+                f"{self.name} is {self.of}, packed in 4 bit by {self.by}: parts and shapes are those of the whole "
+                "model. It is read as it is; a layer that it holds in 4 bit can have LoRA, and cannot be trained "
+                "in full."
+            )
+        return (
+            f"{self.name} is {self.of}, packed by {self.by}, which is not read here: parts and shapes are those of "
+            f"the whole model. To train it in 4 bit, give {self.of}, with four_bit: true."
+        )
 
 
 def packed_copy(
@@ -129,7 +167,8 @@ def packed_copy(
 
 # %% ../../nbs/16_models.published.ipynb #239e6e28
 def on_meta(
-    model: str | dict | PreTrainedConfig,  # the name of a published checkpoint, "lab", a folder, the content of a config.json, or a configuration
+    # the name of a published checkpoint, "lab", a folder, the content of a config.json, or a configuration
+    model: str | dict | PreTrainedConfig,
 ) -> nn.Module:  # on the meta device
     """A model with shapes and names, but no weights.
 
@@ -143,7 +182,11 @@ def on_meta(
     except InputError:
         raise
     except UNUSABLE as e:
-        raise InputError(f"no model can be built from this configuration: {_said(e)}", where, "Compare it with the published one: vlm-lora-lab parts") from None
+        raise InputError(
+            f"no model can be built from this configuration: {_said(e)}",
+            where,
+            "Compare it with the published one: vlm-lora-lab parts",
+        ) from None
     return built
 
 
@@ -164,8 +207,12 @@ def _values(model):
         return PUBLISHED[copy.of].config, copy.of
     if (name := lower.get(str(model).lower())) is None:
         close = get_close_matches(str(model).lower(), lower, n=3, cutoff=0.5)
-        raise InputError(f"{str(model)!r} is no published checkpoint known here and no folder with a config.json", "model",
-                         (f"Did you mean {' or '.join(lower[c] for c in close)}? " if close else "") + "All that are known: vlm-lora-lab parts")  # fmt: skip
+        raise InputError(
+            f"{str(model)!r} is no published checkpoint known here and no folder with a config.json",
+            "model",
+            (f"Did you mean {' or '.join(lower[c] for c in close)}? " if close else "")
+            + "All that are known: vlm-lora-lab parts",
+        )
     return PUBLISHED[name].config, name
 
 
@@ -176,9 +223,13 @@ def read_json(
     try:
         values = json_value(text_of(path), path)
     except json.JSONDecodeError as e:
-        raise InputError(f"{path.name} is not valid JSON: {e.msg}", f"{path}, line {e.lineno}", "Fetch the file again") from None
+        raise InputError(
+            f"{path.name} is not valid JSON: {e.msg}", f"{path}, line {e.lineno}", "Fetch the file again"
+        ) from None
     except RecursionError:
-        raise InputError(f"{path.name} is nested too deeply to be a configuration", path, "Fetch the file again") from None
+        raise InputError(
+            f"{path.name} is nested too deeply to be a configuration", path, "Fetch the file again"
+        ) from None
     except InputError:  # another encoding, or a key that is there twice
         raise
     except ValueError:  # a number of more digits than Python reads

@@ -39,12 +39,16 @@ def _check(config):
     if config.rotary_pct != 1.0:
         raise InputError(f"rotary_pct is {config.rotary_pct}, and only the published 1.0 is implemented", where)
     if visual is None:
-        raise InputError("there is no `visual`, so this is a Qwen without eyes", where, "Give the folder or name of a Qwen-VL")
+        raise InputError(
+            "there is no `visual`, so this is a Qwen without eyes", where, "Give the folder or name of a Qwen-VL"
+        )
     missing, unknown = set(VISUAL_FIELDS) - set(visual), set(visual) - {*VISUAL_FIELDS, "n_queries"}
     if missing or unknown:
         raise InputError(f"`visual` lacks {sorted(missing)} and has {sorted(unknown)}, which nothing here reads", where)
     if visual["output_dim"] != config.hidden_size:
-        raise InputError(f"pictures come out {visual['output_dim']} wide, but the language model is {config.hidden_size} wide", where)
+        raise InputError(
+            f"pictures come out {visual['output_dim']} wide, but the language model is {config.hidden_size} wide", where
+        )
 
 # %% ../../nbs/13_models.qwenvl.ipynb #b634c657
 @strict
@@ -90,7 +94,9 @@ def resize_positions(
     table: torch.Tensor,  # (n * n, D): one position per cell of a square grid
     cells: int,  # wanted; a square number
 ) -> torch.Tensor:  # (cells, D); the table itself where the size agrees
-    "A table of positions for another grid, by bicubic interpolation. Raises `InputError` when the cells make no square."
+    """A table of positions for another grid, by bicubic interpolation.
+
+    Raises `InputError` when the cells make no square."""
     if cells == len(table):
         return table
     have, want = math.isqrt(len(table)), math.isqrt(cells)
@@ -121,7 +127,9 @@ class VisualBlock(GradientCheckpointingLayer):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn = VisualAttention(width, num_heads)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, mlp_width), gelu=nn.GELU(), c_proj=nn.Linear(mlp_width, width)))
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, mlp_width), gelu=nn.GELU(), c_proj=nn.Linear(mlp_width, width))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (pictures, patches, V) both
         x = x + self.attn(self.ln_1(x))
@@ -143,7 +151,8 @@ class AttnPool(nn.Module):
         if side**2 != n_queries:
             raise InputError(f"n_queries is {n_queries}, which makes no square grid", "config.json, visual")
         self.query = nn.Parameter(torch.zeros(n_queries, width))
-        self.register_buffer("pos_embed", sincos_2d(width, side, side).flatten(0, 1))  # stored upstream as a parameter without a gradient
+        # stored upstream as a parameter without a gradient
+        self.register_buffer("pos_embed", sincos_2d(width, side, side).flatten(0, 1))
         self.kv_proj = nn.Identity() if vision_width == width else nn.Linear(vision_width, width, bias=False)
         self.attn = CrossAttention(width, num_heads)
         self.ln_q, self.ln_kv = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
@@ -155,7 +164,8 @@ class AttnPool(nn.Module):
     ) -> torch.Tensor:  # (pictures, n_queries, D)
         "Resample each picture to `n_queries` vectors."
         x = self.ln_kv(self.kv_proj(x.to(self.query.dtype)))
-        everything = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # square pictures of one size need no padding
+        # square pictures of one size need no padding
+        everything = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         query = self.ln_q(self.query) + self.pos_embed.to(x.dtype)
         return self.attn(query, x + resize_positions(self.pos_embed, x.shape[1]).to(x.dtype), x, everything)
 
@@ -181,7 +191,11 @@ class QwenVisual(nn.Module):
         pixel_values: torch.Tensor,  # (pictures, 3, H, H), normalised with CLIP's means and deviations
     ) -> torch.Tensor:  # (pictures, patches, V): the vision tower's result, before the connector
         "See each picture. Raises `InputError` for pictures that are not square."
-        if pixel_values.ndim != 4 or pixel_values.shape[2] != pixel_values.shape[3] or pixel_values.shape[2] % self.conv1.stride[0]:
+        if (
+            pixel_values.ndim != 4
+            or pixel_values.shape[2] != pixel_values.shape[3]
+            or pixel_values.shape[2] % self.conv1.stride[0]
+        ):
             remedy = f"Give (pictures, 3, H, H) with H a multiple of {self.conv1.stride[0]}"
             raise InputError(f"the pictures have the shape {tuple(pixel_values.shape)}", "pixel_values", remedy)
         x = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (pictures, patches, V)
@@ -255,7 +269,8 @@ class QwenAttention(nn.Module):
         **kwargs: Any,  # for the attention function
     ) -> torch.Tensor:  # (batch, tokens, D)
         "Let every token look back."
-        q, k, v = self.c_attn(x).unflatten(-1, (3, -1, self.config.kv_channels)).permute(2, 0, 3, 1, 4)  # (batch, heads, tokens, ·)
+        # (batch, heads, tokens, ·)
+        q, k, v = self.c_attn(x).unflatten(-1, (3, -1, self.config.kv_channels)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, angles), rotate(k, angles)
         if logn is not None:
             q = q * logn.to(q.dtype)
@@ -288,7 +303,8 @@ class QwenBlock(GradientCheckpointingLayer):
         self.ln_1, self.ln_2 = (Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon) for _ in range(2))
         self.attn, self.mlp = QwenAttention(config, layer_idx), QwenMLP(config)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # (batch, tokens, D) both; the rest is for `attn`
+    # (batch, tokens, D) both; the rest is for `attn`
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), *args, **kwargs)
         return x + self.mlp(self.ln_2(x))
 
@@ -327,7 +343,9 @@ class QwenTransformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         mask = create_causal_mask(config, x, attention_mask, past_key_values, position_ids)
-        angles = rotary(position_ids, config.kv_channels, config.rotary_emb_base, self._alpha(x.shape[1], past, past_key_values))
+        angles = rotary(
+            position_ids, config.kv_channels, config.rotary_emb_base, self._alpha(x.shape[1], past, past_key_values)
+        )
         sharpen = config.use_logn_attn and not self.training
         logn = logn_scale(position_ids, config.seq_length)[:, None, :, None] if sharpen else None
         x = self.drop(x)
@@ -384,7 +402,9 @@ def find_pictures(
     paired = len(starts) == len(ends) and bool(((starts[:, 0] == ends[:, 0]) & (starts[:, 1] < ends[:, 1])).all())
     if not paired or bool(((starts[1:, 0] == ends[:-1, 0]) & (starts[1:, 1] < ends[:-1, 1])).any()):
         remedy = "Do not cut a text inside a picture"
-        raise InputError(f"there are {len(starts)} <img> and {len(ends)} </img>, and they do not pair up", "input_ids", remedy)
+        raise InputError(
+            f"there are {len(starts)} <img> and {len(ends)} </img>, and they do not pair up", "input_ids", remedy
+        )
     return torch.cat([starts[:, :1], starts[:, 1:] + 1, ends[:, 1:]], dim=1)
 
 # %% ../../nbs/13_models.qwenvl.ipynb #4f2c52c9
@@ -405,29 +425,44 @@ class QwenVLEmbedder(QwenVLBase):
         pixel_values: torch.Tensor | None = None,  # (pictures, 3, H, H)
         image_bound: torch.Tensor | None = None,  # (pictures, 3) int: row, start, end of each picture's places
     ) -> torch.Tensor:  # (batch, tokens, D)
-        "Text embeddings with every place replaced by its picture. Raises `InputError` when pictures and places disagree."
+        """Text embeddings with every place replaced by its picture.
+
+        Raises `InputError` when pictures and places disagree."""
         x, visual = self.transformer.wte(input_ids), self.transformer.visual
         pictures, bounds = (0 if given is None else len(given) for given in (pixel_values, image_bound))
         if pictures != bounds:
             raise InputError(f"the batch holds {pictures} pictures, but image_bound names {bounds} places for them")
         if not pictures and self.training and any(p.requires_grad for p in visual.parameters()):
-            empty = x.new_zeros(1, 3, *visual.conv1.stride)  # vision tower and connector get zeros as gradients, and not None
+            # vision tower and connector get zeros as gradients, and not None
+            empty = x.new_zeros(1, 3, *visual.conv1.stride)
             return x + visual(empty).mean().to(x.dtype) * 0
         if pixel_values is None or image_bound is None or not pictures:
             return x
         queries, lengths = len(visual.attn_pool.query), image_bound[:, 2] - image_bound[:, 1]
         if (lengths != queries).any():
-            raise InputError(f"each picture becomes {queries} vectors, but image_bound leaves room for {lengths.tolist()}")
+            raise InputError(
+                f"each picture becomes {queries} vectors, but image_bound leaves room for {lengths.tolist()}"
+            )
         places = image_bound[:, 1:2] + torch.arange(queries, device=image_bound.device)
         index = (image_bound[:, :1].expand(-1, queries).to(x.device), places.to(x.device))
         return x.index_put(index, visual(pixel_values).to(x.dtype))
 
 # %% ../../nbs/13_models.qwenvl.ipynb #9bfe4610
-_KNOWN = {"num_items_in_batch", "shift_labels", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+_KNOWN = {
+    "num_items_in_batch",
+    "shift_labels",
+    "cache_position",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+}
 
 
 def _refuse_unknown(kwargs):
-    unknown = sorted(name for name, value in kwargs.items() if value is not None and value is not False and name not in _KNOWN)
+    unknown = sorted(
+        name for name, value in kwargs.items() if value is not None and value is not False and name not in _KNOWN
+    )
     if unknown:
         raise InputError(f"{', '.join(unknown)} would have no effect on Qwen-VL", "forward", "Leave it out")
 
@@ -435,7 +470,8 @@ def _refuse_unknown(kwargs):
 class QwenVL(QwenVLEmbedder, GenerationMixin):
     """Qwen-VL (2023) with the parameter names of `Qwen/Qwen-VL` and `Qwen/Qwen-VL-Chat`.
 
-    Implemented from the architecture; held to reference tensors of the original code (`tests/test_golden_qwenvl.py`)."""
+    Implemented from the architecture; held to reference tensors of the original code (`tests/test_golden_qwenvl.py`).
+    """
 
     @can_return_tuple
     def forward(
@@ -453,7 +489,9 @@ class QwenVL(QwenVLEmbedder, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,  # num_items_in_batch of the Trainer, flash-attention arguments
     ) -> CausalLMOutputWithPast:
-        "Logits for every token, and the loss when there are labels. Raises `InputError` for an argument that is not implemented."
+        """Logits for every token, and the loss when there are labels.
+
+        Raises `InputError` for an argument that is not implemented."""
         _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("exactly one of input_ids and inputs_embeds is needed", "forward")
@@ -465,7 +503,11 @@ class QwenVL(QwenVLEmbedder, GenerationMixin):
         x = self.transformer(x, attention_mask, position_ids, cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        )
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
 
     @torch.no_grad()

@@ -19,7 +19,8 @@ def sincos_2d(
     rows: int,  # height of the grid, in patches
     cols: int,  # width of the grid, in patches
 ) -> torch.Tensor:  # (rows, cols, D) float32: the first half of the channels encodes the column, the second the row
-    """Positions on a grid as sines and cosines, in MiniCPM-V's order (upstream `resampler.py`, `get_2d_sincos_pos_embed`).
+    """Positions on a grid as sines and cosines, in MiniCPM-V's order (upstream `resampler.py`,
+    `get_2d_sincos_pos_embed`).
 
     Raises `ValueError` when `width` is not a multiple of 4."""
     if width % 4:
@@ -35,7 +36,8 @@ def sincos_2d(
 
 # %% ../../nbs/11_models.resampler.ipynb #19b58440
 class CrossAttention(nn.Module):
-    """Multi-head attention from queries to a padded sequence, with the parameter names of `torch.nn.MultiheadAttention`."""
+    """Multi-head attention from queries to a padded sequence, with the parameter names of
+    `torch.nn.MultiheadAttention`."""
 
     def __init__(
         self,
@@ -71,7 +73,8 @@ def sincos_1d(
     width: int,  # channels D; even
     times: list[int],  # 0 and up; -1 for a picture that has no time
 ) -> torch.Tensor:  # (times, D) float32, zero where there is no time
-    """Time as sines and cosines, in upstream's 32-bit arithmetic (MiniCPM-V 4.5, `resampler.py`, `get_1d_sincos_pos_embed_from_grid`)."""
+    """Time as sines and cosines, in upstream's 32-bit arithmetic (MiniCPM-V 4.5, `resampler.py`,
+    `get_1d_sincos_pos_embed_from_grid`)."""
     omega = np.float32(1) / np.float32(10000) ** (np.arange(width // 2, dtype=np.float32) / np.float32(width / 2))
     angle = np.array(times, dtype=np.float32)[:, None] * omega
     table = torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32))
@@ -87,9 +90,14 @@ def join_frames(
     "Put the patches of each group's frames side by side, with their time added to the keys."
     key = key + sincos_1d(key.shape[-1], temporal_ids[:, 1].tolist()).to(key)[:, None]
     frames = temporal_ids[:, 0].unique_consecutive(return_counts=True)[1].tolist()
-    keys, values = ([torch.cat(g) for g in _split([x[i][mask[i]] for i in range(len(x))], frames)] for x in (key, value))
+    keys, values = (
+        [torch.cat(g) for g in _split([x[i][mask[i]] for i in range(len(x))], frames)] for x in (key, value)
+    )
     lengths = torch.tensor([len(k) for k in keys], device=key.device)
-    stack = lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True)  # noqa: E731
+
+    def stack(rows):
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
     return stack(keys), stack(values), torch.arange(int(lengths.max()), device=key.device) < lengths[:, None]
 
 
@@ -110,10 +118,14 @@ class Resampler(nn.Module):
         width: int,  # channels D of the language model
         num_heads: int,  # attention heads (published: D // 128)
         vision_width: int,  # channels V of the vision tower
-        stored_table: bool = False,  # 2.0 alone: queries have positions, too, on a square grid, and the file stores them
+        # 2.0 alone: queries have positions, too, on a square grid, and the file stores them
+        stored_table: bool = False,
     ):
         super().__init__()
-        norm = lambda: nn.LayerNorm(width, eps=1e-6)  # noqa: E731
+
+        def norm():
+            return nn.LayerNorm(width, eps=1e-6)
+
         self.query = nn.Parameter(torch.zeros(query_num, width))
         # Upstream leaves the projection out (and its key) when both widths agree.
         self.kv_proj = nn.Identity() if vision_width == width else nn.Linear(vision_width, width, bias=False)
@@ -126,7 +138,8 @@ class Resampler(nn.Module):
             if side**2 != query_num:
                 raise ValueError(f"Queries with positions lie on a square grid, but {query_num} is no square.")
             self.register_buffer("pos_embed", sincos_2d(width, side, side).flatten(0, 1))
-        self._table: torch.Tensor | None = None  # grows with the largest picture seen; neither parameter nor buffer, so never loaded
+        # grows with the largest picture seen; neither parameter nor buffer, so never loaded
+        self._table: torch.Tensor | None = None
 
     def positions(
         self,
@@ -146,7 +159,8 @@ class Resampler(nn.Module):
         self,
         x: torch.Tensor,  # (pictures, patches, V) from the vision tower, padded
         tgt_sizes: torch.Tensor,  # (pictures, 2) int: rows and columns of patches
-        temporal_ids: torch.Tensor | None = None,  # (pictures, 2) int: group and time, see `join_frames`; None: each picture stands alone
+        # (pictures, 2) int: group and time, see `join_frames`; None: each picture stands alone
+        temporal_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:  # (pictures or groups, query_num, D)
         "Resample each picture, or each group of frames, to `query_num` vectors."
         x = x.to(self.query.dtype)  # trained in 32 bit behind a vision tower in 16, or the other way round

@@ -42,7 +42,11 @@ def _read(path):
     if not data:
         raise InputError("the file is empty", path, AGAIN)
     if data.startswith(b"version https://git-lfs.github.com/"):
-        raise InputError("this is a Git LFS pointer and not the file itself", path, "Run `git lfs pull` in the folder, or fetch it with hf download")
+        raise InputError(
+            "this is a Git LFS pointer and not the file itself",
+            path,
+            "Run `git lfs pull` in the folder, or fetch it with hf download",
+        )
     return data
 
 
@@ -77,17 +81,26 @@ def _from_json(path):
         tokenizer = Tokenizer.from_str(json.dumps(spec))
     except Exception as e:  # the library raises nothing more special than Exception
         raise InputError(f"the tokenizers library cannot read it ({e})", path, AGAIN) from None
-    of_bytes = spec["model"].get("type") == "BPE" and not spec["model"].get("byte_fallback") and BYTE_SYMBOLS <= tokenizer.get_vocab().keys()
+    of_bytes = (
+        spec["model"].get("type") == "BPE"
+        and not spec["model"].get("byte_fallback")
+        and BYTE_SYMBOLS <= tokenizer.get_vocab().keys()
+    )
     if of_bytes and '"ByteLevel"' not in json.dumps([spec.get("pre_tokenizer"), spec.get("normalizer")]):
-        raise InputError("the vocabulary is of bytes, but no pre-tokenizer turns text into bytes", path,
-                         "transformers 5 saves such a file after loading it through the class of the repository; take the published tokenizer.json")  # fmt: skip
+        raise InputError(
+            "the vocabulary is of bytes, but no pre-tokenizer turns text into bytes",
+            path,
+            "transformers 5 saves such a file after loading it through the class of the repository; take the published "
+            "tokenizer.json",
+        )
     return tokenizer
 
 # %% ../../nbs/15_models.tokenizer.ipynb #f9e6237c
 def merges_of(
     pieces: dict,  # str or bytes -> priority, smaller joins first
 ) -> list[tuple]:  # (left, right), first joins first
-    "All ways to join two pieces into a third, in the order in which BPE by rank (tiktoken) or by score (sentencepiece) takes them."
+    """All ways to join two pieces into a third, in the order in which BPE by rank (tiktoken) or by score
+    (sentencepiece) takes them."""
     return [
         (piece[:i], piece[i:])
         for piece in sorted((p for p in pieces if len(p) > 1), key=pieces.__getitem__)
@@ -96,11 +109,24 @@ def merges_of(
     ]
 
 # %% ../../nbs/15_models.tokenizer.ipynb #f48595d5
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN_SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
-    "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>",
-)  # fmt: skip  # 217 tokens, in the order of their ids
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|extra_{i}|>" for i in range(205)),
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<quad>",
+    "</quad>",
+    "<img>",
+    "</img>",
+    "<imgpad>",
+)  # 217 tokens, in the order of their ids
 
 
 def _byte_names():
@@ -134,7 +160,10 @@ def _from_ranks(path):
     tokenizer = Tokenizer(models.BPE({text[t]: rank for t, rank in ranks.items()}, merges, ignore_merges=True))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=True) for t in QWEN_SPECIAL])
@@ -194,17 +223,33 @@ def read_sentencepiece(
         model = _message(data)
         trainer, normalizer = _message(model[2][-1]), _message(model[3][-1])
         raw = [_message(p) for p in model[1]]
-        pieces = tuple((p[1][-1].decode("utf-8"), struct.unpack("<f", p[2][-1])[0] if 2 in p else 0.0, p.get(3, [NORMAL])[-1]) for p in raw)
+        pieces = tuple(
+            (p[1][-1].decode("utf-8"), struct.unpack("<f", p[2][-1])[0] if 2 in p else 0.0, p.get(3, [NORMAL])[-1])
+            for p in raw
+        )
     except (IndexError, KeyError, ValueError, AttributeError, TypeError, struct.error):
         raise InputError("this is no sentencepiece model, or it is cut short", path, AGAIN) from None
-    flag = lambda fields, number, default: bool(fields.get(number, [default])[-1])  # noqa: E731
+
+    def flag(fields, number, default):
+        return bool(fields.get(number, [default])[-1])
+
     if trainer.get(3, [1])[-1] != 2:
         raise InputError("its model_type is not BPE", path, "MiniCPM-V 2.0's is; other kinds need a tokenizer.json")
-    if flag(trainer, 24, False) or not flag(normalizer, 5, True) or {k for *_, k in pieces} - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE}:
-        raise InputError("it uses settings that MiniCPM-V 2.0's does not (whitespace as suffix, unescaped whitespace or unused pieces)", path,
-                         "Convert it to a tokenizer.json")  # fmt: skip
+    if (
+        flag(trainer, 24, False)
+        or not flag(normalizer, 5, True)
+        or {k for *_, k in pieces} - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE}
+    ):
+        raise InputError(
+            "it uses settings that MiniCPM-V 2.0's does not (whitespace as suffix, unescaped whitespace or unused "
+            "pieces)",
+            path,
+            "Convert it to a tokenizer.json",
+        )
     charsmap = normalizer.get(2, [b""])[-1]
-    return SentencePieces(pieces, flag(trainer, 35, False), charsmap, flag(normalizer, 3, True), flag(normalizer, 4, True))
+    return SentencePieces(
+        pieces, flag(trainer, 35, False), charsmap, flag(normalizer, 3, True), flag(normalizer, 4, True)
+    )
 
 # %% ../../nbs/15_models.tokenizer.ipynb #ec8d910b
 def _normalizer(sp):
@@ -221,24 +266,43 @@ def _normalizer(sp):
 
 # %% ../../nbs/15_models.tokenizer.ipynb #3e711a75
 def _from_sentencepiece(path, config):
-    """MiniCPM-V 2.0's tokenizer: sentencepiece BPE between added tokens, as transformers 4.36's slow Llama tokenizer with `legacy` does it.
+    """MiniCPM-V 2.0's tokenizer: sentencepiece BPE between added tokens, as transformers 4.36's slow Llama tokenizer
+    with `legacy` does it.
 
-    One thing differs: text that spells the name of a byte piece, such as <0x41>, and stands alone between user-defined symbols, is read as that piece."""
+    One thing differs: text that spells the name of a byte piece, such as <0x41>, and stands alone between user-defined
+    symbols, is read as that piece."""
     if config.get("legacy") is False:
-        raise InputError("'legacy' is false, and MiniCPM-V 2.0 was trained with true", path.with_name("tokenizer_config.json"), "Use the published file")
+        raise InputError(
+            "'legacy' is false, and MiniCPM-V 2.0 was trained with true",
+            path.with_name("tokenizer_config.json"),
+            "Use the published file",
+        )
     sp = read_sentencepiece(path)
     if sp.charsmap:
-        warnings.warn(f"{path.name} replaces characters by a table. Characters of several code points may get other ids than from sentencepiece.", stacklevel=3)
+        warnings.warn(
+            f"{path.name} replaces characters by a table. Characters of several code points may get other ids than "
+            "from sentencepiece.",
+            stacklevel=3,
+        )
     vocab, plain = {}, {}
     for number, (text, score, kind) in enumerate(sp.pieces):
         vocab.setdefault(text, number)
         if kind == NORMAL:
             plain[text] = -score
-    added = _added_tokens(config, path) or {vocab[t]: AddedToken(t, special=True, normalized=False) for t in sp.named(UNKNOWN) + sp.named(CONTROL)}
+    added = _added_tokens(config, path) or {
+        vocab[t]: AddedToken(t, special=True, normalized=False) for t in sp.named(UNKNOWN) + sp.named(CONTROL)
+    }
     whole = sorted(set(sp.named(USER_DEFINED)) - {t.content for t in added.values()}, key=len, reverse=True)
     unknown = (sp.named(UNKNOWN) or [None])[0]
     tokenizer = Tokenizer(
-        models.BPE(vocab, merges_of(plain), unk_token=unknown, fuse_unk=not sp.byte_fallback, byte_fallback=sp.byte_fallback, ignore_merges=bool(whole))
+        models.BPE(
+            vocab,
+            merges_of(plain),
+            unk_token=unknown,
+            fuse_unk=not sp.byte_fallback,
+            byte_fallback=sp.byte_fallback,
+            ignore_merges=bool(whole),
+        )
     )
     tokenizer.normalizer = _normalizer(sp)
     if whole:  # these are matched by sentencepiece itself, longest first
@@ -270,12 +334,18 @@ def _added_tokens(config, path):
             flags = {k: bool(t.get(k, False)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
             added[int(number)] = AddedToken(t["content"], **flags)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError("added_tokens_decoder is not {id: {'content': …}}", path.with_name("tokenizer_config.json"), AGAIN) from None
+        raise InputError(
+            "added_tokens_decoder is not {id: {'content': …}}", path.with_name("tokenizer_config.json"), AGAIN
+        ) from None
     for text, number in _json(path.with_name("added_tokens.json")).items():
         if not isinstance(number, int):
             raise InputError(f"the id of {text} is {number!r}", path.with_name("added_tokens.json"), AGAIN)
         if number in added and added[number].content != text:
-            raise InputError(f"id {number} is {text} here and {added[number].content} in tokenizer_config.json", path.with_name("added_tokens.json"), AGAIN)
+            raise InputError(
+                f"id {number} is {text} here and {added[number].content} in tokenizer_config.json",
+                path.with_name("added_tokens.json"),
+                AGAIN,
+            )
         added.setdefault(number, AddedToken(text, special=False, normalized=False))
     return added
 
@@ -287,17 +357,23 @@ def _add(tokenizer, added, path):
         if token.content not in known:
             (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if (found := tokenizer.token_to_id(token.content)) != number:
-            raise InputError(f"{token.content} is id {found} here and id {number} in the folder's configuration", path, "The files belong to two models")
+            raise InputError(
+                f"{token.content} is id {found} here and id {number} in the folder's configuration",
+                path,
+                "The files belong to two models",
+            )
 
 # %% ../../nbs/15_models.tokenizer.ipynb #71eaec04
 CHATML = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% "
+    "endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )  # Qwen-VL
 USER_AI = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<用户>' }}{% elif m['role'] == 'assistant' %}{{ '<AI>' }}"
-    "{% else %}{{ raise_exception('MiniCPM-V 2.0 knows no role but user and assistant') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    "{% else %}{{ raise_exception('MiniCPM-V 2.0 knows no role but user and assistant') }}{% endif %}{{ m['content'] "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<AI>' }}{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 )  # MiniCPM-V 2.0: only the last answer ends in </s>
 
@@ -321,57 +397,92 @@ def _roles(folder, config, tokenizer):
     "bos, eos, unk and pad as the folder gives them. Every token named must exist."
     other, roles = _json(folder / "special_tokens_map.json"), {}
     for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        if token := _content(config.get(role), folder / "tokenizer_config.json") or _content(other.get(role), folder / "tokenizer_config.json"):
+        if token := _content(config.get(role), folder / "tokenizer_config.json") or _content(
+            other.get(role), folder / "tokenizer_config.json"
+        ):
             roles[role] = token
     named = dict(roles)
     for key in ("additional_special_tokens", "extra_special_tokens"):
         tokens = config.get(key) or other.get(key) or []
-        named |= {f"{key} {n}": _content(t, folder / "tokenizer_config.json") for n, t in (tokens.items() if isinstance(tokens, dict) else enumerate(tokens))}
+        named |= {
+            f"{key} {n}": _content(t, folder / "tokenizer_config.json")
+            for n, t in (tokens.items() if isinstance(tokens, dict) else enumerate(tokens))
+        }
     for role, token in named.items():
         if token and tokenizer.token_to_id(token) is None:
-            raise InputError(f"the {role} is {token!r}, which the vocabulary does not have", folder, "The files belong to two models")
+            raise InputError(
+                f"the {role} is {token!r}, which the vocabulary does not have", folder, "The files belong to two models"
+            )
     return roles
 
 # %% ../../nbs/15_models.tokenizer.ipynb #5d290c8c
 GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
-KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names")  # of tokenizer_config.json, passed on
+# of tokenizer_config.json, passed on
+KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
 
 
 def _native(name):
     "Whether transformers has this tokenizer class of its own."
-    return bool(name) and name not in GENERIC and any(hasattr(transformers, n) for n in (name, name.removesuffix("Fast"), name + "Fast"))
+    return (
+        bool(name)
+        and name not in GENERIC
+        and any(hasattr(transformers, n) for n in (name, name.removesuffix("Fast"), name + "Fast"))
+    )
 
 
 def _source(folder, config):
     "Which file of a folder is the tokenizer: the one that the class named there would read."
-    has = lambda name: (folder / name).exists()  # noqa: E731
+
+    def has(name):
+        return (folder / name).exists()
+
     remote, name = (config.get("auto_map") or {}), config.get("tokenizer_class")
     remote = remote.get("AutoTokenizer") if isinstance(remote, dict) else remote
     if not isinstance(name, (str, type(None))):
-        raise InputError(f"tokenizer_class is {name!r}", folder / "tokenizer_config.json", "It must be the name of a class")
+        raise InputError(
+            f"tokenizer_class is {name!r}", folder / "tokenizer_config.json", "It must be the name of a class"
+        )
     ours = str(_json(folder / "config.json").get("model_type", "")) in ("minicpmv", "minicpmo", "qwen")
     if has("qwen.tiktoken") and not (has("tokenizer.json") and name in GENERIC):
         return "qwen.tiktoken"
-    if has("tokenizer.model") and (not has("tokenizer.json") or (remote and not str(name).endswith("Fast"))) and (ours or not _native(name)):
+    if (
+        has("tokenizer.model")
+        and (not has("tokenizer.json") or (remote and not str(name).endswith("Fast")))
+        and (ours or not _native(name))
+    ):
         return "tokenizer.model"
     if _native(name) and not remote and not ours:
         return "native"
     if has("tokenizer.json"):
         return "tokenizer.json"
     if name and name not in GENERIC:
-        raise InputError(f"the tokenizer_class {name!r} is not one of transformers, and the code of a repository is not run", folder / "tokenizer_config.json",
-                         "Put tokenizer.json, qwen.tiktoken or tokenizer.model of the model into the folder")  # fmt: skip
-    raise InputError("there is no tokenizer in this folder", folder, "Put tokenizer.json, qwen.tiktoken or tokenizer.model of the model into it")
+        raise InputError(
+            f"the tokenizer_class {name!r} is not one of transformers, and the code of a repository is not run",
+            folder / "tokenizer_config.json",
+            "Put tokenizer.json, qwen.tiktoken or tokenizer.model of the model into the folder",
+        )
+    raise InputError(
+        "there is no tokenizer in this folder",
+        folder,
+        "Put tokenizer.json, qwen.tiktoken or tokenizer.model of the model into it",
+    )
 
 # %% ../../nbs/15_models.tokenizer.ipynb #1865f490
 def _load_native(folder, config):
-    "A tokenizer of a family that transformers has itself; `AutoTokenizer` leaves out a template that lies in chat_template.json, where the processors of 2024 put it."
+    """A tokenizer of a family that transformers has itself; `AutoTokenizer` leaves out a template that lies in
+    chat_template.json, where the processors of 2024 put it."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # each format has its own kinds of errors, some are plain Exception
-        raise InputError(f"transformers cannot read this tokenizer ({' '.join(str(e).split())[:200]})", folder, AGAIN) from None
+        raise InputError(
+            f"transformers cannot read this tokenizer ({' '.join(str(e).split())[:200]})", folder, AGAIN
+        ) from None
     if not tokenizer.is_fast:
-        raise InputError(f"{type(tokenizer).__name__} has no fast form, so it cannot say where a token lies in the text", folder, "Add its tokenizer.json")
+        raise InputError(
+            f"{type(tokenizer).__name__} has no fast form, so it cannot say where a token lies in the text",
+            folder,
+            "Add its tokenizer.json",
+        )
     tokenizer.chat_template = _chat_template(folder, config) or tokenizer.chat_template
     return tokenizer
 
@@ -405,10 +516,20 @@ def tokenizer_of(
             raise InputError(f"{key} is {config[key]!r}", folder / "tokenizer_config.json", "Write left or right")
     roles = _roles(folder, config, backend)
     known = backend.get_added_tokens_decoder().values()
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in dict.fromkeys(roles.values()) if t not in {k.content for k in known}])
+    backend.add_tokens(
+        [
+            AddedToken(t, special=False, normalized=False)
+            for t in dict.fromkeys(roles.values())
+            if t not in {k.content for k in known}
+        ]
+    )
     special = [t.content for t in known if t.special and t.content not in roles.values()]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, **roles, extra_special_tokens=special, clean_up_tokenization_spaces=False, **{k: config[k] for k in KEPT if k in config}
+        tokenizer_object=backend,
+        **roles,
+        extra_special_tokens=special,
+        clean_up_tokenization_spaces=False,
+        **{k: config[k] for k in KEPT if k in config},
     )
     tokenizer.chat_template, tokenizer.name_or_path = template, str(folder)
     return tokenizer
@@ -426,8 +547,14 @@ def version_of(
     if kind == "qwen" and "visual" in config:
         return "qwenvl"
     name = {"minicpmv": str(version or "2.0"), "minicpmo": f"o-{version or '2.6'}"}.get(str(kind))
-    if name not in VERSIONS or (kind == "minicpmv" and not version and not {"vision_encoder", "scale_emb"} & set(config)):
-        raise InputError(f"model_type {kind!r} with version {version!r} is none of {', '.join(VERSIONS)}", where, "Take the published config.json")
+    if name not in VERSIONS or (
+        kind == "minicpmv" and not version and not {"vision_encoder", "scale_emb"} & set(config)
+    ):
+        raise InputError(
+            f"model_type {kind!r} with version {version!r} is none of {', '.join(VERSIONS)}",
+            where,
+            "Take the published config.json",
+        )
     return name
 
 # %% ../../nbs/15_models.tokenizer.ipynb #4ae9254b
@@ -458,10 +585,16 @@ def special_tokens(
     vocab, where = tokenizer.get_vocab(), tokenizer.name_or_path or "tokenizer"
     qwen, numbered = version == "qwenvl", version not in ("2.0", "2.5", "qwenvl")
     turn_end = {"2.0": "</s>", "2.5": "<|eot_id|>"}.get(version, "<|im_end|>")
-    pairs = [("<img>", "</img>")] if qwen else [("<image>", "</image>"), ("<slice>", "</slice>")] + [("<image_id>", "</image_id>")] * numbered
+    pairs = (
+        [("<img>", "</img>")]
+        if qwen
+        else [("<image>", "</image>"), ("<slice>", "</slice>")] + [("<image_id>", "</image_id>")] * numbered
+    )
     filler = "<imgpad>" if qwen else "<unk>"
     if missing := [t for t in (*sum(pairs, ()), filler, turn_end) if t not in vocab]:
-        raise InputError(f"the tokenizer lacks {', '.join(missing)}", where, f"It is not the tokenizer of version {version}")
+        raise InputError(
+            f"the tokenizer lacks {', '.join(missing)}", where, f"It is not the tokenizer of version {version}"
+        )
     ids: list[Any] = [(vocab[a], vocab[b]) for a, b in pairs] + [None, None]
     return SpecialTokens(ids[0], ids[1], ids[2], vocab[filler], tokenizer.eos_token_id, vocab[turn_end])
 
@@ -470,18 +603,37 @@ def _series(first, *names):
     return {name: first + i for i, name in enumerate(names)}
 
 
-_TAGS = ("<image>", "</image>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<point>", "</point>", "<slice>", "</slice>")
-# From the tokenizer_config.json of the hub's openbmb/MiniCPM-V-2, -Llama3-V-2_5, -V-2_6, -V-4_5, and of Qwen/Qwen-VL-Chat the order in its tokenization.
+_TAGS = (
+    "<image>",
+    "</image>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<quad>",
+    "</quad>",
+    "<point>",
+    "</point>",
+    "<slice>",
+    "</slice>",
+)
+# From the tokenizer_config.json of the hub's openbmb/MiniCPM-V-2, -Llama3-V-2_5, -V-2_6, -V-4_5, and of
+# Qwen/Qwen-VL-Chat the order in its tokenization.
 PUBLISHED_IDS = {
     "2.0": _series(0, "<unk>", "<s>", "</s>") | _series(101, *_TAGS),
-    "2.5": {"!": 0, "<unk>": 128002, "<|eot_id|>": 128009} | _series(128000, "<|begin_of_text|>", "<|end_of_text|>") | _series(128010, *_TAGS),
-    "2.6": {"<unk>": 128244} | _series(151643, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "</image>")
+    "2.5": {"!": 0, "<unk>": 128002, "<|eot_id|>": 128009}
+    | _series(128000, "<|begin_of_text|>", "<|end_of_text|>")
+    | _series(128010, *_TAGS),
+    "2.6": {"<unk>": 128244}
+    | _series(151643, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "</image>")
     | _series(151656, "<slice>", "</slice>", "<image_id>", "</image_id>"),
-    "4.5": {"<unk>": 128244, "<think>": 151667} | _series(151643, "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    "4.5": {"<unk>": 128244, "<think>": 151667}
+    | _series(151643, "<|endoftext|>", "<|im_start|>", "<|im_end|>")
     | _series(151669, *_TAGS, "<image_id>", "</image_id>"),
     "qwenvl": _series(151643, *QWEN_SPECIAL),
-}  # fmt: skip  # version -> token -> id
-PUBLISHED_TOKENS = {"2.0": 122753, "2.5": 128256, "2.6": 151666, "4.5": 151748, "qwenvl": 151860}  # how many a published tokenizer has
+}  # version -> token -> id
+# how many a published tokenizer has
+PUBLISHED_TOKENS = {"2.0": 122753, "2.5": 128256, "2.6": 151666, "4.5": 151748, "qwenvl": 151860}
 
 
 def check_special_ids(
@@ -496,8 +648,12 @@ def check_special_ids(
         return False
     for token, expected in PUBLISHED_IDS[version].items():
         if (found := vocab.get(token)) != expected:
-            raise InputError(f"{token} is id {'none' if found is None else found}, and {expected} in the published version {version}", where,
-                             "The weights were trained with the published ids; take the published tokenizer files")  # fmt: skip
+            raise InputError(
+                f"{token} is id {'none' if found is None else found}, and {expected} in the published version "
+                f"{version}",
+                where,
+                "The weights were trained with the published ids; take the published tokenizer files",
+            )
     return True
 
 # %% ../../nbs/15_models.tokenizer.ipynb #f39f7062
@@ -505,12 +661,18 @@ def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     rows: int,  # of the embedding
 ) -> None:
-    "Raises `InputError`, naming the tokens, when the tokenizer can produce ids that the embedding has no row for; spare rows are normal."
+    """Raises `InputError`, naming the tokens, when the tokenizer can produce ids that the embedding has no row for;
+    spare rows are normal."""
     outside = sorted((i, t) for t, i in tokenizer.get_vocab().items() if i >= rows)
     if outside:
-        named = ", ".join(f"{t} (id {i})" for i, t in outside[:5]) + (f" and {len(outside) - 5:,} more" if len(outside) > 5 else "")
-        raise InputError(f"the embedding has {rows:,} rows, and the tokenizer can produce {named}", tokenizer.name_or_path or "tokenizer",
-                         "Use the tokenizer that was published with these weights, or enlarge the embedding")  # fmt: skip
+        named = ", ".join(f"{t} (id {i})" for i, t in outside[:5]) + (
+            f" and {len(outside) - 5:,} more" if len(outside) > 5 else ""
+        )
+        raise InputError(
+            f"the embedding has {rows:,} rows, and the tokenizer can produce {named}",
+            tokenizer.name_or_path or "tokenizer",
+            "Use the tokenizer that was published with these weights, or enlarge the embedding",
+        )
 
 # %% ../../nbs/15_models.tokenizer.ipynb #51430533
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP
@@ -535,7 +697,8 @@ class ImageSettings:
 def picture_file(
     folder: str | Path,  # of a model
 ) -> tuple[dict, str]:  # what it says of pictures, and the name of the file; nothing where there is none
-    """What preprocessor_config.json says, or what transformers 5 writes instead: `image_processor` in processor_config.json.
+    """What preprocessor_config.json says, or what transformers 5 writes instead: `image_processor` in
+    processor_config.json.
 
     Raises `InputError` when both are there and differ."""
     flat, nested = _json(Path(folder) / PICTURES), _json(Path(folder) / "processor_config.json").get("image_processor")
@@ -543,16 +706,26 @@ def picture_file(
     if nested is None:
         return flat, PICTURES
     if not isinstance(nested, dict):
-        raise InputError(f"image_processor is {nested!r:.60} and no object", Path(folder) / "processor_config.json", AGAIN)
+        raise InputError(
+            f"image_processor is {nested!r:.60} and no object", Path(folder) / "processor_config.json", AGAIN
+        )
     other = _one_notation(nested, "processor_config.json")
-    for key in sorted(set(one) & set(other) - {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}):
+    for key in sorted(
+        set(one) & set(other) - {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
+    ):
         if None not in (one[key], other[key]) and one[key] != other[key]:
-            raise InputError(f"{key} is {one[key]!r:.60} in {PICTURES} and {other[key]!r:.60} in processor_config.json", folder, "Take both files from the same model, or delete one")
+            raise InputError(
+                f"{key} is {one[key]!r:.60} in {PICTURES} and {other[key]!r:.60} in processor_config.json",
+                folder,
+                "Take both files from the same model, or delete one",
+            )
     return flat | {k: v for k, v in nested.items() if v is not None}, "processor_config.json"
 
 
 def _one_notation(values, file):
-    "Qwen's older bounds, min_pixels and max_pixels, as `size`. Raises `InputError` where both notations are there and differ."
+    """Qwen's older bounds, min_pixels and max_pixels, as `size`.
+
+    Raises `InputError` where both notations are there and differ."""
     size = dict(values["size"]) if isinstance(values.get("size"), dict) else {}
     for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         inner = size.pop(old, None)
@@ -567,7 +740,11 @@ def _agreed(what, path, places, default=None):
     "The value that all places name, or the default. Raises `InputError` when two places differ or none has it."
     said = {where: value for where, value in places.items() if value is not None}
     if any(v != next(iter(said.values())) for v in said.values()):
-        raise InputError(f"{what} is contradictory: {', '.join(f'{v} in {w}' for w, v in said.items())}", path, "Take both files from the same model")
+        raise InputError(
+            f"{what} is contradictory: {', '.join(f'{v} in {w}' for w, v in said.items())}",
+            path,
+            "Take both files from the same model",
+        )
     if not said and default is None:
         raise InputError(f"{what} is in none of {', '.join(places)}", path, "Take the published files")
     return next(iter(said.values()), default)
@@ -577,7 +754,11 @@ def _chosen(what, places, default):
     "The value of the first place that names it; a warning where a later one says something else."
     said = {where: value for where, value in places.items() if value is not None}
     if any(v != next(iter(said.values())) for v in said.values()):
-        warnings.warn(f"{what} is contradictory: {', '.join(f'{v} in {w}' for w, v in said.items())}. The first is used, as upstream does.", stacklevel=4)
+        warnings.warn(
+            f"{what} is contradictory: {', '.join(f'{v} in {w}' for w, v in said.items())}. The first is used, as "
+            "upstream does.",
+            stacklevel=4,
+        )
     return next(iter(said.values()), default)
 
 
@@ -594,9 +775,18 @@ def _yes_or_no(what, value, path):
 
 # %% ../../nbs/15_models.tokenizer.ipynb #c1528d92
 _NEUTRAL: dict[str, tuple] = {
-    "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,), "do_center_crop": (False,), "do_pad": (False,), "do_convert_rgb": (True,),
-    "do_image_splitting": (False,), "do_pan_and_scan": (False,), "crop_to_patches": (False,), "do_flip_channel_order": (False,), "resample": (3, "bicubic"),
-}  # fmt: skip  # field of transformers' picture processors -> the values that change nothing; 3 is bicubic
+    "do_resize": (True,),
+    "do_rescale": (True,),
+    "do_normalize": (True,),
+    "do_center_crop": (False,),
+    "do_pad": (False,),
+    "do_convert_rgb": (True,),
+    "do_image_splitting": (False,),
+    "do_pan_and_scan": (False,),
+    "crop_to_patches": (False,),
+    "do_flip_channel_order": (False,),
+    "resample": (3, "bicubic"),
+}  # field of transformers' picture processors -> the values that change nothing; 3 is bicubic
 
 
 def check_pictures(
@@ -604,16 +794,27 @@ def check_pictures(
     where: str | Path,  # for the error message
     acted_on: tuple[str, ...] = (),  # fields that the caller does read
 ) -> None:
-    "Raises `InputError` naming a field whose value would change pixels and that is not read, and for numbers that no picture can be divided by."
+    """Raises `InputError` naming a field whose value would change pixels and that is not read, and for numbers that no
+    picture can be divided by."""
     for key, neutral in _NEUTRAL.items():
         if key not in acted_on and (value := values.get(key)) is not None and value not in neutral:
-            raise InputError(f"{key} is {value!r:.60}, and pictures of this model are prepared here as with {key}: {json.dumps(neutral[0])}", where,
-                             "Take the published file. If the model was trained like this, it needs a data pipeline of its own")  # fmt: skip
+            raise InputError(
+                f"{key} is {value!r:.60}, and pictures of this model are prepared here as with {key}: "
+                f"{json.dumps(neutral[0])}",
+                where,
+                "Take the published file. If the model was trained like this, it needs a data pipeline of its own",
+            )
     factor = values.get("rescale_factor")
     if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1):
-        raise InputError(f"rescale_factor is {factor!r:.60}", where, "It is 1/255 in published files: 0.00392156862745098")
+        raise InputError(
+            f"rescale_factor is {factor!r:.60}", where, "It is 1/255 in published files: 0.00392156862745098"
+        )
     if factor is not None and "rescale_factor" not in acted_on and not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise InputError(f"rescale_factor is {factor!r}, and pictures of this model are divided by 255 here", where, "Take the published file")
+        raise InputError(
+            f"rescale_factor is {factor!r}, and pictures of this model are divided by 255 here",
+            where,
+            "Take the published file",
+        )
     for key in ("norm_mean", "norm_std", "image_mean", "image_std"):
         if values.get(key) is not None:
             _colours(key, values[key], where)
@@ -621,7 +822,10 @@ def check_pictures(
 
 def _colours(key, value, where):
     "Three finite numbers, for red, green and blue; a deviation is above 0."
-    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)  # noqa: E731
+
+    def number(v):
+        return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
     if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(map(number, value)):
         raise InputError(f"{key} is {value!r:.60}", where, "It must be three numbers, for red, green and blue")
     if key.endswith("std") and min(value) <= 0:
@@ -633,47 +837,95 @@ def _minicpm_settings(folder, config, version):
     "From the picture processor's file and config.json, which must not contradict each other in what weights depend on."
     pre, file = picture_file(folder)
     inner, tower = config.get("slice_config") or {}, config.get("vision_config") or {}
-    recipe = lambda v: "2.6" if v not in ("2.0", "2.5") else v  # noqa: E731  # 4.5 publishes 2.6 in its preprocessor_config.json
+
+    def recipe(v):
+        return "2.6" if v not in ("2.0", "2.5") else v  # 4.5 publishes 2.6 in its preprocessor_config.json
+
     if pre.get("version") is not None and recipe(str(pre["version"])) != recipe(version):
-        raise InputError(f"version is {pre['version']} in {file} and {version} in config.json", folder, "Take both files from the same model")
+        raise InputError(
+            f"version is {pre['version']} in {file} and {version} in config.json",
+            folder,
+            "Take both files from the same model",
+        )
     _check_minicpm_file(pre, folder / file)
-    say = lambda key: {f"{file} {key}": pre.get(key), f"config.json {key}": config.get(key), f"slice_config {key}": inner.get(key)}  # noqa: E731
-    choose = lambda key, default: _chosen(key, say(key), default)  # noqa: E731
+
+    def say(key):
+        return {
+            f"{file} {key}": pre.get(key),
+            f"config.json {key}": config.get(key),
+            f"slice_config {key}": inner.get(key),
+        }
+
+    def choose(key, default):
+        return _chosen(key, say(key), default)
+
     patch = _agreed("patch_size", folder, say("patch_size") | {"vision_config patch_size": tower.get("patch_size")}, 14)
-    queries = _agreed("query_num", folder, {"config.json query_num": config.get("query_num"), f"{file} image_feature_size": pre.get("image_feature_size")})
+    queries = _agreed(
+        "query_num",
+        folder,
+        {"config.json query_num": config.get("query_num"), f"{file} image_feature_size": pre.get("image_feature_size")},
+    )
     sliced = _yes_or_no("slice_mode", choose("slice_mode", True), folder)
     slices = _positive("max_slice_nums", choose("max_slice_nums", 9), folder)
-    colours = [_colours(ours, _agreed(ours, folder, {f"{file} {k}": pre.get(k) for k in (ours, theirs)}, [0.5] * 3), folder / file)
-               for ours, theirs in (("norm_mean", "image_mean"), ("norm_std", "image_std"))]  # fmt: skip
+    colours = [
+        _colours(
+            ours, _agreed(ours, folder, {f"{file} {k}": pre.get(k) for k in (ours, theirs)}, [0.5] * 3), folder / file
+        )
+        for ours, theirs in (("norm_mean", "image_mean"), ("norm_std", "image_std"))
+    ]
     return ImageSettings(
-        "patches", _positive("scale_resolution", choose("scale_resolution", 448), folder), _positive("patch_size", patch, folder), slices if sliced else 1,
-        _positive("query_num", queries, folder), *colours, _yes_or_no("use_image_id", choose("use_image_id", recipe(version) == "2.6"), folder),
-    )  # fmt: skip
+        "patches",
+        _positive("scale_resolution", choose("scale_resolution", 448), folder),
+        _positive("patch_size", patch, folder),
+        slices if sliced else 1,
+        _positive("query_num", queries, folder),
+        *colours,
+        _yes_or_no("use_image_id", choose("use_image_id", recipe(version) == "2.6"), folder),
+    )
 
 
-_TAGS_OF_PICTURES = {"im_start": "<image>", "im_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>", "unk": "<unk>",
-                     "im_id_start": "<image_id>", "im_id_end": "</image_id>"}  # fmt: skip
+_TAGS_OF_PICTURES = {
+    "im_start": "<image>",
+    "im_end": "</image>",
+    "slice_start": "<slice>",
+    "slice_end": "</slice>",
+    "unk": "<unk>",
+    "im_id_start": "<image_id>",
+    "im_id_end": "</image_id>",
+}
 
 
 def _check_minicpm_file(pre, where):
     "Raises `InputError` for a field of a MiniCPM-V's file that says something else than what is done here."
     check_pictures(pre, where)
     if (kind := pre.get("image_processor_type")) and "MiniCPMV" not in str(kind):
-        raise InputError(f"image_processor_type is {kind!r:.60}, and this model has a MiniCPMVImageProcessor", where, "Take both files from the same model")
+        raise InputError(
+            f"image_processor_type is {kind!r:.60}, and this model has a MiniCPMVImageProcessor",
+            where,
+            "Take both files from the same model",
+        )
     for key, tag in _TAGS_OF_PICTURES.items():
         if pre.get(key) not in (None, tag):
-            raise InputError(f"{key} is {pre[key]!r:.60}, and pictures are written with {tag} here", where, "Take the published file")
+            raise InputError(
+                f"{key} is {pre[key]!r:.60}, and pictures are written with {tag} here", where, "Take the published file"
+            )
     for key in ("size", "crop_size", "min_pixels", "max_pixels"):
         if pre.get(key) is not None:
-            raise InputError(f"{key} is {pre[key]!r:.60}, and this model's pictures do not follow it", where, "Write scale_resolution and max_slice_nums instead")
+            raise InputError(
+                f"{key} is {pre[key]!r:.60}, and this model's pictures do not follow it",
+                where,
+                "Write scale_resolution and max_slice_nums instead",
+            )
 
 # %% ../../nbs/15_models.tokenizer.ipynb #013062fa
 def image_settings(
     folder: str | Path,  # with config.json and, where published, preprocessor_config.json or processor_config.json
 ) -> ImageSettings:
-    """What a checkpoint wants done to a picture: MiniCPM-V 2.0 to 4.5 and Qwen-VL. Chapter 19's `load_processor` prepares pictures by it.
+    """What a checkpoint wants done to a picture: MiniCPM-V 2.0 to 4.5 and Qwen-VL. Chapter 19's `load_processor`
+    prepares pictures by it.
 
-    Raises `InputError` for other models, for numbers that make no sense, and for files that contradict each other; warns where they differ in a choice."""
+    Raises `InputError` for other models, for numbers that make no sense, and for files that contradict each other;
+    warns where they differ in a choice."""
     folder = Path(folder)
     config = _json(folder / "config.json", optional=False)
     version = version_of(config, folder / "config.json")
@@ -683,12 +935,23 @@ def image_settings(
         raise InputError("visual is not an object", folder / "config.json", AGAIN)
     pre, file = picture_file(folder)
     check_pictures(pre, folder / file)
-    numbers = {key: _positive(f"visual.{key}", visual.get(key, default), folder / "config.json")
-               for key, default in (("image_size", None), ("patch_size", None), ("n_queries", 256))}  # fmt: skip
-    for key, value in (("image_size", _side(pre, folder / file)), ("patch_size", pre.get("patch_size")), ("n_queries", pre.get("image_feature_size"))):
+    numbers = {
+        key: _positive(f"visual.{key}", visual.get(key, default), folder / "config.json")
+        for key, default in (("image_size", None), ("patch_size", None), ("n_queries", 256))
+    }
+    for key, value in (
+        ("image_size", _side(pre, folder / file)),
+        ("patch_size", pre.get("patch_size")),
+        ("n_queries", pre.get("image_feature_size")),
+    ):
         _agreed(key, folder, {f"config.json visual.{key}": numbers[key], file: value})
-    mean, std = (_colours(k, pre.get(k) or default, folder / file) for k, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))
-    return ImageSettings("square", numbers["image_size"], numbers["patch_size"], 1, numbers["n_queries"], mean, std, False)
+    mean, std = (
+        _colours(k, pre.get(k) or default, folder / file)
+        for k, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+    )
+    return ImageSettings(
+        "square", numbers["image_size"], numbers["patch_size"], 1, numbers["n_queries"], mean, std, False
+    )
 
 
 def _side(pre, where):
@@ -696,8 +959,17 @@ def _side(pre, where):
     for key in ("size", "image_size"):
         value = pre.get(key)
         side = value.get("height") if isinstance(value, dict) else value
-        if isinstance(value, dict) and value != {"height": side, "width": side} or value is not None and type(side) is not int:
-            raise InputError(f"{key} is {value!r:.60}, and this model looks at squares", where, 'Write {"height": 448, "width": 448}, or leave it out')
+        if (
+            isinstance(value, dict)
+            and value != {"height": side, "width": side}
+            or value is not None
+            and type(side) is not int
+        ):
+            raise InputError(
+                f"{key} is {value!r:.60}, and this model looks at squares",
+                where,
+                'Write {"height": 448, "width": 448}, or leave it out',
+            )
         if value is not None:
             return side
     return None

@@ -77,13 +77,23 @@ class _Fused(torch.autograd.Function):
 
 def _attend(module, q, k, v, mask=None, **kwargs):
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and q.shape[0] > 1:  # rows of different length bring a mask, and with a mask keys and values are repeated
+    # rows of different length bring a mask, and with a mask keys and values are repeated
+    if groups > 1 and q.shape[0] > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return _Fused.apply(q, k, v).transpose(1, 2), None
 
 
 AttentionInterface.register("shapes", _attend)
-_PRODUCTS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.conv2d, F.conv2d, F.scaled_dot_product_attention}
+_PRODUCTS = {
+    F.linear,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.bmm,
+    torch.conv2d,
+    F.conv2d,
+    F.scaled_dot_product_attention,
+}
 
 
 class _Autocast(TorchFunctionMode):
@@ -96,7 +106,10 @@ class _Autocast(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _PRODUCTS:
-            cast = lambda a: a.to(self.dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a  # noqa: E731
+
+            def cast(a):
+                return a.to(self.dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+
             args, kwargs = [cast(a) for a in args], {k: cast(v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
 
@@ -119,10 +132,16 @@ def in_pieces(
         return F.cross_entropy(forward(hidden).float(), targets, reduction="sum")
 
     def loss(logits, labels, vocab_size=None, **kwargs):  # what comes as logits are hidden states still
-        chosen, targets = logits.flatten(0, -2)[torch.zeros(labels.numel(), dtype=torch.long, device=labels.device)], labels.flatten()
+        chosen, targets = (
+            logits.flatten(0, -2)[torch.zeros(labels.numel(), dtype=torch.long, device=labels.device)],
+            labels.flatten(),
+        )
         size = max(1, at_once // base.config.get_text_config().vocab_size)
         *early, last = zip(chosen.split(size), targets.split(size))
-        return sum([checkpoint(piece, *pair, use_reentrant=False, context_fn=lambda: (cast(), cast())) for pair in early] + [piece(*last)])
+        return sum(
+            [checkpoint(piece, *pair, use_reentrant=False, context_fn=lambda: (cast(), cast())) for pair in early]
+            + [piece(*last)]
+        )
 
     owner.loss_function, head.forward = loss, lambda hidden, *args, **kwargs: hidden
     try:
@@ -134,7 +153,11 @@ def in_pieces(
 @contextmanager
 def _checkpointed(model, wanted, how):
     "With checkpointing or without, whatever was before; and as it was, afterwards: one model is measured in both ways."
-    switch = lambda on: getattr(model, f"activation_checkpointing_{on}", None) or getattr(model, f"gradient_checkpointing_{on}")  # noqa: E731  # the older name goes with transformers 6
+
+    def switch(on):
+        # the older name goes with transformers 6
+        return getattr(model, f"activation_checkpointing_{on}", None) or getattr(model, f"gradient_checkpointing_{on}")
+
     switch("disable")()
     if wanted:
         switch("enable")(how)
@@ -153,13 +176,35 @@ def step_bytes(
 ) -> int:  # bytes of activations, logits and gradients at the worst moment
     "Run a step forward and backward and return the most that it kept alive beside the weights."
     on = next(model.parameters()).device.type
-    cast = lambda: nullcontext() if autocast is None else _Autocast(autocast) if on == "meta" else torch.autocast(on, dtype=autocast)  # noqa: E731
+
+    def cast():
+        return (
+            nullcontext()
+            if autocast is None
+            else _Autocast(autocast)
+            if on == "meta"
+            else torch.autocast(on, dtype=autocast)
+        )
+
     model.train()
     known = [*model.parameters(), *model.buffers(), *(t for t in batch.values() if isinstance(t, torch.Tensor))]
     for state in filter(None, (getattr(p, "quant_state", None) for p in model.parameters())):
-        known += [t for t in (state.absmax, state.code, state.offset, *((state.state2.absmax, state.state2.code) if state.nested else ())) if t is not None]
+        known += [
+            t
+            for t in (
+                state.absmax,
+                state.code,
+                state.offset,
+                *((state.state2.absmax, state.state2.code) if state.nested else ()),
+            )
+            if t is not None
+        ]
     how = {"use_reentrant": False} | ({"context_fn": lambda: (cast(), cast())} if on == "meta" else {})
-    with _checkpointed(model, checkpointing, how), in_pieces(model, at_once, cast) if at_once else nullcontext(), Alive(known) as alive:
+    with (
+        _checkpointed(model, checkpointing, how),
+        in_pieces(model, at_once, cast) if at_once else nullcontext(),
+        Alive(known) as alive,
+    ):
         with cast():
             loss = model(**batch).loss
         loss.backward()
@@ -170,7 +215,8 @@ def step_bytes(
 def shapes_only(
     model: nn.Module,  # on the meta device
 ) -> nn.Module:  # the same
-    "Let its attention keep what fused kernels keep, and its rotary embeddings their frequencies, which some compute anew for a long text: a shape has no positions to ask."
+    """Let its attention keep what fused kernels keep, and its rotary embeddings their frequencies, which some compute
+    anew for a long text: a shape has no positions to ask."""
     for m in model.modules():
         if hasattr(getattr(m, "config", None), "_attn_implementation"):
             m.config._attn_implementation = "shapes"
@@ -181,7 +227,18 @@ def shapes_only(
     return model
 
 # %% ../../nbs/42_quant.memory.ipynb #4888cc3c
-CARDS = {"T4": 15, "V100": 16, "RTX 3090": 24, "RTX 4090": 24, "L4": 22.5, "A100": 40, "A100 80GB": 80, "H100": 80, "H200": 140}  # GiB that PyTorch sees, about
+# GiB that PyTorch sees, about
+CARDS = {
+    "T4": 15,
+    "V100": 16,
+    "RTX 3090": 24,
+    "RTX 4090": 24,
+    "L4": 22.5,
+    "A100": 40,
+    "A100 80GB": 80,
+    "H100": 80,
+    "H200": 140,
+}
 CUDA = 2**29  # bytes for the context and the libraries: assumed
 
 
@@ -204,13 +261,23 @@ class Estimate:
         return None if self.room is None else self.total <= self.room
 
     def __repr__(self):
-        lines = [self.title, *(f"  {what:34}{b / 2**30:8.2f} GiB" for what, b in self.rows), f"  {'together':34}{self.total / 2**30:8.2f} GiB"]
+        lines = [
+            self.title,
+            *(f"  {what:34}{b / 2**30:8.2f} GiB" for what, b in self.rows),
+            f"  {'together':34}{self.total / 2**30:8.2f} GiB",
+        ]
         if self.room is not None:
-            lines.append(f"It {'fits' if self.fits else 'does not fit'} into {self.room / 2**30:g} GiB; most is taken by: {max(self.rows, key=lambda r: r[1])[0]}.")
+            lines.append(
+                f"It {'fits' if self.fits else 'does not fit'} into {self.room / 2**30:g} GiB; most is taken by: "
+                f"{max(self.rows, key=lambda r: r[1])[0]}."
+            )
             left = self.total
             for what, saved in self.changes if not self.fits else ():
                 left -= saved
-                lines.append(f"  {what}: saves {saved / 2**30:.2f} GiB, then {left / 2**30:.2f}{' (fits)' if left <= self.room else ''}")
+                lines.append(
+                    f"  {what}: saves {saved / 2**30:.2f} GiB, then "
+                    f"{left / 2**30:.2f}{' (fits)' if left <= self.room else ''}"
+                )
                 if left <= self.room:
                     break
             if left > self.room:
@@ -228,11 +295,19 @@ def _room(gpu):
         except (ValueError, OverflowError):
             size = math.inf
         if not 0 < size <= 100_000 or isinstance(gpu, bool):
-            raise InputError(f"a card of {shown(gpu)} GiB", "estimate --gpu", f"Write one of {', '.join(CARDS)}, or a number of GiB above 0, such as 24")
+            raise InputError(
+                f"a card of {shown(gpu)} GiB",
+                "estimate --gpu",
+                f"Write one of {', '.join(CARDS)}, or a number of GiB above 0, such as 24",
+            )
         return int(size * 2**30), precision_for("A100")
     names = {n.upper(): g for n, g in CARDS.items()}
     if str(gpu).upper() not in names:
-        raise InputError(f"the memory of {shown(gpu)} is not known here", "estimate --gpu", f"Write one of {', '.join(CARDS)}, or a number of GiB")
+        raise InputError(
+            f"the memory of {shown(gpu)} is not known here",
+            "estimate --gpu",
+            f"Write one of {', '.join(CARDS)}, or a number of GiB",
+        )
     return int(names[str(gpu).upper()] * 2**30), precision_for(str(gpu))
 
 
@@ -243,31 +318,57 @@ def shapes_of_batch(
     pictures: int,  # per row, slices counted
     dtype: torch.dtype,
 ) -> tuple[dict, bool]:  # a batch on the meta device; whether its pictures go through the vision tower
-    "A batch without content. Pictures are in it for MiniCPM-V's own classes; for other families the text alone, embedded."
+    """A batch without content.
+
+    Pictures are in it for MiniCPM-V's own classes; for other families the text alone, embedded."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     labels = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     if not isinstance(inner, MiniCPMV) or not pictures:
         width = inner.config.get_text_config().hidden_size
         position = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-        return {"inputs_embeds": torch.empty(rows, tokens, width, dtype=dtype, device="meta"), "position_ids": position, "labels": labels}, False
+        return {
+            "inputs_embeds": torch.empty(rows, tokens, width, dtype=dtype, device="meta"),
+            "position_ids": position,
+            "labels": labels,
+        }, False
     vision, queries = inner.config.vision_config, inner.config.query_num
     side, n = min(32, vision.image_size // vision.patch_size), rows * pictures  # a slice has 448 x 448 pixels
     if pictures * queries > tokens:
-        raise InputError(f"{pictures} pictures are {pictures * queries} tokens, and a row has {tokens}", "estimate", "Lower pictures, or raise max_length")
+        raise InputError(
+            f"{pictures} pictures are {pictures * queries} tokens, and a row has {tokens}",
+            "estimate",
+            "Lower pictures, or raise max_length",
+        )
     bound = torch.tensor([[i // pictures, (i % pictures) * queries, (i % pictures + 1) * queries] for i in range(n)])
     pixels = torch.empty(n, 3, vision.patch_size, side * side * vision.patch_size, dtype=dtype, device="meta")
-    return {"input_ids": labels, "pixel_values": pixels, "tgt_sizes": torch.tensor([[side, side]] * n), "image_bound": bound, "labels": labels}, True
+    return {
+        "input_ids": labels,
+        "pixel_values": pixels,
+        "tgt_sizes": torch.tensor([[side, side]] * n),
+        "image_bound": bound,
+        "labels": labels,
+    }, True
 
 # %% ../../nbs/42_quant.memory.ipynb #b8bd60b7
 def _rows(model, weights, peak, logits, stored):
     "The account, line by line."
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = sum(r[2] for r in weights.rows if r[1] == "nf4")
-    replaced = 0 if hasattr(model, "get_base_model") else sum(p.numel() * stored.itemsize for p in model.parameters() if p.requires_grad)
-    return [("decoder in 4 bit", packed // 2), ("scales of the 4-bit layers", weights.of_kind("nf4") - packed // 2),
-            (f"other weights in {str(stored).removeprefix('torch.')}", weights.nbytes - weights.of_kind("nf4") - replaced),
-            ("trained weights, 32 bit", 4 * trained), ("optimizer (AdamW)", 8 * trained), ("logits and loss, in pieces", logits),
-            ("activations, or gradients if larger", max(peak, 4 * trained) - logits), ("CUDA itself (assumed)", CUDA)]  # fmt: skip
+    replaced = (
+        0
+        if hasattr(model, "get_base_model")
+        else sum(p.numel() * stored.itemsize for p in model.parameters() if p.requires_grad)
+    )
+    return [
+        ("decoder in 4 bit", packed // 2),
+        ("scales of the 4-bit layers", weights.of_kind("nf4") - packed // 2),
+        (f"other weights in {str(stored).removeprefix('torch.')}", weights.nbytes - weights.of_kind("nf4") - replaced),
+        ("trained weights, 32 bit", 4 * trained),
+        ("optimizer (AdamW)", 8 * trained),
+        ("logits and loss, in pieces", logits),
+        ("activations, or gradients if larger", max(peak, 4 * trained) - logits),
+        ("CUDA itself (assumed)", CUDA),
+    ]
 
 
 def _first_three(changes, peak):
@@ -279,16 +380,29 @@ def _first_three(changes, peak):
     return tuple(saved)
 
 # %% ../../nbs/42_quant.memory.ipynb #36fb13a7
-_MOST_TOKENS, _MOST_PICTURES = 2**20, 2**14  # of a batch: 500 times the usual one; the step on shapes takes a minute there
+# of a batch: 500 times the usual one; the step on shapes takes a minute there
+_MOST_TOKENS, _MOST_PICTURES = 2**20, 2**14
 
 
 def _refuse_sizes(batch_size, tokens, pictures):
     "A batch beyond all cards would only fill this machine's memory, and its hours."
-    for name, value, least, most in (("batch_size", batch_size, 1, 65_536), ("max_length", tokens, 1, 10**7), ("pictures", pictures, 0, 10_000)):
+    for name, value, least, most in (
+        ("batch_size", batch_size, 1, 65_536),
+        ("max_length", tokens, 1, 10**7),
+        ("pictures", pictures, 0, 10_000),
+    ):
         fitting(value, Annotated[int, Within(least, most)], name, f"estimate, {name}")
     if batch_size * tokens > _MOST_TOKENS or batch_size * pictures > _MOST_PICTURES:
-        found = f"a batch of {batch_size:,} rows of {tokens:,} tokens and {pictures:,} pictures is {batch_size * tokens:,} tokens and {batch_size * pictures:,} pictures"
-        raise InputError(found, "estimate", f"No card holds that. Give at most {_MOST_TOKENS:,} tokens and {_MOST_PICTURES:,} pictures in all; rows that come one after the other are accumulation, and cost nothing")
+        found = (
+            f"a batch of {batch_size:,} rows of {tokens:,} tokens and {pictures:,} pictures is "
+            f"{batch_size * tokens:,} tokens and {batch_size * pictures:,} pictures"
+        )
+        raise InputError(
+            found,
+            "estimate",
+            f"No card holds that. Give at most {_MOST_TOKENS:,} tokens and {_MOST_PICTURES:,} pictures in all; rows "
+            "that come one after the other are accumulation, and cost nothing",
+        )
 
 
 def estimate(
@@ -303,7 +417,8 @@ def estimate(
 ) -> Estimate:
     """Predict what a training step takes, from shapes alone.
 
-    Raises `InputError` for a model, card or plan that is not known or contradicts 4 bit, and for a batch that no card could hold."""
+    Raises `InputError` for a model, card or plan that is not known or contradicts 4 bit, and for a batch that no card
+    could hold."""
     _refuse_sizes(batch_size, tokens, pictures)
     plan, (room, precision), empty = plan or TuningPlan(), _room(gpu), on_meta(name)
     stored = precision.stored
@@ -312,29 +427,57 @@ def estimate(
     model = shapes_only(apply_plan(empty.to(stored), plan))
     by_part = count(model, trainable=True)
     batch, seen = shapes_of_batch(model, batch_size, tokens, pictures, stored)
-    run = lambda ck, at_once=PIECE: step_bytes(model, batch, precision.autocast, ck, at_once)  # noqa: E731
+
+    def run(ck, at_once=PIECE):
+        return step_bytes(model, batch, precision.autocast, ck, at_once)
+
     lean = run(True)
     peak = lean if checkpointing else run(False)
-    logits = min(peak, 12 * min(PIECE, batch_size * tokens * model.config.get_text_config().vocab_size))  # in 16 bit, in 32, its softmax, and the gradient
+    # in 16 bit, in 32, its softmax, and the gradient
+    logits = min(peak, 12 * min(PIECE, batch_size * tokens * model.config.get_text_config().vocab_size))
     rows = _rows(model, weights, peak, logits, stored)
-    changes = [(f"max_length {tokens // 2} in place of {tokens}", 0.5, 0)]  # what, the share of the peak that is left, bytes saved elsewhere
+    # what, the share of the peak that is left, bytes saved elsewhere
+    changes = [(f"max_length {tokens // 2} in place of {tokens}", 0.5, 0)]
     if not four_bit:
         with suppress(InputError):  # a plan that contradicts 4 bit gets no such advice
-            changes.append(("four_bit: true", 1, half.nbytes - Weights.predicted(on_meta(name), stored, Packing.of(on_meta(name), plan).take).nbytes))
+            changes.append(
+                (
+                    "four_bit: true",
+                    1,
+                    half.nbytes - Weights.predicted(on_meta(name), stored, Packing.of(on_meta(name), plan).take).nbytes,
+                )
+            )
     if not checkpointing:
         changes.append(("gradient checkpointing", (lean - logits) / max(1, peak - logits), 0))
     if batch_size > 1:
         changes.append((f"batch_size 1 and accumulation {batch_size}", 1 / batch_size, 0))
-    changes += [(f"{p}: lora in place of full", 1, 12 * by_part[p]) for p in PARTS if any(r.word == "full" for r in plan.rules(p))]
+    changes += [
+        (f"{p}: lora in place of full", 1, 12 * by_part[p])
+        for p in PARTS
+        if any(r.word == "full" for r in plan.rules(p))
+    ]
     left = experts_left(on_meta(name), plan)
     notes: tuple[str, ...] = (left,) if left else ()
-    notes += () if seen or not pictures else ("the activations of vision tower and connector are not in this number; they are for MiniCPM-V",)
+    notes += (
+        ()
+        if seen or not pictures
+        else ("the activations of vision tower and connector are not in this number; they are for MiniCPM-V",)
+    )
     if seen and plan.vision == "freeze":
         kept = int(batch["tgt_sizes"][0].prod()) * model.config.vision_config.hidden_size * 2  # in 16 bit
-        notes += (f"a vision cache (chapter 51) keeps {kept / 2**20:.2f} MiB for each picture or slice, in main memory or on disk and not on the card",)
+        notes += (
+            f"a vision cache (chapter 51) keeps {kept / 2**20:.2f} MiB for each picture or slice, in main memory or on "
+            "disk and not on the card",
+        )
     if (plain := run(checkpointing, None)) > peak:
-        notes += (f"the loss is counted as `fit` computes it (chapter 50); with all logits at once, as the Trainer does it, {(plain - peak) / 2**30:.1f} GiB more",)
-    title = f"{name}: {batch_size} x {tokens} tokens, {pictures} pictures a row, {'checkpointing' if checkpointing else 'all activations kept'}"
+        notes += (
+            "the loss is counted as `fit` computes it (chapter 50); with all logits at once, as the Trainer does it, "
+            f"{(plain - peak) / 2**30:.1f} GiB more",
+        )
+    title = (
+        f"{name}: {batch_size} x {tokens} tokens, {pictures} pictures a row, "
+        f"{'checkpointing' if checkpointing else 'all activations kept'}"
+    )
     return Estimate(title, tuple(r for r in rows if r[1]), room, _first_three(changes, peak - logits), notes)
 
 # %% ../../nbs/42_quant.memory.ipynb #5a7d0c22
@@ -361,14 +504,19 @@ class OnCards:
         "Raises `InputError` as `estimate` does."
         language = count(on_meta(name))["language"]
         step = 6 * language * tokens * batch_size * accumulation
-        found = estimate(name, plan, "T4", batch_size=batch_size, tokens=tokens, pictures=pictures)  # both 16-bit types take two bytes
+        # both 16-bit types take two bytes
+        found = estimate(name, plan, "T4", batch_size=batch_size, tokens=tokens, pictures=pictures)
         return cls(found, tuple((card, step / peak / 1e12) for card, peak in TERAFLOPS.items()))
 
     def fits(self, card: str) -> bool:
         return self.estimate.total <= CARDS[card] * 2**30
 
     def __repr__(self):
-        lines = [f"{self.estimate.title}: {self.estimate.total / 2**30:.1f} GiB (predicted)", f"{'card':10}{'GiB':>6}  {'fits':5}a step, at least (predicted; not measured)"]
-        lines += [f"{card:10}{CARDS[card]:6g}  {'yes' if self.fits(card) else 'no':5}{s:.2f} s" for card, s in self.seconds]
+        lines = [
+            f"{self.estimate.title}: {self.estimate.total / 2**30:.1f} GiB (predicted)",
+            f"{'card':10}{'GiB':>6}  {'fits':5}a step, at least (predicted; not measured)",
+        ]
+        lines += [
+            f"{card:10}{CARDS[card]:6g}  {'yes' if self.fits(card) else 'no':5}{s:.2f} s" for card, s in self.seconds
+        ]
         return "\n".join([*lines, *(f"Note: {n}" for n in self.estimate.notes)])
-

@@ -31,7 +31,8 @@ def nf4_levels() -> torch.Tensor:  # (16,), float32, ascending, from -1 to 1, on
 # %% ../../nbs/40_quant.nf4.ipynb #df4a0abb
 @cache
 def dynamic_levels() -> torch.Tensor:  # (256,), float32, ascending, from -0.993 to 1
-    "The levels of 8-bit dynamic tree quantisation (arXiv 1511.04561): for each of seven decades twice as many levels as for the one below."
+    """The levels of 8-bit dynamic tree quantisation (arXiv 1511.04561): for each of seven decades twice as many levels
+    as for the one below."""
     levels = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)
@@ -49,7 +50,9 @@ def _encode(x, levels, block):
     blocks = F.pad(x.reshape(-1).float(), (0, -x.numel() % block)).view(-1, block)
     largest = blocks.abs().amax(1)
     scaled = blocks * (1 / largest.clamp(min=1e-38))[:, None]
-    return torch.bucketize(scaled.clamp(-1, 1), (levels[1:] + levels[:-1]) / 2).to(torch.uint8).view(-1)[: x.numel()], largest
+    return torch.bucketize(scaled.clamp(-1, 1), (levels[1:] + levels[:-1]) / 2).to(torch.uint8).view(-1)[
+        : x.numel()
+    ], largest
 
 
 def _decode(codes, largest, levels, block):
@@ -76,7 +79,12 @@ class NF4:
     ) -> "NF4":
         "Quantise a tensor. Raises `InputError` for one that is not finite or holds no floating-point numbers."
         if not weight.is_floating_point() or not weight.numel() or not weight.isfinite().all():
-            raise InputError(f"the tensor {tuple(weight.shape)} of {weight.dtype} is empty, or holds something else than finite numbers", "NF4.of", "Look at the weights first")
+            raise InputError(
+                f"the tensor {tuple(weight.shape)} of {weight.dtype} is empty, or holds something else than finite "
+                "numbers",
+                "NF4.of",
+                "Look at the weights first",
+            )
         codes, scales = _encode(weight, nf4_levels(), block)
         codes = F.pad(codes, (0, codes.numel() % 2), value=ZERO)
         packed = codes[::2] << 4 | codes[1::2]
@@ -88,13 +96,19 @@ class NF4:
 
     def dequantize(self) -> torch.Tensor:  # float32, of the old shape
         "The nearest thing to the tensor that it was."
-        scales = self.scales if self.outer is None else _decode(self.scales, self.outer, dynamic_levels(), SECOND_BLOCK) + self.mean
+        scales = (
+            self.scales
+            if self.outer is None
+            else _decode(self.scales, self.outer, dynamic_levels(), SECOND_BLOCK) + self.mean
+        )
         codes = torch.stack((self.packed >> 4, self.packed & 15), 1).view(-1)[: self.shape.numel()]
         return _decode(codes, scales, nf4_levels(), self.block).view(self.shape)
 
     @property
     def nbytes(self) -> int:  # of codes, scales and scales of scales; the tables of levels are shared
-        return sum(t.numel() * t.element_size() for t in (self.packed, self.scales, self.outer, self.mean) if t is not None)
+        return sum(
+            t.numel() * t.element_size() for t in (self.packed, self.scales, self.outer, self.mean) if t is not None
+        )
 
 # %% ../../nbs/40_quant.nf4.ipynb #c862616a
 def bits_per_weight(

@@ -38,7 +38,9 @@ def read_bare(
     model: nn.Module,  # whole, with weights
     batch: dict,  # what it is called with
 ) -> list[str]:  # names of linear layers
-    "Linear layers whose weight is used although their `forward` is not called. Packed in 4 bit, or with a LoRA beside them, they would be wrong."
+    """Linear layers whose weight is used although their `forward` is not called.
+
+    Packed in 4 bit, or with a LoRA beside them, they would be wrong."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     called = set()
     hooks = [m.register_forward_pre_hook(lambda _, __, n=n: called.add(n)) for n, m in layers.items()]
@@ -78,27 +80,48 @@ class Packing:
         "Decide it. Raises `InputError` for a plan that contradicts 4 bit, with the words to write instead."
         adapted, whole = lora_layers(model, plan), full_modules(model, plan)
         if not adapted:
-            raise InputError("the model is in 4 bit and no part gets LoRA", "plan", "Give a part 'lora', or load the model whole (four_bit: false)")
-        take, layout, listed = packable(model, whole), layout_of(model), {n for names in linear_layers(model).values() for n in names}
+            raise InputError(
+                "the model is in 4 bit and no part gets LoRA",
+                "plan",
+                "Give a part 'lora', or load the model whole (four_bit: false)",
+            )
+        take, layout, listed = (
+            packable(model, whole),
+            layout_of(model),
+            {n for names in linear_layers(model).values() for n in names},
+        )
         if plan.variant == "pissa" and (packed := sorted(set(take) & set(adapted))):
-            raise InputError(f"PiSSA takes the largest directions out of the base, and {packed[0]} in 4 bit cannot give them", "plan, variant",
-                             "Load the model whole (four_bit: false), or write variant: lora")  # fmt: skip
+            raise InputError(
+                f"PiSSA takes the largest directions out of the base, and {packed[0]} in 4 bit cannot give them",
+                "plan, variant",
+                "Load the model whole (four_bit: false), or write variant: lora",
+            )
         keep = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name not in take:
                 inside = any(name == w or name.startswith(w + ".") for w in whole)
-                keep[name] = IN_FULL if inside else BARE if name not in listed else WHY.get(layout.part_of(name), "language model")
+                keep[name] = (
+                    IN_FULL
+                    if inside
+                    else BARE
+                    if name not in listed
+                    else WHY.get(layout.part_of(name), "language model")
+                )
         return cls(tuple(take), keep, tuple(whole))
 
     def __repr__(self):
         reasons = Counter(self.keep.values())
-        return "\n".join([f"{len(self.take):5} layers in 4 bit", *(f"{n:5} whole: {why}" for why, n in reasons.most_common())])
+        return "\n".join(
+            [f"{len(self.take):5} layers in 4 bit", *(f"{n:5} whole: {why}" for why, n in reasons.most_common())]
+        )
 
 # %% ../../nbs/41_quant.policy.ipynb #d5705798
 def four_bit_bytes(
     weights: int,  # of one layer
 ) -> int:  # bytes of codes, scales, scales of scales, their mean, and sixteen levels
-    "What bitsandbytes keeps for a layer in NF4 with double quantisation. The 256 levels for scales are shared by all layers."
+    """What bitsandbytes keeps for a layer in NF4 with double quantisation.
+
+    The 256 levels for scales are shared by all layers."""
     blocks = -(-weights // 64)
     return -(-weights // 2) + blocks + 4 * -(-blocks // 256) + 4 + 16 * 4
 
@@ -108,11 +131,25 @@ def _measured(model):
     layout, seen = layout_of(model), set()
     for name, p in model.named_parameters():
         state = getattr(p, "quant_state", None)
-        tensors = [p, *([state.absmax, state.offset, state.code, state.state2.absmax] if state and state.nested else [state.absmax, state.code] if state else [])]
+        tensors = [
+            p,
+            *(
+                [state.absmax, state.offset, state.code, state.state2.absmax]
+                if state and state.nested
+                else [state.absmax, state.code]
+                if state
+                else []
+            ),
+        ]
         fresh = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.data_ptr() not in seen}
         seen |= set(fresh)
         weights = (state.shape.numel() if state else p.numel()) if p.data_ptr() in fresh else 0
-        yield layout.part_of(name), state.quant_type if state else str(p.dtype).removeprefix("torch."), weights, sum(fresh.values())
+        yield (
+            layout.part_of(name),
+            state.quant_type if state else str(p.dtype).removeprefix("torch."),
+            weights,
+            sum(fresh.values()),
+        )
 
 
 def _on_shapes(model, dtype, take):
@@ -136,11 +173,16 @@ def _added(tensors):
 
 def _as_text(cells):
     widths = [max(len(row[i]) for row in cells) for i in range(5)]
-    return "\n".join("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells)
+    return "\n".join(
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
+    )
 
 
 def _as_html(head, *body):
-    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
+    def row(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
     return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
 
 # %% ../../nbs/41_quant.policy.ipynb #2eebbfd3
@@ -184,7 +226,13 @@ class Weights:
         return _as_html(*self._cells())
 
 # %% ../../nbs/41_quant.policy.ipynb #2b64f1aa
-PAINT = {"frozen, 16 bit": ("#c9cfd4", ""), "frozen, 4 bit": ("#9fc3de", "...."), "lora": ("#1b6ca8", "//////"), "full": ("#d1603d", "")}  # kind -> colour, pattern
+# kind -> colour, pattern
+PAINT = {
+    "frozen, 16 bit": ("#c9cfd4", ""),
+    "frozen, 4 bit": ("#9fc3de", "...."),
+    "lora": ("#1b6ca8", "//////"),
+    "full": ("#d1603d", ""),
+}
 
 
 def plan_bytes(
@@ -192,12 +240,19 @@ def plan_bytes(
     plan: TuningPlan,
     four_bit: bool = True,  # pack what the plan lets be packed
 ) -> dict[str, dict[str, int]]:  # part -> kind, as in `PAINT` -> bytes
-    "What each part's weights take in training: bf16 or 4 bit, and beside it, in 32 bit, what is trained with its gradient and AdamW's two moments."
-    take, layout, modules = set(Packing.of(model, plan).take) if four_bit else set(), layout_of(model), dict(model.named_modules())
+    """What each part's weights take in training: bf16 or 4 bit, and beside it, in 32 bit, what is trained with its
+    gradient and AdamW's two moments."""
+    take, layout, modules = (
+        set(Packing.of(model, plan).take) if four_bit else set(),
+        layout_of(model),
+        dict(model.named_modules()),
+    )
     sizes = {part: dict.fromkeys(PAINT, 0) for part in PARTS}
     for name, p in model.named_parameters():
         part, packed = layout.part_of(name), name.removesuffix(".weight") in take
-        sizes[part]["frozen, 4 bit" if packed else "frozen, 16 bit"] += four_bit_bytes(p.numel()) if packed else 2 * p.numel()
+        sizes[part]["frozen, 4 bit" if packed else "frozen, 16 bit"] += (
+            four_bit_bytes(p.numel()) if packed else 2 * p.numel()
+        )
         if plan.rule(part, name).word == "full":  # PEFT keeps the frozen weights beside the trained ones
             sizes[part]["full"] += 16 * p.numel()
     for name, rule in lora_layers(model, plan).items():
@@ -222,15 +277,24 @@ def plan_picture(
     for y, part in enumerate(PARTS):
         left, whole = 0.0, 2 * total[part] / 2**30
         for kind, (color, hatch) in PAINT.items():
-            ax.barh(y, sizes[part][kind] / 2**30, 0.62, left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+            ax.barh(
+                y, sizes[part][kind] / 2**30, 0.62, left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0
+            )
             left += sizes[part][kind] / 2**30
         ax.barh(y, whole, 0.62, fill=False, edgecolor="#555555", linestyle="--", linewidth=0.8)
         ax.text(max(left, whole) + 0.15, y, f"{total[part] / 1e6:,.0f} M, {left:.1f} GiB", va="center", fontsize=8.5)
     ax.set_yticks(range(len(PARTS)), [f"{part}\n{plan.words[part]}" for part in PARTS])
-    ax.invert_yaxis(); ax.grid(False); ax.set_xlabel("GiB; beside the bars, millions of weights"); ax.set_xlim(0, 1.42 * 2 * max(total.values()) / 2**30)  # fmt: skip
-    keys = [plt.Rectangle((0, 0), 1, 1, facecolor=c, hatch=h, edgecolor="white", linewidth=0) for c, h in PAINT.values()]
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.set_xlabel("GiB; beside the bars, millions of weights")
+    ax.set_xlim(0, 1.42 * 2 * max(total.values()) / 2**30)
+    keys = [
+        plt.Rectangle((0, 0), 1, 1, facecolor=c, hatch=h, edgecolor="white", linewidth=0) for c, h in PAINT.values()
+    ]
     frame = plt.Rectangle((0, 0), 1, 1, fill=False, edgecolor="#555555", linestyle="--", linewidth=0.8)
-    ax.legend([*keys, frame], [*PAINT, "all in 16 bit"], loc="lower right", fontsize=8, handlelength=2.2, handleheight=1.1)
+    ax.legend(
+        [*keys, frame], [*PAINT, "all in 16 bit"], loc="lower right", fontsize=8, handlelength=2.2, handleheight=1.1
+    )
     ax.set_title(f"What does each part of {name} take in training?", fontsize=10)
     return fig
 
@@ -239,5 +303,6 @@ def upcast_bytes(
     model: nn.Module,  # on the meta device
     take: tuple[str, ...] = (),  # layers in 4 bit
 ) -> int:
-    "What `peft.prepare_model_for_kbit_training` adds to a model whose other weights are in 16 bit: two bytes for each of them."
+    """What `peft.prepare_model_for_kbit_training` adds to a model whose other weights are in 16 bit: two bytes for each
+    of them."""
     return sum(2 * p.numel() for n, p in model.named_parameters() if n.removesuffix(".weight") not in take)

@@ -40,7 +40,9 @@ class Verdict:
 
     def __post_init__(self):
         if self.word not in WORDS or bool(self.on) != (self.word == "depends"):
-            raise ValueError(f"{self.word!r} on {self.on!r}; a verdict is one of {', '.join(WORDS)}, and only 'depends' says on what")
+            raise ValueError(
+                f"{self.word!r} on {self.on!r}; a verdict is one of {', '.join(WORDS)}, and only 'depends' says on what"
+            )
 
     @property
     def interval(self) -> str:
@@ -75,47 +77,91 @@ def _points(m):
 # %% ../../nbs/92_study.claims.ipynb #c2bb0301
 def _c1(n):
     quiet = n["moved"] == 0 and n["loss_after"] < n["loss_before"]
-    return judge(quiet and not n["warnings"], n["moved"] > 0, f"{n['moved']} of {n['tensors']} tensors moved while the loss fell from {n['loss_before']:.2f} to {n['loss_after']:.2f}; {n['warnings']} warnings of it",
-                 "whether a warning is read")  # fmt: skip
+    return judge(
+        quiet and not n["warnings"],
+        n["moved"] > 0,
+        f"{n['moved']} of {n['tensors']} tensors moved while the loss fell from {n['loss_before']:.2f} to "
+        f"{n['loss_after']:.2f}; {n['warnings']} warnings of it",
+        "whether a warning is read",
+    )
 
 
 def _c2(n):
     whole = n["trained"] == n["back"] == n["tensors"] and n["logits_off"] == 0
-    return judge(whole, n["back"] == 0, f"{n['back']} of {n['tensors']} tensors back, logits {n['logits_off']:.1g} apart; a frozen copy of {n['copied_weights']:,} weights", "the tensor")
+    return judge(
+        whole,
+        n["back"] == 0,
+        f"{n['back']} of {n['tensors']} tensors back, logits {n['logits_off']:.1g} apart; a frozen copy of "
+        f"{n['copied_weights']:,} weights",
+        "the tensor",
+    )
 
 
 def _c3(n):
-    return judge(n["trained"] == n["back"] > 0, n["back"] == 0, f"{n['trained']} of {n['tensors']} tensors train, {n['back']} are saved; reloaded logits are {n['logits_off']:.1f} standard deviations off", "the tensor")
+    return judge(
+        n["trained"] == n["back"] > 0,
+        n["back"] == 0,
+        f"{n['trained']} of {n['tensors']} tensors train, {n['back']} are saved; reloaded logits are "
+        f"{n['logits_off']:.1f} standard deviations off",
+        "the tensor",
+    )
 
 
 def _c5(n):
-    said = f"without the hook, of {n['plans']} plans: {n['errors_without']} error, {n['silent_without']} lose gradients in silence, {n['fine_without']} fine; with it {n['fine_with_hook']} fine, without re-entrance {n['fine_not_reentrant']}"
-    return judge(n["fine_without"] == n["fine_not_reentrant"] == 0 and n["fine_with_hook"] == n["plans"], n["fine_without"] == n["plans"], said, "the form of checkpointing and what else is trained")
+    said = (
+        f"without the hook, of {n['plans']} plans: {n['errors_without']} error, {n['silent_without']} lose "
+        f"gradients in silence, {n['fine_without']} fine; with it {n['fine_with_hook']} fine, without re-entrance "
+        f"{n['fine_not_reentrant']}"
+    )
+    return judge(
+        n["fine_without"] == n["fine_not_reentrant"] == 0 and n["fine_with_hook"] == n["plans"],
+        n["fine_without"] == n["plans"],
+        said,
+        "the form of checkpointing and what else is trained",
+    )
 
 
 def _c6(n):
-    said = f"{'an error at once' if n['raised'] else 'no error'}; kept out of 4 bit, {n['kept_out_trainable']:.0%} of it trains; {n['bare_names_that_match']} of {n['bare_names']} bare names keep it out"
+    said = (
+        f"{'an error at once' if n['raised'] else 'no error'}; kept out of 4 bit, {n['kept_out_trainable']:.0%} of "
+        f"it trains; {n['bare_names_that_match']} of {n['bare_names']} bare names keep it out"
+    )
     return judge(n["raised"] and n["kept_out_trainable"] == 1, not n["raised"], said, "how it is kept out")
 
 
 def _c7(n):
     back = [n[f"back_{w}"] for w in ("same_wrapper", "other_adapter_name", "bare_base")]
-    said = f"of {n['trained']} tensors {back[0]} are back in the same wrapper, {back[1]} under another adapter's name, {back[2]} in the bare base; {n['keys']} keys, {n['file_over_minimum']:.1f} times the bytes"
+    said = (
+        f"of {n['trained']} tensors {back[0]} are back in the same wrapper, {back[1]} under another adapter's name, "
+        f"{back[2]} in the bare base; {n['keys']} keys, {n['file_over_minimum']:.1f} times the bytes"
+    )
     return judge(min(back) == n["trained"], max(back) < n["trained"], said, "the wrapper into which it is loaded")
 
 
 def _c8(n):
-    said = f"{n['back']} of {n['trained']} tensors back; {n['millions_Qwen-VL']:,.0f} million more weights on Qwen-VL, {n['millions_MiniCPM-V-2_6']:,.0f} on MiniCPM-V 2.6; a tied head falls {n['tied_gap']:.1%} behind in three steps, if it is not named"
+    said = (
+        f"{n['back']} of {n['trained']} tensors back; {n['millions_Qwen-VL']:,.0f} million more weights on Qwen-VL, "
+        f"{n['millions_MiniCPM-V-2_6']:,.0f} on MiniCPM-V 2.6; a tied head falls {n['tied_gap']:.1%} behind in "
+        "three steps, if it is not named"
+    )
     return judge(n["back"] == n["trained"], n["back"] == 0, said, "the tensor")
 
 
 def _c28(n):
-    return judge(n["layers_in_4_bit"] > 0 and n["bytes_with"] < n["bytes_without"], n["layers_in_4_bit"] == 0,
-                 f"{n['layers_in_4_bit']} layers in 4 bit; frozen weights take {n['bytes_with'] / n['bytes_without']:.1f} times the bytes", "the bytes")  # fmt: skip
+    return judge(
+        n["layers_in_4_bit"] > 0 and n["bytes_with"] < n["bytes_without"],
+        n["layers_in_4_bit"] == 0,
+        f"{n['layers_in_4_bit']} layers in 4 bit; frozen weights take {n['bytes_with'] / n['bytes_without']:.1f} times "
+        "the bytes",
+        "the bytes",
+    )
 
 # %% ../../nbs/92_study.claims.ipynb #fb9fae6f
-_NAMED = {"names": ("head", "embeddings", "letters to write"), "letters": ("embeddings", "head", "letters to read"),
-          "sides": ("embeddings", "head", "left and right swapped")}  # fmt: skip
+_NAMED = {
+    "names": ("head", "embeddings", "letters to write"),
+    "letters": ("embeddings", "head", "letters to read"),
+    "sides": ("embeddings", "head", "left and right swapped"),
+}
 
 
 def _c9(n):
@@ -123,77 +169,151 @@ def _c9(n):
     gains = {what: (_mean(n, f"{named} {t}"), _mean(n, f"{other} {t}")) for t, (named, other, what) in _NAMED.items()}
     holds = [what for what, (named, other) in gains.items() if named.sign > 0 < (named - other).sign]
     fails = [what for what, (named, other) in gains.items() if named.sign <= 0 or (named - other).sign < 0]
-    said = f"points over LoRA alone after {n['steps']} steps, head and embedding: " + "; ".join(f"{what} {_points(_mean(n, f'head {t}'))} and {_points(_mean(n, f'embeddings {t}'))}" for t, (*_, what) in _NAMED.items())
+    said = f"points over LoRA alone after {n['steps']} steps, head and embedding: " + "; ".join(
+        f"{what} {_points(_mean(n, f'head {t}'))} and {_points(_mean(n, f'embeddings {t}'))}"
+        for t, (*_, what) in _NAMED.items()
+    )
     on = f"what is new: as said for {', '.join(holds) or 'none'}; not for {', '.join(fails) or 'none'}"
     return judge(len(holds) == len(gains), len(fails) == len(gains), said, on, _mean(n, "head names"))
 
 
 def _c10(n):
     trains, more = n["base_moved"] > 0 and n["lora_moved"] > 0, _mean(n, "both over full")
-    return judge(not trains, trains, f"both train ({n['base_moved']} tensors under LoRA, {n['lora_moved']} of it); possible, and {'pointless' if more.sign <= 0 else 'worth it'}: {_points(more)} points over full", "", more)
+    return judge(
+        not trains,
+        trains,
+        f"both train ({n['base_moved']} tensors under LoRA, {n['lora_moved']} of it); possible, and "
+        f"{'pointless' if more.sign <= 0 else 'worth it'}: {_points(more)} points over full",
+        "",
+        more,
+    )
 
 
 def _c11(n):
     same, more = n["same_gradients"] == n["gradients"], _mean(n, "both over full")
-    return judge(not same and more.sign < 0, same and more.sign >= 0, f"{n['same_gradients']} of {n['gradients']} of LoRA's gradients are the same bits, and both at once reads {_points(more)} points over full",
-                 "whether gradients or results are meant", more)  # fmt: skip
+    return judge(
+        not same and more.sign < 0,
+        same and more.sign >= 0,
+        f"{n['same_gradients']} of {n['gradients']} of LoRA's gradients are the same bits, and both at once reads "
+        f"{_points(more)} points over full",
+        "whether gradients or results are meant",
+        more,
+    )
 
 
 def _c12(n):
     blows, lost = n["both"] > 1.1 * n["full"], n["both"] > 10 * n["lora"]
     gib = {k: f"{v / 2**30:.1f}" for k, v in n.items()}
-    return judge(blows and lost, not blows and not lost, f"{gib['lora']} GiB for LoRA, {gib['full']} in full, {gib['both']} for both", "the half: LoRA's saving is lost, but both cost what full costs")
+    return judge(
+        blows and lost,
+        not blows and not lost,
+        f"{gib['lora']} GiB for LoRA, {gib['full']} in full, {gib['both']} for both",
+        "the half: LoRA's saving is lost, but both cost what full costs",
+    )
 
 
 def _c13(n):
     fewer = {k: 1 - v for k, v in n.items()}
-    return judge(min(fewer.values()) > 0.95, max(fewer.values()) <= 0.95, f"{fewer['rank_8']:.1%} fewer at rank 8, {fewer['rank_64']:.1%} at rank 64 in the worst of three models; {fewer['script']:.1%} in MiniCPM-V's script",
-                 "what `modules_to_save` adds")  # fmt: skip
+    return judge(
+        min(fewer.values()) > 0.95,
+        max(fewer.values()) <= 0.95,
+        f"{fewer['rank_8']:.1%} fewer at rank 8, {fewer['rank_64']:.1%} at rank 64 in the worst of three models; "
+        f"{fewer['script']:.1%} in MiniCPM-V's script",
+        "what `modules_to_save` adds",
+    )
 
 
 def _c14(n):
     full, parts = _mean(n, "full over LoRA"), _mean(n, "LoRA and resampler over full")
     best, faster = full.sign > 0 and parts.sign <= 0, n["step_time_ratio"] < 0.9
-    said = f"full over LoRA {_points(full)} points, LoRA with the resampler over full {_points(parts)}; a step of LoRA takes {n['step_time_ratio']:.2f} of the time"
-    return judge(best and faster, full.sign < 0 and not faster, said, "which parts learn: of the language model alone full is ahead, LoRA with the resampler is ahead of that", full)
+    said = (
+        f"full over LoRA {_points(full)} points, LoRA with the resampler over full {_points(parts)}; a step of LoRA "
+        f"takes {n['step_time_ratio']:.2f} of the time"
+    )
+    return judge(
+        best and faster,
+        full.sign < 0 and not faster,
+        said,
+        "which parts learn: of the language model alone full is ahead, LoRA with the resampler is ahead of that",
+        full,
+    )
 
 
 def _c15(n):
     over, together, full = (_mean(n, k) for k in ("over LoRA", "over both together", "then full over full"))
-    said = f"LoRA, then the resampler: {_points(over)} points over LoRA, {_points(together)} over both together; LoRA, then full over full {_points(full)}"
-    return judge(over.sign > 0 and together.sign >= 0 and full.sign >= 0, over.sign <= 0 and full.sign <= 0 and together.sign < 0, said, "what it is compared with: it works, and doing both from the start works better", over)
+    said = (
+        f"LoRA, then the resampler: {_points(over)} points over LoRA, {_points(together)} over both together; LoRA, "
+        f"then full over full {_points(full)}"
+    )
+    return judge(
+        over.sign > 0 and together.sign >= 0 and full.sign >= 0,
+        over.sign <= 0 and full.sign <= 0 and together.sign < 0,
+        said,
+        "what it is compared with: it works, and doing both from the start works better",
+        over,
+    )
 
 
 def _c16(n):
     ran = (n["methods_in_a_model"] >= 2, n["stages"] >= 2 and n["largest_jump"] < 1e-3, bool(n["adapter_same"]))
-    said = f"{n['methods_in_a_model']} methods in one model, {n['stages']} stages that thaw, jumps of at most {n['largest_jump']:.0e} standard deviations, one adapter that gives {'the same bits' if n['adapter_same'] else 'other bits'}"
+    said = (
+        f"{n['methods_in_a_model']} methods in one model, {n['stages']} stages that thaw, jumps of at most "
+        f"{n['largest_jump']:.0e} standard deviations, one adapter that gives "
+        f"{'the same bits' if n['adapter_same'] else 'other bits'}"
+    )
     return judge(not any(ran), all(ran), said, "which of the three")
 
 
 def _c17(n):
     rank, size = _mean(n, "rank 8"), _mean(n, "equal size")
-    return judge(rank.sign > 0 < size.sign, rank.sign < 0 > size.sign, f"q,v over q,k {_points(rank)} points at rank 8, {_points(size)} at the size of all layers at rank 8", "rank or size", rank)
+    return judge(
+        rank.sign > 0 < size.sign,
+        rank.sign < 0 > size.sign,
+        f"q,v over q,k {_points(rank)} points at rank 8, {_points(size)} at the size of all layers at rank 8",
+        "rank or size",
+        rank,
+    )
 
 
 def _c18(n):
-    return judge(n["lora_in_torch"] > 0, n["lora_in_torch"] == 0 and n["after"] == 0 < n["before"], f"{n['lora_in_torch']} names with LoRA in torch.nn; PEFT's get_peft_model leaves {n['after']} of {n['before']:,} weights trainable",
-                 "who is called the wrapper")  # fmt: skip
+    return judge(
+        n["lora_in_torch"] > 0,
+        n["lora_in_torch"] == 0 and n["after"] == 0 < n["before"],
+        f"{n['lora_in_torch']} names with LoRA in torch.nn; PEFT's get_peft_model leaves {n['after']} of "
+        f"{n['before']:,} weights trainable",
+        "who is called the wrapper",
+    )
 
 
 def _c19(n):
     maps = n["vpm_out"] == n["llm_in"]
-    return judge(maps, not maps and n["vpm_out"] == n["resampler_in"] and n["resampler_out"] == n["llm_in"],
-                 f"vpm ({n['vpm_millions']:.0f} M) puts out {n['vpm_out']} numbers, the resampler ({n['resampler_millions']:.0f} M) turns them into the {n['llm_in']} that the language model reads", "the widths")  # fmt: skip
+    return judge(
+        maps,
+        not maps and n["vpm_out"] == n["resampler_in"] and n["resampler_out"] == n["llm_in"],
+        f"vpm ({n['vpm_millions']:.0f} M) puts out {n['vpm_out']} numbers, the resampler "
+        f"({n['resampler_millions']:.0f} M) turns them into the {n['llm_in']} that the language model reads",
+        "the widths",
+    )
 
 
 def _c27(n):
     close = n["worst_step_error"] < 0.1 and abs(n["adapter_error"]) < 0.05
-    said = (f"MiniCPM-V 2.6 on 2,048 tokens: {n['gib_full']:.0f} GiB in full, {n['gib_lora']:.1f} LoRA, {n['gib_qlora']:.1f} Q-LoRA (predicted); on the lab model the worst of {n['steps']} steps is {n['worst_step_error']:.1%} off, "
-            f"the adapter's file {n['adapter_error']:.1%}")  # fmt: skip
-    return judge(close and n["gpu_steps"] > 0, not close, said, "the machine: held against real steps on a CPU, not measured on a GPU")
+    said = (
+        f"MiniCPM-V 2.6 on 2,048 tokens: {n['gib_full']:.0f} GiB in full, {n['gib_lora']:.1f} LoRA, "
+        f"{n['gib_qlora']:.1f} Q-LoRA (predicted); on the lab model the worst of {n['steps']} steps is "
+        f"{n['worst_step_error']:.1%} off, "
+        f"the adapter's file {n['adapter_error']:.1%}"
+    )
+    return judge(
+        close and n["gpu_steps"] > 0,
+        not close,
+        said,
+        "the machine: held against real steps on a CPU, not measured on a GPU",
+    )
 
 # %% ../../nbs/92_study.claims.ipynb #5545fba4
-TASKS = ("words", "places", "pictures")  # from alike to unlike: the pictures are the old ones, elsewhere, or of another kind
+# from alike to unlike: the pictures are the old ones, elsewhere, or of another kind
+TASKS = ("words", "places", "pictures")
 
 
 def _by_task(n, what):
@@ -208,48 +328,106 @@ def _c4(n):
     new, old = _by_task(n, "new"), _by_task(n, "old")
     gains, pays = [t for t in TASKS if new[t].sign > 0], [t for t in TASKS if old[t].sign < 0]
     said = f"new questions, points over a frozen resampler: {_listed(new)}; old questions: {_listed(old)}"
-    return judge(len(gains) > 1 and not pays, not gains, said, f"the task: shown to gain {' and '.join(gains)}; old questions pay on {' and '.join(pays) or 'none'}", new["places"])
+    return judge(
+        len(gains) > 1 and not pays,
+        not gains,
+        said,
+        f"the task: shown to gain {' and '.join(gains)}; old questions pay on {' and '.join(pays) or 'none'}",
+        new["places"],
+    )
 
 
 def _c20(n):
     new, old = _by_task(n, "new"), _by_task(n, "old")
-    unlike, alike = new["pictures"].sign > 0, new["words"].sign <= 0 and (new["words"].sign < 0 or old["words"].sign < 0)
-    said = f"LoRA on the vision tower besides, new questions: {_listed(new)}; old questions where pictures are alike {_points(old['words'])}"
-    return judge(unlike and alike, not unlike and not alike, said, "how unlike the pictures are" if unlike else "the old pictures alone", new["pictures"])
+    unlike, alike = (
+        new["pictures"].sign > 0,
+        new["words"].sign <= 0 and (new["words"].sign < 0 or old["words"].sign < 0),
+    )
+    said = (
+        f"LoRA on the vision tower besides, new questions: {_listed(new)}; old questions where pictures are alike "
+        f"{_points(old['words'])}"
+    )
+    return judge(
+        unlike and alike,
+        not unlike and not alike,
+        said,
+        "how unlike the pictures are" if unlike else "the old pictures alone",
+        new["pictures"],
+    )
 
 
 def _c29(n):
     lost, mixed = _by_task(n, "lost"), {t: _mean(n, f"lost {t}, 30 % old") for t in TASKS}
-    said = f"points of {100 * n['before']:.0f} lost to LoRA alone: {_listed(lost)}; with 30 % old data and the resampler: {_listed(mixed)}"
-    return judge(all(m.mean < 0.05 for m in lost.values()), all(m.sign > 0 and m.mean > 0.1 for m in lost.values()), said, "the task", lost["pictures"])
+    said = (
+        f"points of {100 * n['before']:.0f} lost to LoRA alone: {_listed(lost)}; with 30 % old data and the "
+        f"resampler: {_listed(mixed)}"
+    )
+    return judge(
+        all(m.mean < 0.05 for m in lost.values()),
+        all(m.sign > 0 and m.mean > 0.1 for m in lost.values()),
+        said,
+        "the task",
+        lost["pictures"],
+    )
 
 
 def _c21(n):
-    return judge(n["causes_that_write_it"] > 0 and not n["without_a_cause"], not n["causes_that_write_it"], f"{n['causes_that_write_it']} of {n['causes']} causes write it, line by line; without a cause it is not written", "nothing but chance")
+    return judge(
+        n["causes_that_write_it"] > 0 and not n["without_a_cause"],
+        not n["causes_that_write_it"],
+        f"{n['causes_that_write_it']} of {n['causes']} causes write it, line by line; without a cause it is not "
+        "written",
+        "nothing but chance",
+    )
 
 
 def _c22(n):
-    return judge(n["nan_from_freezing_alone"] > 0, not n["nan_from_freezing_alone"] and n["nan_with_nothing_frozen"] == n["causes"],
-                 f"freezing without a cause: {'a' if n['nan_from_freezing_alone'] else 'no'} NaN; with nothing frozen {n['nan_with_nothing_frozen']} of {n['causes']} causes still give it", "the cause")  # fmt: skip
+    return judge(
+        n["nan_from_freezing_alone"] > 0,
+        not n["nan_from_freezing_alone"] and n["nan_with_nothing_frozen"] == n["causes"],
+        f"freezing without a cause: {'a' if n['nan_from_freezing_alone'] else 'no'} NaN; with nothing frozen "
+        f"{n['nan_with_nothing_frozen']} of {n['causes']} causes still give it",
+        "the cause",
+    )
 
 
 def _c23(n):
     filtered = n["logged"] == 0 and n["unfiltered_is_nan"]
-    return judge(not n["unfiltered_is_nan"], bool(filtered), f"logged {n['logged']:.1f}; without the Trainer's filter {'NaN' if n['unfiltered_is_nan'] else 'a number'}", "the filter")
+    return judge(
+        not n["unfiltered_is_nan"],
+        bool(filtered),
+        f"logged {n['logged']:.1f}; without the Trainer's filter {'NaN' if n['unfiltered_is_nan'] else 'a number'}",
+        "the filter",
+    )
 
 
 def _c24(n):
-    return judge(n["share_lost"] == 0, n["rate"] == 0 < n["share_lost"], f"{n['share_lost']:.0%} of the trained weights are lost in the first step, at a rate of {n['rate']:g}", "the rate")
+    return judge(
+        n["share_lost"] == 0,
+        n["rate"] == 0 < n["share_lost"],
+        f"{n['share_lost']:.0%} of the trained weights are lost in the first step, at a rate of {n['rate']:g}",
+        "the rate",
+    )
 
 
 def _c25(n):
     healed = (n["healed_tune_vision"], n["healed_bf16"])
-    return judge(min(healed) == n["causes"], max(healed) == 0, f"of {n['causes']} causes that write the log, `tune_vision=False` heals {healed[0]}, bf16 {healed[1]}",
-                 "the cause: the first hides what happens in the vision tower, the second heals overflow and no division by zero")  # fmt: skip
+    return judge(
+        min(healed) == n["causes"],
+        max(healed) == 0,
+        f"of {n['causes']} causes that write the log, `tune_vision=False` heals {healed[0]}, bf16 {healed[1]}",
+        "the cause: the first hides what happens in the vision tower, the second heals overflow and no division by "
+        "zero",
+    )
 
 
 def _c26(n):
-    return judge(n["healed"] == n["causes"], n["healed"] == 0, f"a thousandth of the rate heals {n['healed']} of {n['causes']} causes that write the log", "the cause")
+    return judge(
+        n["healed"] == n["causes"],
+        n["healed"] == 0,
+        f"a thousandth of the rate heals {n['healed']} of {n['causes']} causes that write the log",
+        "the cause",
+    )
 
 # %% ../../nbs/92_study.claims.ipynb #d8171ff4
 @dataclass(frozen=True)
@@ -262,7 +440,8 @@ class Claim:
     chapter: str  # file name of the notebook without its ending
     heading: str  # of the section there that measures it
     rule: Callable[[dict], Verdict] = field(repr=False)
-    measure: Callable[..., dict] = field(repr=False)  # of a function from names of experiments to `Results`, if it reads any
+    # of a function from names of experiments to `Results`, if it reads any
+    measure: Callable[..., dict] = field(repr=False)
     experiments: tuple[str, ...] = ()  # that it reads
     model: str = "lab"
 
@@ -282,37 +461,287 @@ _M, _E = "MiniCPM-V #", evidence
 _SHAPES, _BOTH = "shapes of MiniCPM-V 2.6", "lab, and published shapes"
 
 # %% ../../nbs/92_study.claims.ipynb #a4128192
-CLAIMS = {c.id: c for c in (
-    Claim("C1", "A resampler that is neither a LoRA target nor in `modules_to_save` stays bit-identical, in silence.", _M + "243", "33_unfreeze", "The bug, bit by bit", _c1, _E.left_frozen),
-    Claim("C2", "`modules_to_save=[\"resampler\"]` trains it and puts it into the file.", _M + "222", "33_unfreeze", "Second repair: `modules_to_save`", _c2, _repair_by_list),
-    Claim("C3", "`requires_grad_(True)` after `get_peft_model` is enough to have the resampler tuned.", _M + "272", "33_unfreeze", "First repair: unfreeze it by hand", _c3, _E.repaired),
-    Claim("C4", "Training the resampler improves most tasks.", _M + "489", "33_unfreeze", "What it brings, and what it costs", _c4, _E.resampler_gain, ("resampler",)),
-    Claim("C5", "Q-LoRA with gradient checkpointing needs the hook on the input embeddings.", _M + "243", "41_quant.policy", "Checkpointing needs an entrance", _c5, _E.checkpointed),
-    Claim("C6", "`modules_to_save` fails on a module in 4 bit, which has to be kept out of quantisation.", _M + "272", "41_quant.policy", "The problem: integers have no gradient", _c6, _E.packed_and_trained),
-    Claim("C7", "Collecting every `requires_grad` tensor by hand keeps all that was trained.", "Qwen-VL #378", "70_checkpoint.save", "The loop that collects by hand", _c7, _E.collected_by_hand),
-    Claim("C8", "`modules_to_save` with embedding and head trains and saves both.", "Qwen-VL #378", "70_checkpoint.save", "Embedding and head", _c8, _E.embedding_and_head, model=_BOTH),
-    Claim("C9", "Plain LoRA is enough for most; the head for new output, the embedding for new meaning.", "Qwen-VL #378", "70_checkpoint.save", "Embedding and head", _c9, _E.vocabulary_gain, ("vocabulary", "meaning")),
-    Claim("C10", "`tune_llm` and LoRA exclude each other, because LoRA needs the base frozen.", _M + "209", "32_plan", "And if you do both?", _c10, _E.both_over_full, ("exclusive",)),
-    Claim("C11", "Together they disturb each other's gradients.", _M + "209", "32_plan", "And if you do both?", _c11, _E.both_over_full, ("exclusive",)),
-    Claim("C12", "Together, memory blows up and LoRA's saving is lost.", _M + "209", "32_plan", "And if you do both?", _c12, _E.training_bytes, model=_SHAPES),
-    Claim("C13", "LoRA trains over 95 % fewer weights.", _M + "209", "31_lora.targets", "What a choice costs", _c13, _E.trained_shares, model="shapes of three 7 and 8 B models"),
-    Claim("C14", "Full fine-tuning gives the best result, LoRA is the faster way to iterate.", _M + "209", "32_plan", "And if you do both?", _c14, _E.full_over_lora, ("exclusive",)),
-    Claim("C15", "LoRA first, then key modules in full, is a strategy that works.", _M + "209", "54_train.stages", "Does it work? (C15, C16)", _c15, _E.staged, ("exclusive",)),
-    Claim("C16", "Methods that differ by layer, thaw during training or are composed are future work.", _M + "209", "54_train.stages", "Does it work? (C15, C16)", _c16, _E.stages),
-    Claim("C17", "q,v is a better pair of targets than q,k.", _M + "213", "31_lora.targets", "Measured", _c17, _E.pairs_of_targets, ("targets",)),
-    Claim("C18", "PyTorch's LoRA wrapper freezes everything else.", _M + "213", "31_lora.targets", "What a pattern hits", _c18, _E.who_freezes),
-    Claim("C19", "`vpm` is a projection that maps pictures into the space of words.", _M + "213", "31_lora.targets", "What a pattern hits", _c19, _E.widths, model=_SHAPES),
-    Claim("C20", "Tune the vision tower when pictures differ much from pre-training, else leave it frozen.", _M + "213", "33_unfreeze", "What it brings, and what it costs", _c20, _E.eyes_gain, ("resampler",)),
-    Claim("C21", "With LoRA and `tune_vision=True` a log can go from loss 1.08 to 0.0 with `grad_norm nan` from its first line on.", _M + "212", "61_debug.nan", "Five suspects", _c21, _E.nan_reproduced),
-    Claim("C22", "That NaN comes from parameters that `get_peft_model` froze.", _M + "212", "61_debug.nan", "The usual advice, tried", _c22, _E.nan_by_freezing),
-    Claim("C23", "The 0.0 in that log is a loss.", _M + "212", "61_debug.nan", "0.0 is not a loss", _c23, _E.nan_filtered),
-    Claim("C24", "A warm-up that starts at a rate of zero protects the weights in the first step.", _M + "212", "61_debug.nan", "What happened, step by step", _c24, _E.nan_at_rate_zero),
-    Claim("C25", "`tune_vision=False`, or bf16, cures it.", _M + "212", "61_debug.nan", "The usual advice, tried", _c25, _E.nan_remedies),
-    Claim("C26", "A lower learning rate cures it.", _M + "212", "61_debug.nan", "The usual advice, tried", _c26, _E.nan_slower),
-    Claim("C27", "What full, LoRA and Q-LoRA take can be told from shapes before the run.", "arithmetic of all threads", "42_quant.memory", "Predicted and measured", _c27, _E.memory, model=_BOTH),
-    Claim("C28", "MiniCPM-V's `--q_lora` quantises the model.", "MiniCPM-V, finetune.py", "41_quant.policy", "The `--q_lora` that never quantised", _c28, _E.upstream_qlora),
-    Claim("C29", "Well configured, LoRA keeps the model's core abilities.", _M + "213", "33_unfreeze", "What it brings, and what it costs", _c29, _E.forgotten, ("resampler",)),
-)}  # fmt: skip
+CLAIMS = {
+    c.id: c
+    for c in (
+        Claim(
+            "C1",
+            "A resampler that is neither a LoRA target nor in `modules_to_save` stays bit-identical, in silence.",
+            _M + "243",
+            "33_unfreeze",
+            "The bug, bit by bit",
+            _c1,
+            _E.left_frozen,
+        ),
+        Claim(
+            "C2",
+            '`modules_to_save=["resampler"]` trains it and puts it into the file.',
+            _M + "222",
+            "33_unfreeze",
+            "Second repair: `modules_to_save`",
+            _c2,
+            _repair_by_list,
+        ),
+        Claim(
+            "C3",
+            "`requires_grad_(True)` after `get_peft_model` is enough to have the resampler tuned.",
+            _M + "272",
+            "33_unfreeze",
+            "First repair: unfreeze it by hand",
+            _c3,
+            _E.repaired,
+        ),
+        Claim(
+            "C4",
+            "Training the resampler improves most tasks.",
+            _M + "489",
+            "33_unfreeze",
+            "What it brings, and what it costs",
+            _c4,
+            _E.resampler_gain,
+            ("resampler",),
+        ),
+        Claim(
+            "C5",
+            "Q-LoRA with gradient checkpointing needs the hook on the input embeddings.",
+            _M + "243",
+            "41_quant.policy",
+            "Checkpointing needs an entrance",
+            _c5,
+            _E.checkpointed,
+        ),
+        Claim(
+            "C6",
+            "`modules_to_save` fails on a module in 4 bit, which has to be kept out of quantisation.",
+            _M + "272",
+            "41_quant.policy",
+            "The problem: integers have no gradient",
+            _c6,
+            _E.packed_and_trained,
+        ),
+        Claim(
+            "C7",
+            "Collecting every `requires_grad` tensor by hand keeps all that was trained.",
+            "Qwen-VL #378",
+            "70_checkpoint.save",
+            "The loop that collects by hand",
+            _c7,
+            _E.collected_by_hand,
+        ),
+        Claim(
+            "C8",
+            "`modules_to_save` with embedding and head trains and saves both.",
+            "Qwen-VL #378",
+            "70_checkpoint.save",
+            "Embedding and head",
+            _c8,
+            _E.embedding_and_head,
+            model=_BOTH,
+        ),
+        Claim(
+            "C9",
+            "Plain LoRA is enough for most; the head for new output, the embedding for new meaning.",
+            "Qwen-VL #378",
+            "70_checkpoint.save",
+            "Embedding and head",
+            _c9,
+            _E.vocabulary_gain,
+            ("vocabulary", "meaning"),
+        ),
+        Claim(
+            "C10",
+            "`tune_llm` and LoRA exclude each other, because LoRA needs the base frozen.",
+            _M + "209",
+            "32_plan",
+            "And if you do both?",
+            _c10,
+            _E.both_over_full,
+            ("exclusive",),
+        ),
+        Claim(
+            "C11",
+            "Together they disturb each other's gradients.",
+            _M + "209",
+            "32_plan",
+            "And if you do both?",
+            _c11,
+            _E.both_over_full,
+            ("exclusive",),
+        ),
+        Claim(
+            "C12",
+            "Together, memory blows up and LoRA's saving is lost.",
+            _M + "209",
+            "32_plan",
+            "And if you do both?",
+            _c12,
+            _E.training_bytes,
+            model=_SHAPES,
+        ),
+        Claim(
+            "C13",
+            "LoRA trains over 95 % fewer weights.",
+            _M + "209",
+            "31_lora.targets",
+            "What a choice costs",
+            _c13,
+            _E.trained_shares,
+            model="shapes of three 7 and 8 B models",
+        ),
+        Claim(
+            "C14",
+            "Full fine-tuning gives the best result, LoRA is the faster way to iterate.",
+            _M + "209",
+            "32_plan",
+            "And if you do both?",
+            _c14,
+            _E.full_over_lora,
+            ("exclusive",),
+        ),
+        Claim(
+            "C15",
+            "LoRA first, then key modules in full, is a strategy that works.",
+            _M + "209",
+            "54_train.stages",
+            "Does it work? (C15, C16)",
+            _c15,
+            _E.staged,
+            ("exclusive",),
+        ),
+        Claim(
+            "C16",
+            "Methods that differ by layer, thaw during training or are composed are future work.",
+            _M + "209",
+            "54_train.stages",
+            "Does it work? (C15, C16)",
+            _c16,
+            _E.stages,
+        ),
+        Claim(
+            "C17",
+            "q,v is a better pair of targets than q,k.",
+            _M + "213",
+            "31_lora.targets",
+            "Measured",
+            _c17,
+            _E.pairs_of_targets,
+            ("targets",),
+        ),
+        Claim(
+            "C18",
+            "PyTorch's LoRA wrapper freezes everything else.",
+            _M + "213",
+            "31_lora.targets",
+            "What a pattern hits",
+            _c18,
+            _E.who_freezes,
+        ),
+        Claim(
+            "C19",
+            "`vpm` is a projection that maps pictures into the space of words.",
+            _M + "213",
+            "31_lora.targets",
+            "What a pattern hits",
+            _c19,
+            _E.widths,
+            model=_SHAPES,
+        ),
+        Claim(
+            "C20",
+            "Tune the vision tower when pictures differ much from pre-training, else leave it frozen.",
+            _M + "213",
+            "33_unfreeze",
+            "What it brings, and what it costs",
+            _c20,
+            _E.eyes_gain,
+            ("resampler",),
+        ),
+        Claim(
+            "C21",
+            "With LoRA and `tune_vision=True` a log can go from loss 1.08 to 0.0 with `grad_norm nan` from its first "
+            "line on.",
+            _M + "212",
+            "61_debug.nan",
+            "Five suspects",
+            _c21,
+            _E.nan_reproduced,
+        ),
+        Claim(
+            "C22",
+            "That NaN comes from parameters that `get_peft_model` froze.",
+            _M + "212",
+            "61_debug.nan",
+            "The usual advice, tried",
+            _c22,
+            _E.nan_by_freezing,
+        ),
+        Claim(
+            "C23",
+            "The 0.0 in that log is a loss.",
+            _M + "212",
+            "61_debug.nan",
+            "0.0 is not a loss",
+            _c23,
+            _E.nan_filtered,
+        ),
+        Claim(
+            "C24",
+            "A warm-up that starts at a rate of zero protects the weights in the first step.",
+            _M + "212",
+            "61_debug.nan",
+            "What happened, step by step",
+            _c24,
+            _E.nan_at_rate_zero,
+        ),
+        Claim(
+            "C25",
+            "`tune_vision=False`, or bf16, cures it.",
+            _M + "212",
+            "61_debug.nan",
+            "The usual advice, tried",
+            _c25,
+            _E.nan_remedies,
+        ),
+        Claim(
+            "C26",
+            "A lower learning rate cures it.",
+            _M + "212",
+            "61_debug.nan",
+            "The usual advice, tried",
+            _c26,
+            _E.nan_slower,
+        ),
+        Claim(
+            "C27",
+            "What full, LoRA and Q-LoRA take can be told from shapes before the run.",
+            "arithmetic of all threads",
+            "42_quant.memory",
+            "Predicted and measured",
+            _c27,
+            _E.memory,
+            model=_BOTH,
+        ),
+        Claim(
+            "C28",
+            "MiniCPM-V's `--q_lora` quantises the model.",
+            "MiniCPM-V, finetune.py",
+            "41_quant.policy",
+            "The `--q_lora` that never quantised",
+            _c28,
+            _E.upstream_qlora,
+        ),
+        Claim(
+            "C29",
+            "Well configured, LoRA keeps the model's core abilities.",
+            _M + "213",
+            "33_unfreeze",
+            "What it brings, and what it costs",
+            _c29,
+            _E.forgotten,
+            ("resampler",),
+        ),
+    )
+}
 
 # %% ../../nbs/92_study.claims.ipynb #08512293
 LEDGER = RESULTS / "claims.json"
@@ -333,15 +762,35 @@ class Entry:
     @property
     def cells(self) -> tuple[str, ...]:  # id, claim, verdict, effect, interval, seeds, model, chapter
         v, c = self.verdict, self.claim
-        return (c.id, c.said, f"**{v.word}**" + (f" on {v.on}" if v.on else ""), v.effect, v.interval, str(v.seeds) if v.main else "—", c.model, f"[{c.chapter[:2]}]({c.chapter}.ipynb), *{c.heading}*")
+        return (
+            c.id,
+            c.said,
+            f"**{v.word}**" + (f" on {v.on}" if v.on else ""),
+            v.effect,
+            v.interval,
+            str(v.seeds) if v.main else "—",
+            c.model,
+            f"[{c.chapter[:2]}]({c.chapter}.ipynb), *{c.heading}*",
+        )
 
     def to_dict(self) -> dict:
         v = self.verdict
-        return {"verdict": v.word, "on": v.on, "effect": v.effect, "interval": v.interval, "seeds": v.seeds if v.main else None, "model": self.claim.model, **self.facts, "numbers": self.numbers}
+        return {
+            "verdict": v.word,
+            "on": v.on,
+            "effect": v.effect,
+            "interval": v.interval,
+            "seeds": v.seeds if v.main else None,
+            "model": self.claim.model,
+            **self.facts,
+            "numbers": self.numbers,
+        }
 
 
 def _table(head, rows):
-    line = lambda cells: "| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |"  # noqa: E731
+    def line(cells):
+        return "| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |"
+
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 
 
@@ -356,12 +805,25 @@ class Ledger:
         "From a file. Raises `InputError` when it is not one, or when a word in it is not what its numbers say."
         try:
             said = json.loads(Path(path).read_text(encoding="utf-8"))
-            entries = {k: Entry(CLAIMS[k], v["numbers"], {f: v[f] for f in ("date", "versions", "threads", "seconds", "experiments")}) for k, v in said.items()}
+            entries = {
+                k: Entry(
+                    CLAIMS[k],
+                    v["numbers"],
+                    {f: v[f] for f in ("date", "versions", "threads", "seconds", "experiments")},
+                )
+                for k, v in said.items()
+            }
             wrong = [k for k, e in entries.items() if e.verdict.word != said[k]["verdict"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"this is no ledger ({e!r})", path, "Give a file that `python -m vlm_lora_lab.study --claims all` wrote") from None
+            raise InputError(
+                f"this is no ledger ({e!r})", path, "Give a file that `python -m vlm_lora_lab.study --claims all` wrote"
+            ) from None
         if wrong:
-            raise InputError(f"the verdict on {', '.join(wrong)} is not what its numbers say", path, f"Measure again: python -m vlm_lora_lab.study --claims {','.join(wrong)}")
+            raise InputError(
+                f"the verdict on {', '.join(wrong)} is not what its numbers say",
+                path,
+                f"Measure again: python -m vlm_lora_lab.study --claims {','.join(wrong)}",
+            )
         return cls({k: entries[k] for k in CLAIMS if k in entries})
 
     def write(self, path: str | Path) -> None:
@@ -373,7 +835,10 @@ class Ledger:
 
     def index(self) -> str:
         "The short table of the preface."
-        rows = [(e.claim.id, e.claim.said, e.verdict.word, f"[{e.claim.chapter[:2]}]({e.claim.chapter}.ipynb)") for e in self.entries.values()]
+        rows = [
+            (e.claim.id, e.claim.said, e.verdict.word, f"[{e.claim.chapter[:2]}]({e.claim.chapter}.ipynb)")
+            for e in self.entries.values()
+        ]
         return _table(("", "it is said that", "verdict", "tested in"), rows)
 
     def counts(self) -> Counter:
@@ -388,18 +853,40 @@ def forest(
     ids: tuple[str, ...] | None = None,  # None: all claims with seeds
 ) -> Figure:
     "Every effect over seeds with its 95 % interval; those whose interval leaves out zero are filled."
-    rows = [(f"{k}  {name}", _mean(e.numbers, name)) for k, e in ledger.entries.items() if (ids is None or k in ids) for name, v in e.numbers.items() if isinstance(v, list)]
+    rows = [
+        (f"{k}  {name}", _mean(e.numbers, name))
+        for k, e in ledger.entries.items()
+        if (ids is None or k in ids)
+        for name, v in e.numbers.items()
+        if isinstance(v, list)
+    ]
     fig, ax = figure(width=6.5, height=0.9 + 0.19 * len(rows))
     for y, (_, m) in enumerate(rows):
         color = COLORS[4] if m.sign == 0 else COLORS[0] if m.sign > 0 else COLORS[1]
-        ax.errorbar(100 * m.mean, y, xerr=100 * m.half, fmt="o", ms=4, mfc=color if m.sign else "white", color=color, capsize=2, lw=1)
+        ax.errorbar(
+            100 * m.mean,
+            y,
+            xerr=100 * m.half,
+            fmt="o",
+            ms=4,
+            mfc=color if m.sign else "white",
+            color=color,
+            capsize=2,
+            lw=1,
+        )
     ax.axvline(0, color="black", lw=0.7)
-    ax.set(yticks=range(len(rows)), yticklabels=[label for label, _ in rows], xlabel="points of exact match, mean and 95 % interval", ylim=(len(rows) - 0.4, -0.6))
+    ax.set(
+        yticks=range(len(rows)),
+        yticklabels=[label for label, _ in rows],
+        xlabel="points of exact match, mean and 95 % interval",
+        ylim=(len(rows) - 0.4, -0.6),
+    )
     ax.tick_params(axis="y", labelsize=7.5)
     return fig
 
 # %% ../../nbs/92_study.claims.ipynb #e388cba7
-SMALL, SHOWN, LARGE = 0.05, 0.02, 0.2  # shares of right answers: without a direction, seen in a small run, and no longer small
+# shares of right answers: without a direction, seen in a small run, and no longer small
+SMALL, SHOWN, LARGE = 0.05, 0.02, 0.2
 
 
 def disagrees(
@@ -420,14 +907,24 @@ def quick_numbers(claim: Claim) -> dict:
     "What can be measured of a claim in seconds."
     if claim.id in evidence.REDUCED:
         return evidence.REDUCED[claim.id]()
-    return evidence.memory(quick=True) if claim.id == "C27" else evidence.both_at_once() if claim.experiments else claim.numbers()
+    return (
+        evidence.memory(quick=True)
+        if claim.id == "C27"
+        else evidence.both_at_once()
+        if claim.experiments
+        else claim.numbers()
+    )
 
 # %% ../../nbs/92_study.claims.ipynb #fe91db0f
 def _chosen(text):
     "The claims that were asked for."
     ids = list(CLAIMS) if text == "all" else [i.strip().upper() for i in text.split(",")]
     if unknown := [i for i in ids if i not in CLAIMS]:
-        raise InputError(f"there is no claim {', '.join(map(repr, unknown))}", "--claims", f"Write all, or some of {', '.join(CLAIMS)}, with commas")
+        raise InputError(
+            f"there is no claim {', '.join(map(repr, unknown))}",
+            "--claims",
+            f"Write all, or some of {', '.join(CLAIMS)}, with commas",
+        )
     return [c for i, c in CLAIMS.items() if i in ids]
 
 
@@ -436,7 +933,12 @@ def _fresh(names, folder):
     done = {}
     minutes = {n: sum(r["seconds"] for r in results(n).rows) / 60 for n in names}
     if names:
-        print(f"First {', '.join(names)}: about {1.5 * sum(minutes.values()):.0f} minutes on one core, less what {', '.join(f'{n}.json' for n in names)} in {folder} hold already. --stored reads the course's own results instead.", flush=True)
+        print(
+            f"First {', '.join(names)}: about {1.5 * sum(minutes.values()):.0f} minutes on one core, less what "
+            f"{', '.join(f'{n}.json' for n in names)} in {folder} hold already. --stored reads the course's own "
+            "results instead.",
+            flush=True,
+        )
     for n in names:
         done[n] = EXPERIMENTS[n]().run(folder / f"{n}.json")
     return done.__getitem__
@@ -454,12 +956,20 @@ def measure(
     for i, c in enumerate(claims, 1):
         started = time.perf_counter()
         numbers = c.numbers(read)
-        facts = {"date": date.today().isoformat(), "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")}, "threads": torch.get_num_threads(),
-                 "seconds": round(time.perf_counter() - started, 1), "experiments": {n: read(n).facts["date"] for n in c.experiments}}  # fmt: skip
+        facts = {
+            "date": date.today().isoformat(),
+            "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+            "threads": torch.get_num_threads(),
+            "seconds": round(time.perf_counter() - started, 1),
+            "experiments": {n: read(n).facts["date"] for n in c.experiments},
+        }
         entries[c.id] = Entry(c, numbers, facts)
         ledger = Ledger(entries)
         ledger.write(path)
-        say(f"{i:2}/{len(claims)} {c.id:4} {entries[c.id].verdict.word:10} {facts['seconds']:5.1f} s  {entries[c.id].verdict.effect}")
+        say(
+            f"{i:2}/{len(claims)} {c.id:4} {entries[c.id].verdict.word:10} {facts['seconds']:5.1f} s  "
+            f"{entries[c.id].verdict.effect}"
+        )
     return Ledger.read(path)
 
 
@@ -470,13 +980,21 @@ def compare(
 ) -> dict[str, str]:  # claim -> what is different
     "A reduced run of today against a ledger. Raises `InputError` for a claim that is not in it."
     if missing := [c.id for c in claims if c.id not in ledger.entries]:
-        raise InputError(f"the ledger does not hold {', '.join(missing)}", "--quick", f"Measure first: python -m vlm_lora_lab.study --claims {','.join(missing)}")
+        raise InputError(
+            f"the ledger does not hold {', '.join(missing)}",
+            "--quick",
+            f"Measure first: python -m vlm_lora_lab.study --claims {','.join(missing)}",
+        )
     wrong = {}
     for i, c in enumerate(claims, 1):
         started = time.perf_counter()
         if what := disagrees(ledger.entries[c.id], quick_numbers(c)):
             wrong[c.id] = what
-        say(f"{i:2}/{len(claims)} {c.id:4} {'DISAGREES: ' + what if what else 'agrees: ' + ledger.entries[c.id].verdict.word:24} {time.perf_counter() - started:5.1f} s")
+        say(
+            f"{i:2}/{len(claims)} {c.id:4} "
+            f"{'DISAGREES: ' + what if what else 'agrees: ' + ledger.entries[c.id].verdict.word:24} "
+            f"{time.perf_counter() - started:5.1f} s"
+        )
     return wrong
 
 # %% ../../nbs/92_study.claims.ipynb #c01153de
@@ -485,11 +1003,23 @@ def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit code
     "`python -m vlm_lora_lab.study --claims …`: measure the claims of the course again."
-    parser = argparse.ArgumentParser("python -m vlm_lora_lab.study", description="Measure the claims of the course again, and judge them by the rules of chapter 92.")
+    parser = argparse.ArgumentParser(
+        "python -m vlm_lora_lab.study",
+        description="Measure the claims of the course again, and judge them by the rules of chapter 92.",
+    )
     parser.add_argument("--claims", required=True, help="all, or some with commas: C7,C21")
-    parser.add_argument("--stored", action="store_true", help="read the experiments' results as the course ships them, and measure the rest")
-    parser.add_argument("--quick", action="store_true", help="compare a reduced run with the ledger; exit status 1 where it disagrees")
-    parser.add_argument("--output", help="JSON file of the ledger, read by --quick (default: claims.json here; of --quick: the course's)")
+    parser.add_argument(
+        "--stored",
+        action="store_true",
+        help="read the experiments' results as the course ships them, and measure the rest",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="compare a reduced run with the ledger; exit status 1 where it disagrees"
+    )
+    parser.add_argument(
+        "--output",
+        help="JSON file of the ledger, read by --quick (default: claims.json here; of --quick: the course's)",
+    )
     said = parser.parse_args(arguments)
     if said.quick and said.stored:
         raise InputError("--quick and --stored were both given", "study", "Write one of them: --quick writes no ledger")

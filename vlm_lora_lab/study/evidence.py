@@ -24,7 +24,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ..checkpoint.save import load_adapter, save_adapter
 from ..data.batch import Collator, Processor, Samples
@@ -45,7 +52,10 @@ from ..train.stages import fit_stages, from_top
 from ..unfreeze import Snapshot
 
 # %% ../../nbs/93_study.evidence.ipynb #19755d1f
-BITS = dict(r=8, lora_alpha=16, target_modules=r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)", task_type="CAUSAL_LM")  # MiniCPM-V's script
+# MiniCPM-V's script
+BITS = dict(
+    r=8, lora_alpha=16, target_modules=r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)", task_type="CAUSAL_LM"
+)
 REAL = "openbmb/MiniCPM-V-2_6"
 NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
@@ -75,7 +85,9 @@ def _steps(model, steps=3, rate=2e-3):
 
 def _logits(model):
     with torch.no_grad():
-        return model.eval()(**{k: v for k, v in _batch().items() if k != "labels"}).logits[_batch()["attention_mask"].bool()]
+        return model.eval()(**{k: v for k, v in _batch().items() if k != "labels"}).logits[
+            _batch()["attention_mask"].bool()
+        ]
 
 # %% ../../nbs/93_study.evidence.ipynb #4a9bb140
 def left_frozen() -> dict:
@@ -86,8 +98,13 @@ def left_frozen() -> dict:
         model = get_peft_model(_lab(), LoraConfig(**BITS))
         losses = _steps(model)
     moved, tensors = start.moved(model)["connector"]
-    return {"moved": moved, "tensors": tensors, "loss_before": losses[0], "loss_after": losses[-1],
-            "warnings": sum("resampler" in str(w.message) or "frozen" in str(w.message) for w in said)}  # fmt: skip
+    return {
+        "moved": moved,
+        "tensors": tensors,
+        "loss_before": losses[0],
+        "loss_after": losses[-1],
+        "warnings": sum("resampler" in str(w.message) or "frozen" in str(w.message) for w in said),
+    }
 
 
 def repaired(
@@ -104,13 +121,25 @@ def repaired(
         again = PeftModel.from_pretrained(_lab(), folder)
     trained, tensors = start.moved(model)["connector"]
     before, after = _logits(model), _logits(again)
-    return {"trained": trained, "tensors": tensors, "back": start.moved(again)["connector"][0], "logits_off": ((before - after).abs().max() / before.std()).item(),
-            "copied_weights": sum(p.numel() for n, p in model.named_parameters() if ".original_module." in n)}  # fmt: skip
+    return {
+        "trained": trained,
+        "tensors": tensors,
+        "back": start.moved(again)["connector"][0],
+        "logits_off": ((before - after).abs().max() / before.std()).item(),
+        "copied_weights": sum(p.numel() for n, p in model.named_parameters() if ".original_module." in n),
+    }
 
 # %% ../../nbs/93_study.evidence.ipynb #3e8433aa
 def checkpointed() -> dict:
-    "C5: does every LoRA matrix get a gradient under checkpointing? Four plans; re-entrant without and with the hook on the embeddings, and not re-entrant."
-    plans = (TuningPlan(connector="freeze"), TuningPlan(), TuningPlan(connector="freeze", head="full"), TuningPlan(vision="lora", language="freeze"))
+    """C5: does every LoRA matrix get a gradient under checkpointing?
+
+    Four plans; re-entrant without and with the hook on the embeddings, and not re-entrant."""
+    plans = (
+        TuningPlan(connector="freeze"),
+        TuningPlan(),
+        TuningPlan(connector="freeze", head="full"),
+        TuningPlan(vision="lora", language="freeze"),
+    )
 
     def share(plan, reentrant, hook):  # of LoRA's matrices; an error counts as nan
         torch.manual_seed(0)
@@ -129,14 +158,23 @@ def checkpointed() -> dict:
         return sum(lora) / len(lora)
 
     bare, hooked, other = ([share(p, r, h) for p in plans] for r, h in ((True, False), (True, True), (False, False)))
-    return {"plans": len(plans), "errors_without": sum(map(math.isnan, bare)), "silent_without": sum(s < 1 for s in bare), "fine_without": bare.count(1.0),
-            "fine_with_hook": hooked.count(1.0), "fine_not_reentrant": other.count(1.0)}  # fmt: skip
+    return {
+        "plans": len(plans),
+        "errors_without": sum(map(math.isnan, bare)),
+        "silent_without": sum(s < 1 for s in bare),
+        "fine_without": bare.count(1.0),
+        "fine_with_hook": hooked.count(1.0),
+        "fine_not_reentrant": other.count(1.0),
+    }
 
 
 def packed_and_trained() -> dict:
     "C6: `modules_to_save` on a module in 4 bit; kept out of it; and which names keep a connector out."
     try:
-        get_peft_model(MiniCPMV.from_pretrained(lab_folder(), quantization_config=BitsAndBytesConfig(**NF4)), LoraConfig(**BITS, modules_to_save=["resampler"]))
+        get_peft_model(
+            MiniCPMV.from_pretrained(lab_folder(), quantization_config=BitsAndBytesConfig(**NF4)),
+            LoraConfig(**BITS, modules_to_save=["resampler"]),
+        )
         raised = 0
     except RuntimeError as e:
         if "floating point dtype can require gradients" not in str(e):
@@ -145,17 +183,45 @@ def packed_and_trained() -> dict:
     plan = TuningPlan()
     model = apply_plan(load_vlm("lab", four_bit=True, whole=Packing.of(on_meta("lab"), plan).whole), plan)
     trainable = [p.requires_grad for n, p in model.named_parameters() if "resampler.modules_to_save" in n]
-    text = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=320,
-                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4})  # fmt: skip
-    eyes = dict(depth=1, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=4, patch_size=14, fullatt_block_indexes=[0], window_size=56)
-    tiny, kept = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen2_5_vl", text_config=text, vision_config=eyes)), {}
+    text = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    )
+    eyes = dict(
+        depth=1,
+        hidden_size=32,
+        out_hidden_size=64,
+        intermediate_size=48,
+        num_heads=4,
+        patch_size=14,
+        fullatt_block_indexes=[0],
+        window_size=56,
+    )
+    tiny, kept = (
+        AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model("qwen2_5_vl", text_config=text, vision_config=eyes)
+        ),
+        {},
+    )
     with tempfile.TemporaryDirectory() as folder:
         tiny.save_pretrained(folder)
         for skip in ("visual", "merger", "model.visual", "model.visual.merger"):
-            small = type(tiny).from_pretrained(folder, quantization_config=BitsAndBytesConfig(**NF4, llm_int8_skip_modules=[skip]))
+            small = type(tiny).from_pretrained(
+                folder, quantization_config=BitsAndBytesConfig(**NF4, llm_int8_skip_modules=[skip])
+            )
             kept[skip] = not any("merger" in n for n, m in small.named_modules() if type(m).__name__ == "Linear4bit")
-    return {"raised": raised, "kept_out_trainable": sum(trainable) / len(trainable), "full_names_that_match": kept["model.visual"] + kept["model.visual.merger"],
-            "bare_names_that_match": kept["visual"] + kept["merger"], "bare_names": 2}  # fmt: skip
+    return {
+        "raised": raised,
+        "kept_out_trainable": sum(trainable) / len(trainable),
+        "full_names_that_match": kept["model.visual"] + kept["model.visual.merger"],
+        "bare_names_that_match": kept["visual"] + kept["merger"],
+        "bare_names": 2,
+    }
 
 
 def upstream_qlora() -> dict:
@@ -169,13 +235,22 @@ def upstream_qlora() -> dict:
         return get_peft_model(model, LoraConfig(**BITS, modules_to_save=["embed_tokens", "resampler"]))
 
     without, with_flag = run(False), run(True)
-    size = lambda m: sum(p.numel() * p.element_size() for p in m.parameters() if not p.requires_grad)  # noqa: E731
-    return {"layers_in_4_bit": sum(type(m).__name__ == "Linear4bit" for m in with_flag.modules()), "bytes_without": size(without), "bytes_with": size(with_flag)}
+
+    def size(m):
+        return sum(p.numel() * p.element_size() for p in m.parameters() if not p.requires_grad)
+
+    return {
+        "layers_in_4_bit": sum(type(m).__name__ == "Linear4bit" for m in with_flag.modules()),
+        "bytes_without": size(without),
+        "bytes_with": size(with_flag),
+    }
 
 # %% ../../nbs/93_study.evidence.ipynb #f74a8975
 def _adapted(name="default", **options):
     torch.manual_seed(0)
-    return get_peft_model(load_vlm("lab"), LoraConfig(target_modules=r"llm\..*\.(q_proj|v_proj)", r=8, **options), adapter_name=name)
+    return get_peft_model(
+        load_vlm("lab"), LoraConfig(target_modules=r"llm\..*\.(q_proj|v_proj)", r=8, **options), adapter_name=name
+    )
 
 
 def _shaken(model):
@@ -198,13 +273,19 @@ def collected_by_hand() -> dict:
     model = _adapted()
     model.base_model.resampler.requires_grad_(True)
     _shaken(model)
-    state = {f"{n}.{k}": p.data.clone() for n, m in model.named_modules() for k, p in m.named_parameters() if p.requires_grad}
+    state = {
+        f"{n}.{k}": p.data.clone() for n, m in model.named_modules() for k, p in m.named_parameters() if p.requires_grad
+    }
     honest = [p for p in model.parameters() if p.requires_grad]
     with tempfile.TemporaryDirectory() as folder:
         torch.save(state, file := Path(folder) / "c7.pt")
         times = file.stat().st_size / sum(p.nbytes for p in honest)
     back = {}
-    for label, other in (("same_wrapper", _adapted()), ("other_adapter_name", _adapted("mine")), ("bare_base", load_vlm("lab"))):
+    for label, other in (
+        ("same_wrapper", _adapted()),
+        ("other_adapter_name", _adapted("mine")),
+        ("bare_base", load_vlm("lab")),
+    ):
         other.load_state_dict(state, strict=False)  # the recipe's own word; what it hides is the claim that is measured
         back[f"back_{label}"] = _back(model, other)
     return {"trained": len(honest), "keys": len(state), "file_over_minimum": times} | back
@@ -217,21 +298,57 @@ def embedding_and_head() -> dict:
         model.save_pretrained(folder)
         back = _back(model, PeftModel.from_pretrained(load_vlm("lab"), folder))
     sizes = {n: count(on_meta(n)) for n in ("Qwen/Qwen-VL", REAL)}
-    text = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=320, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    eyes = dict(model_type="siglip_vision_model", vision_use_head=False, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, image_size=56, patch_size=14)
-    config = AutoConfig.for_model("gemma3", text_config=dict(model_type="gemma3_text", **text), vision_config=eyes, mm_tokens_per_image=4, image_token_id=300)
+    text = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=320,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    eyes = dict(
+        model_type="siglip_vision_model",
+        vision_use_head=False,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+    )
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=dict(model_type="gemma3_text", **text),
+        vision_config=eyes,
+        mm_tokens_per_image=4,
+        image_token_id=300,
+    )
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tied = get_peft_model(AutoModelForImageTextToText.from_config(config).float(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["model.language_model.embed_tokens"]))
-    ids, optimizer = torch.arange(10, 40)[None], torch.optim.AdamW([p for p in tied.parameters() if p.requires_grad], 1e-3)
+        tied = get_peft_model(
+            AutoModelForImageTextToText.from_config(config).float(),
+            LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["model.language_model.embed_tokens"]),
+        )
+    ids, optimizer = (
+        torch.arange(10, 40)[None],
+        torch.optim.AdamW([p for p in tied.parameters() if p.requires_grad], 1e-3),
+    )
     for _ in range(3):
         tied(input_ids=ids, labels=ids, token_type_ids=torch.zeros_like(ids)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     embedding, head = tied.get_input_embeddings().modules_to_save.default.weight, tied.base_model.model.lm_head.weight
-    return {"trained": sum(p.requires_grad for p in model.parameters()), "back": back, "tied_gap": ((embedding - head).norm() / head.norm()).item(),
-            **{f"millions_{n.split('/')[1]}": (s["embeddings"] + s["head"]) / 1e6 for n, s in sizes.items()}}  # fmt: skip
+    return {
+        "trained": sum(p.requires_grad for p in model.parameters()),
+        "back": back,
+        "tied_gap": ((embedding - head).norm() / head.norm()).item(),
+        **{f"millions_{n.split('/')[1]}": (s["embeddings"] + s["head"]) / 1e6 for n, s in sizes.items()},
+    }
 
 # %% ../../nbs/93_study.evidence.ipynb #77d6b926
 @cache
@@ -251,25 +368,40 @@ def both_at_once() -> dict:
     both.load_state_dict(alone.state_dict())
     for model in (alone, both):
         model(**_batch()).loss.backward()
-    same = [torch.equal(p.grad, q.grad) for (n, p), (_, q) in zip(alone.named_parameters(), both.named_parameters(), strict=True) if ".lora_" in n]
+    same = [
+        torch.equal(p.grad, q.grad)
+        for (n, p), (_, q) in zip(alone.named_parameters(), both.named_parameters(), strict=True)
+        if ".lora_" in n
+    ]
     before = {n: p.detach().clone() for n, p in both.named_parameters() if ".lora_" in n}
     both.zero_grad()
     _steps(both)
-    return {"same_gradients": sum(same), "gradients": len(same), "base_moved": start.moved(both)["language"][0], "base_tensors": start.moved(both)["language"][1],
-            "lora_moved": sum(not torch.equal(p, before[n]) for n, p in both.named_parameters() if n in before)}  # fmt: skip
+    return {
+        "same_gradients": sum(same),
+        "gradients": len(same),
+        "base_moved": start.moved(both)["language"][0],
+        "base_tensors": start.moved(both)["language"][1],
+        "lora_moved": sum(not torch.equal(p, before[n]) for n, p in both.named_parameters() if n in before),
+    }
 
 
 def training_bytes() -> dict:
     "C12: weights, gradients and AdamW's moments of what is trained, on MiniCPM-V 2.6's shapes."
     real = on_meta(REAL)
-    lora = 16 * sum(8 * sum(real.get_submodule(n).weight.shape) for n in lora_layers(real, TuningPlan(connector="freeze", rank=8, alpha=16)))
+    lora = 16 * sum(
+        8 * sum(real.get_submodule(n).weight.shape)
+        for n in lora_layers(real, TuningPlan(connector="freeze", rank=8, alpha=16))
+    )
     return {"lora": lora, "full": (full := 16 * count(real)["language"]), "both": lora + full}
 
 
 def trained_shares() -> dict:
     "C13: the share of weights that is trained: LoRA on all linear layers, three models; and MiniCPM-V's script."
     names, real = (REAL, "openbmb/MiniCPM-V-4_5", "Qwen/Qwen2.5-VL-7B-Instruct"), count(on_meta(REAL))
-    worst = lambda rank: max(lora_size(m, CHOICES["all"], rank) / sum(count(m).values()) for m in map(on_meta, names))  # noqa: E731
+
+    def worst(rank):
+        return max(lora_size(m, CHOICES["all"], rank) / sum(count(m).values()) for m in map(on_meta, names))
+
     script = (lora_size(on_meta(REAL), CHOICES["all"], 8) + real["connector"] + real["embeddings"]) / sum(real.values())
     return {"rank_8": worst(8), "rank_64": worst(64), "script": script}
 
@@ -279,51 +411,99 @@ def who_freezes() -> dict:
     lab = load_vlm("lab").requires_grad_(True)
     before = sum(p.numel() for p in lab.parameters())
     wrapped = get_peft_model(lab, LoraConfig(**BITS))
-    return {"lora_in_torch": sum("lora" in n.lower() for n in dir(nn)), "before": before, "after": sum(p.numel() for n, p in wrapped.named_parameters() if p.requires_grad and ".lora_" not in n)}
+    return {
+        "lora_in_torch": sum("lora" in n.lower() for n in dir(nn)),
+        "before": before,
+        "after": sum(p.numel() for n, p in wrapped.named_parameters() if p.requires_grad and ".lora_" not in n),
+    }
 
 
 def widths() -> dict:
     "C19: what `vpm` and the resampler put out, on MiniCPM-V 2.6's shapes."
     real, parts = on_meta(REAL), count(on_meta(REAL))
-    return {"vpm_out": real.vpm.config.hidden_size, "resampler_in": real.resampler.kv_proj.in_features, "resampler_out": real.resampler.kv_proj.out_features, "llm_in": real.config.hidden_size,
-            "vpm_millions": parts["vision"] / 1e6, "resampler_millions": parts["connector"] / 1e6}  # fmt: skip
+    return {
+        "vpm_out": real.vpm.config.hidden_size,
+        "resampler_in": real.resampler.kv_proj.in_features,
+        "resampler_out": real.resampler.kv_proj.out_features,
+        "llm_in": real.config.hidden_size,
+        "vpm_millions": parts["vision"] / 1e6,
+        "resampler_millions": parts["connector"] / 1e6,
+    }
 
 
 def stages() -> dict:
-    "C16: other methods for other layers, thawing during training, and one adapter composed of all of it, saved and loaded."
+    """C16: other methods for other layers, thawing during training, and one adapter composed of all of it, saved and
+    loaded."""
     empty, tokenizer = on_meta("lab"), load_tokenizer("lab")
-    mixed = apply_plan(_lab(), TuningPlan(language="lora(rank=4) on 0-1, lora(rank=16) on 2-3, full on 4", connector="full"))
+    mixed = apply_plan(
+        _lab(), TuningPlan(language="lora(rank=4) on 0-1, lora(rank=16) on 2-3, full on 4", connector="full")
+    )
     start, losses = Snapshot.of(_lab()), _steps(mixed)
     ranks = {p.shape[0] for n, p in mixed.named_parameters() if ".lora_A." in n and p.requires_grad}
-    way = from_top(empty, TuningPlan(language="lora", connector="full", rank=8), layers=2, steps=2)[:2]  # all three would leave no LoRA to save
+    # all three would leave no LoRA to save
+    way = from_top(empty, TuningPlan(language="lora", connector="full", rank=8), layers=2, steps=2)[:2]
     train = Samples(shift("places").train, Processor.of(empty.config, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
-        run = fit_stages(_lab(), way, train, Schedule(batch_size=4), Path(folder) / "run", say=lambda line: None, save=False, checkpoint_activations=False)
-        again = load_adapter(save_adapter(run.model, Path(folder) / "adapter", run.plan, "lab", tokenizer, four_bit=False), model=_lab())
+        run = fit_stages(
+            _lab(),
+            way,
+            train,
+            Schedule(batch_size=4),
+            Path(folder) / "run",
+            say=lambda line: None,
+            save=False,
+            checkpoint_activations=False,
+        )
+        again = load_adapter(
+            save_adapter(run.model, Path(folder) / "adapter", run.plan, "lab", tokenizer, four_bit=False), model=_lab()
+        )
         same = torch.equal(_logits(run.model), _logits(again))
-    return {"methods_in_a_model": (len(ranks) + (start.moved(mixed)["language"][0] > 0)) * (losses[-1] < losses[0]), "stages": len(run.runs), "largest_jump": max(m for m in (*(r.moved for r in run.runs), run.moved) if m is not None), "adapter_same": float(same)}
+    return {
+        "methods_in_a_model": (len(ranks) + (start.moved(mixed)["language"][0] > 0)) * (losses[-1] < losses[0]),
+        "stages": len(run.runs),
+        "largest_jump": max(m for m in (*(r.moved for r in run.runs), run.moved) if m is not None),
+        "adapter_same": float(same),
+    }
 
 
 def memory(
     quick: bool = False,  # the lab model alone
 ) -> dict:
-    "C27: a step predicted on shapes and counted on real weights; an adapter predicted and written; MiniCPM-V 2.6 estimated three ways."
+    """C27: a step predicted on shapes and counted on real weights; an adapter predicted and written; MiniCPM-V 2.6
+    estimated three ways."""
     plans, rows, shapes = (TuningPlan(), TuningPlan(vision="full")), _batch(), {}
     shapes = {k: v if k in ("tgt_sizes", "image_bound") else v.to("meta") for k, v in rows.items()}
     errors = []
     for plan in plans[: 1 if quick else 2]:
         for dtype, cast in ((torch.float32, None), (torch.bfloat16, torch.bfloat16)):
             for checkpointing in (False, True):
-                real = step_bytes(apply_plan(load_vlm("lab", four_bit=True, dtype=dtype), plan), rows, cast, checkpointing)
-                errors.append(abs(step_bytes(shapes_only(apply_plan(on_meta("lab").to(dtype), plan)), shapes, cast, checkpointing) / real - 1))
+                real = step_bytes(
+                    apply_plan(load_vlm("lab", four_bit=True, dtype=dtype), plan), rows, cast, checkpointing
+                )
+                errors.append(
+                    abs(
+                        step_bytes(shapes_only(apply_plan(on_meta("lab").to(dtype), plan)), shapes, cast, checkpointing)
+                        / real
+                        - 1
+                    )
+                )
     model = apply_plan(load_vlm("lab", four_bit=True), plans[0])
     with tempfile.TemporaryDirectory() as folder:
-        file = save_adapter(model, Path(folder) / "a", plans[0], "lab", load_tokenizer("lab"), four_bit=True) / "adapter_model.safetensors"
+        file = (
+            save_adapter(model, Path(folder) / "a", plans[0], "lab", load_tokenizer("lab"), four_bit=True)
+            / "adapter_model.safetensors"
+        )
         adapter = file.stat().st_size / Preview.of(on_meta("lab"), plans[0]).adapter_bytes - 1
     found = {"steps": len(errors), "worst_step_error": max(errors), "adapter_error": adapter, "gpu_steps": 0}
     if not quick:
-        full, lora = TuningPlan(vision="full", connector="full", language="full", embeddings="full", head="full"), TuningPlan()
-        found |= {f"gib_{how}": estimate(REAL, plan, four_bit=four_bit).total / 2**30 for how, plan, four_bit in (("full", full, False), ("lora", lora, False), ("qlora", lora, True))}
+        full, lora = (
+            TuningPlan(vision="full", connector="full", language="full", embeddings="full", head="full"),
+            TuningPlan(),
+        )
+        found |= {
+            f"gib_{how}": estimate(REAL, plan, four_bit=four_bit).total / 2**30
+            for how, plan, four_bit in (("full", full, False), ("lora", lora, False), ("qlora", lora, True))
+        }
     return found
 
 # %% ../../nbs/93_study.evidence.ipynb #11190e45
@@ -352,7 +532,10 @@ NAN_CAUSES = {  # change of the model, loss scale, optimizer, learning rate
     "fp16 overflow in the words": (lambda model: None, 2.0**22, "adamw_torch_fused", 1e-6),
 }
 TOO_FAST = "learning rate"
-_SETUPS = NAN_CAUSES | {TOO_FAST: (lambda model: None, 1.0, "sgd", 1e5), "none": (lambda model: None, 1.0, "adamw_torch_fused", 1e-6)}
+_SETUPS = NAN_CAUSES | {
+    TOO_FAST: (lambda model: None, 1.0, "sgd", 1e5),
+    "none": (lambda model: None, 1.0, "adamw_torch_fused", 1e-6),
+}
 
 
 class _Script(Trainer):
@@ -388,53 +571,105 @@ def nan_log(
     slower: float = 1.0,  # divides the learning rate
     frozen: bool = True,  # False: everything is trained
     filtered: bool = True,  # the Trainer's `logging_nan_inf_filter`
-) -> tuple[tuple[dict, ...], tuple[float, ...], bool]:  # lines of the log, share of weights lost after each step, everything finite
+    # lines of the log, share of weights lost after each step, everything finite
+) -> tuple[tuple[dict, ...], tuple[float, ...], bool]:
     "Two steps of the script, three where the first two do no harm, and its log."
     change, scale, optim, rate = _SETUPS[cause]
     torch.manual_seed(0)
     base = _lab(dtype)
     change(base)
-    model = get_peft_model(base, LoraConfig(target_modules=r"llm\..*\.(q_proj|k_proj)", r=8), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        base, LoraConfig(target_modules=r"llm\..*\.(q_proj|k_proj)", r=8), autocast_adapter_dtype=False
+    )
     base.resampler.requires_grad_(True)
     base.vpm.requires_grad_(tune_vision)
     if not frozen:
         model.requires_grad_(True)
     tokenizer, lost = load_tokenizer("lab"), _Lost()
     collate = Collator(tokenizer.pad_token_id)
-    batch_of = lambda rows: (batch := collate(rows)) | {"pixel_values": batch["pixel_values"].to(dtype)}  # noqa: E731
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), redirect_stdout(StringIO()):  # the Trainer prints its log
+
+    def batch_of(rows):
+        return (batch := collate(rows)) | {"pixel_values": batch["pixel_values"].to(dtype)}
+
+    # the Trainer prints its log
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
-        args = TrainingArguments(scratch, max_steps=3 if cause == TOO_FAST else 2, per_device_train_batch_size=2, learning_rate=rate / slower, lr_scheduler_type="cosine", warmup_steps=8, optim=optim, weight_decay=0.1,
-                                 adam_beta2=0.95, logging_steps=1, logging_nan_inf_filter=filtered, report_to="none", disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
-                                 save_strategy="no", dataloader_pin_memory=False)  # fmt: skip
-        trainer = _Script(model, args, train_dataset=Samples(shift("pictures").train, Processor.of(base.config, tokenizer)), data_collator=batch_of, callbacks=[lost])
+        args = TrainingArguments(
+            scratch,
+            max_steps=3 if cause == TOO_FAST else 2,
+            per_device_train_batch_size=2,
+            learning_rate=rate / slower,
+            lr_scheduler_type="cosine",
+            warmup_steps=8,
+            optim=optim,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            logging_steps=1,
+            logging_nan_inf_filter=filtered,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+            save_strategy="no",
+            dataloader_pin_memory=False,
+        )
+        trainer = _Script(
+            model,
+            args,
+            train_dataset=Samples(shift("pictures").train, Processor.of(base.config, tokenizer)),
+            data_collator=batch_of,
+            callbacks=[lost],
+        )
         trainer.scale = scale
         trainer.train()
-    log = tuple({k: float(r[k]) for k in ("loss", "grad_norm", "learning_rate")} for r in trainer.state.log_history if "loss" in r)
-    return log, tuple(lost.after), all(math.isfinite(r["grad_norm"]) for r in log) and all(p.isfinite().all().item() for p in model.parameters())
+    log = tuple(
+        {k: float(r[k]) for k in ("loss", "grad_norm", "learning_rate")}
+        for r in trainer.state.log_history
+        if "loss" in r
+    )
+    return (
+        log,
+        tuple(lost.after),
+        all(math.isfinite(r["grad_norm"]) for r in log) and all(p.isfinite().all().item() for p in model.parameters()),
+    )
 
 
 def is_the_log(log: Sequence[dict]) -> bool:
     "A loss and a NaN at rate zero, then 0.0 and NaN for ever."
     first, *rest = log
-    return (math.isfinite(first["loss"]) and math.isnan(first["grad_norm"]) and first["learning_rate"] == 0
-            and all(r["loss"] == 0 and math.isnan(r["grad_norm"]) and r["learning_rate"] > 0 for r in rest))  # fmt: skip
+    return (
+        math.isfinite(first["loss"])
+        and math.isnan(first["grad_norm"])
+        and first["learning_rate"] == 0
+        and all(r["loss"] == 0 and math.isnan(r["grad_norm"]) and r["learning_rate"] > 0 for r in rest)
+    )
 
 # %% ../../nbs/93_study.evidence.ipynb #fd155621
 def nan_reproduced() -> dict:
     "C21: which causes write the log of #212, line by line."
-    return {"causes": len(NAN_CAUSES), "causes_that_write_it": sum(is_the_log(nan_log(c)[0]) for c in NAN_CAUSES), "without_a_cause": float(is_the_log(nan_log("none")[0]))}
+    return {
+        "causes": len(NAN_CAUSES),
+        "causes_that_write_it": sum(is_the_log(nan_log(c)[0]) for c in NAN_CAUSES),
+        "without_a_cause": float(is_the_log(nan_log("none")[0])),
+    }
 
 
 def nan_by_freezing() -> dict:
     "C22: freezing without a cause, and the causes without freezing."
-    return {"nan_from_freezing_alone": float(not nan_log("none")[2]), "causes": len(NAN_CAUSES), "nan_with_nothing_frozen": sum(not nan_log(c, frozen=False)[2] for c in NAN_CAUSES)}
+    return {
+        "nan_from_freezing_alone": float(not nan_log("none")[2]),
+        "causes": len(NAN_CAUSES),
+        "nan_with_nothing_frozen": sum(not nan_log(c, frozen=False)[2] for c in NAN_CAUSES),
+    }
 
 
 def nan_filtered() -> dict:
     "C23: the loss of the second line, with the Trainer's filter and without."
     cause = next(iter(NAN_CAUSES))
-    return {"logged": nan_log(cause)[0][1]["loss"], "unfiltered_is_nan": float(math.isnan(nan_log(cause, filtered=False)[0][1]["loss"]))}
+    return {
+        "logged": nan_log(cause)[0][1]["loss"],
+        "unfiltered_is_nan": float(math.isnan(nan_log(cause, filtered=False)[0][1]["loss"])),
+    }
 
 
 def nan_at_rate_zero() -> dict:
@@ -445,12 +680,21 @@ def nan_at_rate_zero() -> dict:
 
 def nan_remedies() -> dict:
     "C25: causes that `tune_vision=False` and bf16 heal."
-    return {"causes": len(NAN_CAUSES), "healed_tune_vision": sum(nan_log(c, tune_vision=False)[2] for c in NAN_CAUSES), "healed_bf16": sum(nan_log(c, dtype=torch.bfloat16)[2] for c in NAN_CAUSES)}
+    return {
+        "causes": len(NAN_CAUSES),
+        "healed_tune_vision": sum(nan_log(c, tune_vision=False)[2] for c in NAN_CAUSES),
+        "healed_bf16": sum(nan_log(c, dtype=torch.bfloat16)[2] for c in NAN_CAUSES),
+    }
 
 
 def nan_slower() -> dict:
     "C26: a thousandth of the learning rate, for the causes that write the log and for the one that does not."
-    return {"causes": len(NAN_CAUSES), "healed": sum(nan_log(c, slower=1000)[2] for c in NAN_CAUSES), "rate_alone_healed": float(nan_log(TOO_FAST, slower=1000)[2]), "rate_alone_broken": float(not nan_log(TOO_FAST)[2])}
+    return {
+        "causes": len(NAN_CAUSES),
+        "healed": sum(nan_log(c, slower=1000)[2] for c in NAN_CAUSES),
+        "rate_alone_healed": float(nan_log(TOO_FAST, slower=1000)[2]),
+        "rate_alone_broken": float(not nan_log(TOO_FAST)[2]),
+    }
 
 # %% ../../nbs/93_study.evidence.ipynb #08c2f63d
 def _minus(read, experiment, arm, other, task="pictures", what="new"):
@@ -459,12 +703,20 @@ def _minus(read, experiment, arm, other, task="pictures", what="new"):
 
 def resampler_gain(read: Callable) -> dict:
     "C4: the resampler in full against frozen, new and old questions of three tasks."
-    return {f"{what} {t}": _minus(read, "resampler", "resampler full", "resampler frozen", t, what) for what in ("new", "old") for t in SHIFTS}
+    return {
+        f"{what} {t}": _minus(read, "resampler", "resampler full", "resampler frozen", t, what)
+        for what in ("new", "old")
+        for t in SHIFTS
+    }
 
 
 def eyes_gain(read: Callable) -> dict:
     "C20: LoRA on the vision tower besides, new and old questions of three tasks."
-    return {f"{what} {t}": _minus(read, "resampler", "and LoRA on vision", "resampler full", t, what) for what in ("new", "old") for t in SHIFTS}
+    return {
+        f"{what} {t}": _minus(read, "resampler", "and LoRA on vision", "resampler full", t, what)
+        for what in ("new", "old")
+        for t in SHIFTS
+    }
 
 
 @cache
@@ -475,14 +727,24 @@ def _before():
 
 def forgotten(read: Callable) -> dict:
     "C29: the share of old questions lost to LoRA alone; and with 30 % old data beside a trained resampler."
-    lost = lambda arm, t: [_before() - v for v in read("resampler").of(t, arm, "old").values]  # noqa: E731
-    return {"before": _before()} | {f"lost {t}": lost("resampler frozen", t) for t in SHIFTS} | {f"lost {t}, 30 % old": lost("resampler full, 30 % old", t) for t in SHIFTS}
+
+    def lost(arm, t):
+        return [_before() - v for v in read("resampler").of(t, arm, "old").values]
+
+    return (
+        {"before": _before()}
+        | {f"lost {t}": lost("resampler frozen", t) for t in SHIFTS}
+        | {f"lost {t}, 30 % old": lost("resampler full, 30 % old", t) for t in SHIFTS}
+    )
 
 
 def vocabulary_gain(read: Callable) -> dict:
-    "C9: the head and the embeddings over LoRA alone, for letters to write, letters to read, and words that change places."
+    """C9: the head and the embeddings over LoRA alone, for letters to write, letters to read, and words that change
+    places."""
     tasks = [(e, t) for e in ("vocabulary", "meaning") for t in EXPERIMENTS[e]().tasks]
-    return {"steps": read("meaning").steps} | {f"{part} {t}": _minus(read, e, f"and {part}", "LoRA", t) for e, t in tasks for part in ("head", "embeddings")}
+    return {"steps": read("meaning").steps} | {
+        f"{part} {t}": _minus(read, e, f"and {part}", "LoRA", t) for e, t in tasks for part in ("head", "embeddings")
+    }
 
 
 def both_over_full(read: Callable) -> dict:
@@ -492,20 +754,37 @@ def both_over_full(read: Callable) -> dict:
 
 def full_over_lora(read: Callable) -> dict:
     "C14: what full reads better than LoRA, and the time of a step."
-    took = lambda arm: read("exclusive").of("pictures", arm, "seconds").mean  # noqa: E731
-    return {"full over LoRA": _minus(read, "exclusive", "full", "LoRA"), "LoRA and resampler over full": _minus(read, "exclusive", "LoRA and resampler", "full"), "step_time_ratio": took("LoRA") / took("full")}
+
+    def took(arm):
+        return read("exclusive").of("pictures", arm, "seconds").mean
+
+    return {
+        "full over LoRA": _minus(read, "exclusive", "full", "LoRA"),
+        "LoRA and resampler over full": _minus(read, "exclusive", "LoRA and resampler", "full"),
+        "step_time_ratio": took("LoRA") / took("full"),
+    }
 
 
 def staged(read: Callable) -> dict:
     "C15: LoRA first, then key modules, against the alternatives."
-    pairs = {"over LoRA": ("LoRA, then resampler", "LoRA"), "over both together": ("LoRA, then resampler", "LoRA and resampler"), "then full over full": ("LoRA, then full", "full")}
+    pairs = {
+        "over LoRA": ("LoRA, then resampler", "LoRA"),
+        "over both together": ("LoRA, then resampler", "LoRA and resampler"),
+        "then full over full": ("LoRA, then full", "full"),
+    }
     return {k: _minus(read, "exclusive", *p) for k, p in pairs.items()}
 
 
 def pairs_of_targets(read: Callable) -> dict:
     "C17: q,v against q,k, at equal rank and at equal size."
-    ranked, sized = (next(a for a in read("targets").arms if a.startswith("q,v, ") and (a.endswith(" 8") == eight)) for eight in (True, False))
-    return {"rank 8": _minus(read, "targets", ranked, ranked.replace("q,v", "q,k")), "equal size": _minus(read, "targets", sized, sized.replace("q,v", "q,k"))}
+    ranked, sized = (
+        next(a for a in read("targets").arms if a.startswith("q,v, ") and (a.endswith(" 8") == eight))
+        for eight in (True, False)
+    )
+    return {
+        "rank 8": _minus(read, "targets", ranked, ranked.replace("q,v", "q,k")),
+        "equal size": _minus(read, "targets", sized, sized.replace("q,v", "q,k")),
+    }
 
 # %% ../../nbs/93_study.evidence.ipynb #941720cc
 QUICK = dict(steps=40, batch_size=16, questions=80)  # of a small run
@@ -521,8 +800,14 @@ def _today(experiment, arm, other, task="pictures", what="new", factor=1.0):
 
 
 REDUCED = {  # what a small run can say of a claim, under the names of the large one
-    "C4": lambda: {f"{what} places": _today("resampler", "resampler full", "resampler frozen", "places", what) for what in ("new", "old")},
-    "C9": lambda: {"head names": _today("vocabulary", "and head", "LoRA", "names"), "embeddings letters": _today("meaning", "and embeddings", "LoRA", "letters")},
+    "C4": lambda: {
+        f"{what} places": _today("resampler", "resampler full", "resampler frozen", "places", what)
+        for what in ("new", "old")
+    },
+    "C9": lambda: {
+        "head names": _today("vocabulary", "and head", "LoRA", "names"),
+        "embeddings letters": _today("meaning", "and embeddings", "LoRA", "letters"),
+    },
     "C14": lambda: {"LoRA and resampler over full": _today("exclusive", "LoRA and resampler", "full")},
     "C15": lambda: {"over both together": _today("exclusive", "LoRA, then resampler", "LoRA and resampler")},
     "C17": lambda: {"rank 8": _today("targets", "q,v, rank 8", "q,k, rank 8", factor=3.0)},

@@ -41,7 +41,8 @@ class Arm:
     "One way to train, to be compared with others."
 
     plan: TuningPlan
-    factors: tuple[float, ...] = (1.0,)  # of both learning rates; of several, the one that is best on validation rows counts
+    # of both learning rates; of several, the one that is best on validation rows counts
+    factors: tuple[float, ...] = (1.0,)
     rate: float = 3e-3  # peak learning rate of LoRA
     full_rate: float = 2e-3  # and of what is trained in full
     mix: float = 0.0  # share of old questions among the new
@@ -79,7 +80,13 @@ def run_arm(
     tokenizer, model, data = load_tokenizer("lab"), load_vlm("lab", dtype=torch.float32, device="cpu"), shift(task)
     processor = Processor.of(model.config, tokenizer)
     samples = Samples(mix(data.train, Drawn(0, 100_000), arm.mix, seed), processor)
-    schedule = Schedule(max_steps=steps, batch_size=batch_size, learning_rate=arm.rate * factor, full_learning_rate=arm.full_rate * factor, seed=seed)
+    schedule = Schedule(
+        max_steps=steps,
+        batch_size=batch_size,
+        learning_rate=arm.rate * factor,
+        full_learning_rate=arm.full_rate * factor,
+        seed=seed,
+    )
     if arm.then is None:
         model, trainable, run = _train(model, arm.plan, samples, schedule, arm.base_too)
         seconds = run.seconds
@@ -89,8 +96,20 @@ def run_arm(
         model, second, more = _train(model.merge_and_unload(), arm.then, samples, replace(half, seed=seed + 1000))
         trainable, seconds = max(first, second), run.seconds + more.seconds
     asked = {"new": getattr(data, split), "old": OLD} if split == "test" else {"new": data.validation}
-    scores = {k: ExactMatch.of(generate_answers(model, processor, some), some).rate for k, rows in asked.items() for some in [[rows[i] for i in range(questions)]]}
-    return {"task": task, "seed": seed, "factor": factor, "split": split, **scores, "trainable": trainable, "seconds": round(seconds, 2)}
+    scores = {
+        k: ExactMatch.of(generate_answers(model, processor, some), some).rate
+        for k, rows in asked.items()
+        for some in [[rows[i] for i in range(questions)]]
+    }
+    return {
+        "task": task,
+        "seed": seed,
+        "factor": factor,
+        "split": split,
+        **scores,
+        "trainable": trainable,
+        "seconds": round(seconds, 2),
+    }
 
 # %% ../../nbs/91_study.experiments.ipynb #51751b39
 CHOOSING = (100, 101, 102)  # the seeds with which learning rates are chosen
@@ -115,7 +134,9 @@ class Experiment:
         path, facts = Path(path), {"question": self.question, "steps": self.steps, "arms": list(self.arms)}
         done: dict = json.loads(path.read_text(encoding="utf-8")) if path.exists() else facts | {"rows": []}
         if changed := [k for k in facts if done[k] != facts[k]]:
-            raise InputError(f"these results have another {', '.join(changed)}", path, "Delete the file, or write to another one")
+            raise InputError(
+                f"these results have another {', '.join(changed)}", path, "Delete the file, or write to another one"
+            )
         known = {(r["task"], r["arm"], r["seed"], r["factor"], r["split"]): r for r in done["rows"]}
 
         def row(task, name, seed, factor, split):
@@ -124,12 +145,20 @@ class Experiment:
                 known[key] = {"arm": name} | run_arm(self.arms[name], task, seed, self.steps, factor, split)
                 write()
                 r = known[key]
-                say(f"{task:9} {name:28} seed {seed:3} factor {factor:<5g} new {r['new']:.3f} old {r.get('old', math.nan):.3f} {r['seconds']:.0f} s")
+                say(
+                    f"{task:9} {name:28} seed {seed:3} factor {factor:<5g} new {r['new']:.3f} old "
+                    f"{r.get('old', math.nan):.3f} {r['seconds']:.0f} s"
+                )
             return known[key]
 
         def write():
-            written = facts | {"model": "lab", "threads": torch.get_num_threads(), "date": date.today().isoformat(),
-                               "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft")}, "rows": list(known.values())}  # fmt: skip
+            written = facts | {
+                "model": "lab",
+                "threads": torch.get_num_threads(),
+                "date": date.today().isoformat(),
+                "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft")},
+                "rows": list(known.values()),
+            }
             write_json(path, written)
 
         def choose(task, name, factors):
@@ -152,7 +181,8 @@ class Experiment:
         return Results.read(path)
 
 # %% ../../nbs/91_study.experiments.ipynb #84ec70e7
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t, two-sided 95 %, by number of values
+# Student's t, two-sided 95 %, by number of values
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclass(frozen=True)
@@ -195,7 +225,13 @@ class Results:
     @classmethod
     def read(cls, path: str | Path) -> "Results":
         said = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(said["question"], said["steps"], tuple(said["arms"]), tuple(said["rows"]), {k: said[k] for k in ("model", "threads", "date", "versions")})
+        return cls(
+            said["question"],
+            said["steps"],
+            tuple(said["arms"]),
+            tuple(said["rows"]),
+            {k: said[k] for k in ("model", "threads", "date", "versions")},
+        )
 
     @property
     def tasks(self) -> list[str]:
@@ -217,9 +253,13 @@ class Results:
         "Arms by tasks, as text."
         width = max(map(len, self.arms))
         lines = [" " * width + "".join(f"{t:>18}" for t in self.tasks)]
-        return "\n".join(lines + [a.ljust(width) + "".join(f"{str(self.of(t, a, what)):>18}" for t in self.tasks) for a in self.arms])
+        return "\n".join(
+            lines + [a.ljust(width) + "".join(f"{str(self.of(t, a, what)):>18}" for t in self.tasks) for a in self.arms]
+        )
 
-    def plot(self, arms: Sequence[str] | None = None, title: str = "", what: str = "new", height: float | None = None) -> Figure:
+    def plot(
+        self, arms: Sequence[str] | None = None, title: str = "", what: str = "new", height: float | None = None
+    ) -> Figure:
         "Every seed a dot, every arm a mean with its interval, every task a panel."
         arms = list(arms or self.arms)
         fig, axes = figure(1, len(self.tasks), width=3 + 2.4 * len(self.tasks), height=height or 0.8 + 0.24 * len(arms))
@@ -229,14 +269,23 @@ class Results:
                 ax.plot([100 * v for v in m.values], [y] * len(m.values), ".", ms=4, color=COLORS[0], alpha=0.5)
                 if math.isfinite(m.half):
                     ax.errorbar(100 * m.mean, y, xerr=100 * m.half, fmt="|", color=COLORS[1], capsize=3)
-            ax.set(yticks=range(len(arms)), yticklabels=list(reversed(arms)) if i == 0 else [], xlabel=f"new {task}, % right" if what == "new" else f"old questions after new {task}, % right",
-                   **({"xlim": (0, 103)} if len(self.tasks) > 1 else {}))  # fmt: skip
+            ax.set(
+                yticks=range(len(arms)),
+                yticklabels=list(reversed(arms)) if i == 0 else [],
+                xlabel=f"new {task}, % right" if what == "new" else f"old questions after new {task}, % right",
+                **({"xlim": (0, 103)} if len(self.tasks) > 1 else {}),
+            )
         fig.suptitle(title or self.question)
         return fig
 
 # %% ../../nbs/91_study.experiments.ipynb #a1dccd74
 def _language(targets=None, rank=8, **words):
-    return TuningPlan(**{"vision": "freeze", "connector": "freeze", "language": "lora"} | words, rank=rank, alpha=2 * rank, targets=targets)
+    return TuningPlan(
+        **{"vision": "freeze", "connector": "freeze", "language": "lora"} | words,
+        rank=rank,
+        alpha=2 * rank,
+        targets=targets,
+    )
 
 
 def _targets():
@@ -244,39 +293,66 @@ def _targets():
     lab, factors = load_vlm("lab"), (1 / 3, 1.0, 3.0, 9.0)
     budget = {name: rank_for(lab, targets, like=CHOICES["all"], rank=8) for name, targets in CHOICES.items()}
     equal = {f"{name}, rank 8": Arm(_language(targets, 8), factors) for name, targets in CHOICES.items()}
-    return equal | {f"{name}, rank {budget[name]}": Arm(_language(targets, budget[name]), factors) for name, targets in CHOICES.items() if name != "all"}
+    return equal | {
+        f"{name}, rank {budget[name]}": Arm(_language(targets, budget[name]), factors)
+        for name, targets in CHOICES.items()
+        if name != "all"
+    }
 
 
 def _exclusive():
     "LoRA, full, both at once, and one after the other."
     lora, full, factors = _language(), _language(language="full"), (0.1, 1 / 3, 1.0)
     only_connector = TuningPlan(vision="freeze", connector="full", language="freeze")
-    return {"LoRA": Arm(lora, (1 / 3, 1.0, 3.0)), "full": Arm(full, factors), "both at once": Arm(lora, factors, base_too=True),
-            "LoRA, then full": Arm(lora, factors, then=full), "LoRA and resampler": Arm(_language(connector="full"), (1 / 3, 1.0, 3.0)),
-            "LoRA, then resampler": Arm(lora, (1 / 3, 1.0, 3.0), then=only_connector)}  # fmt: skip
+    return {
+        "LoRA": Arm(lora, (1 / 3, 1.0, 3.0)),
+        "full": Arm(full, factors),
+        "both at once": Arm(lora, factors, base_too=True),
+        "LoRA, then full": Arm(lora, factors, then=full),
+        "LoRA and resampler": Arm(_language(connector="full"), (1 / 3, 1.0, 3.0)),
+        "LoRA, then resampler": Arm(lora, (1 / 3, 1.0, 3.0), then=only_connector),
+    }
 
 
 def _resampler():
-    return {"resampler frozen": Arm(_language()), "resampler full": Arm(_language(connector="full")),
-            "and LoRA on vision": Arm(_language(connector="full", vision="lora")), "resampler full, 30 % old": Arm(_language(connector="full"), mix=0.3)}  # fmt: skip
+    return {
+        "resampler frozen": Arm(_language()),
+        "resampler full": Arm(_language(connector="full")),
+        "and LoRA on vision": Arm(_language(connector="full", vision="lora")),
+        "resampler full, 30 % old": Arm(_language(connector="full"), mix=0.3),
+    }
 
 
 def _vocabulary():
-    return {"LoRA": Arm(_language()), "and embeddings": Arm(_language(embeddings="full")), "and head": Arm(_language(head="full")),
-            "and both": Arm(_language(embeddings="full", head="full"))}  # fmt: skip
+    return {
+        "LoRA": Arm(_language()),
+        "and embeddings": Arm(_language(embeddings="full")),
+        "and head": Arm(_language(head="full")),
+        "and both": Arm(_language(embeddings="full", head="full")),
+    }
 
 
 def _meaning():
     "What the question says in new letters, or in old words that mean something else; each arm with its best rate."
-    return {name: replace(arm, factors=(1 / 3, 1.0, 3.0, 9.0)) for name, arm in _vocabulary().items() if name != "and both"}
+    return {
+        name: replace(arm, factors=(1 / 3, 1.0, 3.0, 9.0)) for name, arm in _vocabulary().items() if name != "and both"
+    }
 
 
 EXPERIMENTS = {
-    "resampler": lambda: Experiment("What does it bring to train the resampler, and what does it cost?", _resampler(), SHIFTS),
+    "resampler": lambda: Experiment(
+        "What does it bring to train the resampler, and what does it cost?", _resampler(), SHIFTS
+    ),
     "targets": lambda: Experiment("Which layers of the language model should get LoRA?", _targets(), ("pictures",)),
-    "exclusive": lambda: Experiment("What happens when LoRA and the weights under it are trained together?", _exclusive()),
+    "exclusive": lambda: Experiment(
+        "What happens when LoRA and the weights under it are trained together?", _exclusive()
+    ),
     "vocabulary": lambda: Experiment("When do embeddings and head have to be trained?", _vocabulary(), ("names",)),
-    "meaning": lambda: Experiment("Which part has to be trained when the words of a question are new, or mean something else?", _meaning(), ("letters", "sides")),
+    "meaning": lambda: Experiment(
+        "Which part has to be trained when the words of a question are new, or mean something else?",
+        _meaning(),
+        ("letters", "sides"),
+    ),
 }
 RESULTS = Path(str(files("vlm_lora_lab.study") / "results"))
 
@@ -312,15 +388,22 @@ def main(
     arguments: list[str] | None = None,  # None: of the command line
 ) -> int:  # exit code
     "`python -m vlm_lora_lab.study NAME`: compute the results of an experiment again."
-    parser = argparse.ArgumentParser("python -m vlm_lora_lab.study", description="Train every arm of an experiment on the lab model, with several seeds. A stopped one goes on where it was.",
-                                     epilog="example: python -m vlm_lora_lab.study resampler --seeds 2 --output mine.json; the claims of the course: --claims all --help")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "python -m vlm_lora_lab.study",
+        description="Train every arm of an experiment on the lab model, with several seeds. A stopped one goes on "
+        "where it was.",
+        epilog="example: python -m vlm_lora_lab.study resampler --seeds 2 --output mine.json; the claims of the "
+        "course: --claims all --help",
+    )
     parser.add_argument("name", choices=list(EXPERIMENTS), help="which experiment; chapter 91 lists them")
     parser.add_argument("--output", help="JSON file of results (default: NAME.json here)")
     parser.add_argument("--seeds", type=int, help="how many, up to 10 (default: as in the course)")
     parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: as in the course)")
     said = parser.parse_args(arguments)
     if not 1 <= (said.seeds or 1) <= 10 or (said.steps or 2) < 2:
-        raise InputError(f"seeds is {said.seeds} and steps is {said.steps}", "study", "Write 1 to 10 seeds and at least 2 steps")
+        raise InputError(
+            f"seeds is {said.seeds} and steps is {said.steps}", "study", "Write 1 to 10 seeds and at least 2 steps"
+        )
     experiment = EXPERIMENTS[said.name]()
     experiment = replace(experiment, seeds=said.seeds or experiment.seeds, steps=said.steps or experiment.steps)
     print(experiment.run(said.output or f"{said.name}.json").table())

@@ -38,11 +38,20 @@ def new_places(seed: int) -> Conversation:
     image = Image.new("RGB", (width * scale, height * scale), tuple(rng.randint(225, 255) for _ in range(3)))
     for place, (colour, shape) in content.items():
         col, row = PLACES[place]
-        x, y, r = width * (col + 0.5) / 2 + rng.uniform(-8, 8), height * (row + 0.5) / 2 + rng.uniform(-1, 1), rng.uniform(4, 6)
+        x, y, r = (
+            width * (col + 0.5) / 2 + rng.uniform(-8, 8),
+            height * (row + 0.5) / 2 + rng.uniform(-1, 1),
+            rng.uniform(4, 6),
+        )
         fill = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[colour])
         _shape(ImageDraw.Draw(image), shape, fill, x * scale, y * scale, r * scale)
     place = rng.choice(list(content))
-    return ask(f"What is at the {place}?", "a {} {}".format(*content[place]), image.resize(STRETCHED, Image.Resampling.LANCZOS), id=f"places-{seed}")
+    return ask(
+        f"What is at the {place}?",
+        "a {} {}".format(*content[place]),
+        image.resize(STRETCHED, Image.Resampling.LANCZOS),
+        id=f"places-{seed}",
+    )
 
 # %% ../../nbs/90_study.shifts.ipynb #5ea9636e
 _LETTERS = "KQZXJV"
@@ -112,9 +121,14 @@ def shift(
 ) -> Shift:
     "One of the tasks. Raises `KeyError` for another name."
     if name == "pictures":
-        read = lambda split: read_conversations(samples_folder() / "handwriting" / f"{split}.json")  # noqa: E731
+
+        def read(split):
+            return read_conversations(samples_folder() / "handwriting" / f"{split}.json")
+
         return Shift(name, read("train")[:ROWS], read("validation"), read("test"))
-    make = {"words": new_words, "places": new_places, "names": new_names, "letters": new_letters, "sides": new_sides}[name]
+    make = {"words": new_words, "places": new_places, "names": new_names, "letters": new_letters, "sides": new_sides}[
+        name
+    ]
     return Shift(name, Made(make, 0, ROWS), Made(make, 10_000, 200), Made(make, HELD_OUT, 200))
 
 

@@ -35,12 +35,14 @@ from ..models.parts import layout_of
 
 # %% ../../nbs/51_train.cache.ipynb #c333e7f0
 class Seam:
-    "Where the vision tower of a transformers model hands over: pictures come as (pictures, 3, H, W), results as a `ModelOutput`."
+    """Where the vision tower of a transformers model hands over: pictures come as (pictures, 3, H, W), results as a
+    `ModelOutput`."""
 
     method = "forward"
 
     def __init__(self, tower: nn.Module, config: Any, eyes: Sequence[tuple[str, nn.Module]]):
-        self.tower, self.config, self.eyes = tower, config, eyes  # eyes: the modules of the tower, without a connector that lies in it
+        # eyes: the modules of the tower, without a connector that lies in it
+        self.tower, self.config, self.eyes = tower, config, eyes
         wanted = getattr(config, "vision_feature_layer", None)
         self.layers = [] if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
 
@@ -48,15 +50,28 @@ class Seam:
         "What the result depends on beside weights and pixels."
         vision = getattr(self.config, "vision_config", None) or self.config.visual
         vision = vision if isinstance(vision, dict) else vision.to_dict() | {"attention": vision._attn_implementation}
-        plain = {k: v for k, v in vision.items() if k not in ("_name_or_path", "transformers_version", "dtype", "architectures")}
+        plain = {
+            k: v
+            for k, v in vision.items()
+            if k not in ("_name_or_path", "transformers_version", "dtype", "architectures")
+        }
         return {"tower": type(self.tower).__name__, "layers": self.layers, "config": plain}
 
-    def pictures(self, pixel_values: torch.Tensor, **kwargs: Any) -> list[tuple[tuple, dict]]:  # the tower's arguments for each picture
+    # the tower's arguments for each picture
+    def pictures(self, pixel_values: torch.Tensor, **kwargs: Any) -> list[tuple[tuple, dict]]:
         "Raises `InputError` for arguments that do not come apart."
         n = len(pixel_values)
-        if bad := [k for k, v in kwargs.items() if not isinstance(v, (bool, int, float, str, type(None))) and not (isinstance(v, torch.Tensor) and len(v) == n)]:
+        if bad := [
+            k
+            for k, v in kwargs.items()
+            if not isinstance(v, (bool, int, float, str, type(None)))
+            and not (isinstance(v, torch.Tensor) and len(v) == n)
+        ]:
             raise InputError(f"{bad[0]} cannot be cut into {n} pictures", "vision cache", "Train with vision_cache off")
-        own = lambda v, i: v[i : i + 1] if isinstance(v, torch.Tensor) else v  # noqa: E731
+
+        def own(v, i):
+            return v[i : i + 1] if isinstance(v, torch.Tensor) else v
+
         return [((pixel_values[i : i + 1],), {k: own(v, i) for k, v in kwargs.items()}) for i in range(n)]
 
     def keep(self, out: Any, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
@@ -68,14 +83,20 @@ class Seam:
         "The result of a whole batch."
         whole = {k: torch.cat([one[k] for one in kept]) for k in kept[0]}
         layers = _Layers({int(k.rpartition(".")[2]): v for k, v in whole.items() if k.startswith("hidden")})
-        return BaseModelOutputWithPooling(last_hidden_state=whole.get("last_hidden_state"), hidden_states=layers or None)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=whole.get("last_hidden_state"), hidden_states=layers or None
+        )
 
 
 class _Layers(dict):
     "The layers that were kept."
 
     def __missing__(self, i):
-        raise InputError(f"layer {i} of the vision tower is asked for, and {sorted(self)} are kept", "vision cache", "Set vision_feature_layer in the model's configuration")
+        raise InputError(
+            f"layer {i} of the vision tower is asked for, and {sorted(self)} are kept",
+            "vision cache",
+            "Set vision_feature_layer in the model's configuration",
+        )
 
 # %% ../../nbs/51_train.cache.ipynb #6033602a
 class StripSeam(Seam):
@@ -86,7 +107,10 @@ class StripSeam(Seam):
 
     def pictures(self, pixel_values, tgt_sizes):
         patch, lengths = pixel_values.shape[2], tgt_sizes.prod(-1).tolist()
-        strip = lambda i, n: pixel_values[i : i + 1, ..., : n * patch]  # noqa: E731
+
+        def strip(i, n):
+            return pixel_values[i : i + 1, ..., : n * patch]
+
         if getattr(self.tower, "see_padding", False):  # 2.5: as one line, as long as the longest
             line = tgt_sizes.new_tensor([[1, max(lengths)]])
             return [((strip(i, max(lengths)), line), {"real": n}) for i, n in enumerate(lengths)]
@@ -116,7 +140,9 @@ class SquareSeam(Seam):
 
 
 SEAMS = {"minicpmv": StripSeam, "minicpmo": StripSeam, "qwen": SquareSeam}
-SEAMS |= dict.fromkeys(("llava", "llava_onevision", "internvl", "gemma3", "paligemma", "idefics2", "idefics3", "smolvlm"), Seam)
+SEAMS |= dict.fromkeys(
+    ("llava", "llava_onevision", "internvl", "gemma3", "paligemma", "idefics2", "idefics3", "smolvlm"), Seam
+)
 
 # %% ../../nbs/51_train.cache.ipynb #6a12ca36
 def why_not(
@@ -137,7 +163,11 @@ def why_not(
         if isinstance(m, nn.modules.dropout._DropoutNd) and m.p:
             return f"{name} in the vision tower is random"
     vision = getattr(base.config, "vision_config", None)
-    loose = [k for k, v in (vision.to_dict().items() if vision is not None else ()) if ("dropout" in k or "drop_path" in k) and isinstance(v, float) and v]
+    loose = [
+        k
+        for k, v in (vision.to_dict().items() if vision is not None else ())
+        if ("dropout" in k or "drop_path" in k) and isinstance(v, float) and v
+    ]
     return f"the vision tower is random ({loose[0]} in its configuration)" if loose else None
 
 
@@ -155,7 +185,10 @@ def is_random(
     "Does the same row give other pixels the second time? A data set may also say so itself, as `samples.augments`."
     if getattr(samples, "augments", False):
         return True
-    pixels = lambda row: [t for t in tree_leaves(row) if isinstance(t, torch.Tensor) and t.is_floating_point()]  # noqa: E731
+
+    def pixels(row):
+        return [t for t in tree_leaves(row) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
     own, numpys, seen = random.getstate(), np.random.get_state(), 0
     with torch.random.fork_rng(devices=[]):
         for i in range(min(16 * rows, len(samples))):
@@ -311,7 +344,9 @@ class _Account:
 
     def __str__(self):
         damaged = f", {self.store.damaged} damaged" if self.store.damaged else ""
-        return f"{self.found:,} of {self.asked:,} pictures from the cache, {self.used / 1e6:.1f} MB {self.store}{damaged}"
+        return (
+            f"{self.found:,} of {self.asked:,} pictures from the cache, {self.used / 1e6:.1f} MB {self.store}{damaged}"
+        )
 
 # %% ../../nbs/51_train.cache.ipynb #b13ff06f
 class _Keys:
@@ -326,17 +361,31 @@ class _Keys:
         "All but the picture. Raises `InputError` when the tower has become trainable in the meantime."
         if (now := _changes(self.seam.eyes)) != self.changes:
             if any(trained for _, _, trained in now):
-                raise InputError("the vision tower was frozen when the cache was opened, and is to be trained now", "vision cache", "Set vision_cache: off")
+                raise InputError(
+                    "the vision tower was frozen when the cache was opened, and is to be trained now",
+                    "vision cache",
+                    "Set vision_cache: off",
+                )
             self.changes, self.weights, self.facts = now, fingerprint(self.seam.eyes), self.seam.settings()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        now = {"weights": self.weights, "autocast": _precision(device.type), "device": name, "attention": _kernel(self.seam.config), "versions": VERSIONS}
+        now = {
+            "weights": self.weights,
+            "autocast": _precision(device.type),
+            "device": name,
+            "attention": _kernel(self.seam.config),
+            "versions": VERSIONS,
+        }
         return json.dumps(self.facts | now, sort_keys=True, default=str)
 
     def key(self, space, args, kwargs):
         "A hash of all that the result for one picture depends on."
         h = hashlib.sha256(space.encode())
         for name, v in [*enumerate(args), *sorted(kwargs.items())]:
-            h.update(f"{name} {v.dtype} {tuple(v.shape)}".encode() if isinstance(v, torch.Tensor) else f"{name} {v!r}".encode())
+            h.update(
+                f"{name} {v.dtype} {tuple(v.shape)}".encode()
+                if isinstance(v, torch.Tensor)
+                else f"{name} {v!r}".encode()
+            )
             h.update(_bytes(v) if isinstance(v, torch.Tensor) else b"")
         return h.hexdigest()
 
@@ -345,7 +394,9 @@ class _Keys:
         "What the tower makes of one picture, as it is kept; and, as empty tensors, the types that it had."
         kept = self.seam.keep(self.see(*args, **{k: v for k, v in kwargs.items() if k != "real"}), args, kwargs)
         precision = _precision(args[0].device.type)
-        return {k: _kept_as(t, precision, self.seam.tower) for k, t in kept.items()} | {f"type.{k}": torch.empty(0, dtype=t.dtype) for k, t in kept.items()}
+        return {k: _kept_as(t, precision, self.seam.tower) for k, t in kept.items()} | {
+            f"type.{k}": torch.empty(0, dtype=t.dtype) for k, t in kept.items()
+        }
 
 # %% ../../nbs/51_train.cache.ipynb #a8e9b048
 VERSIONS = [torch.__version__, transformers.__version__, __version__]
@@ -355,7 +406,13 @@ def _kernel(config):
     "How attention is computed: the choice of transformers, and torch's switches."
     cuda, vision = torch.backends.cuda, getattr(config, "vision_config", None)
     chosen = [getattr(c, "_attn_implementation", None) for c in (config, vision)]
-    return [*chosen, cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.matmul.allow_tf32]
+    return [
+        *chosen,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.matmul.allow_tf32,
+    ]
 
 
 class _Looking(_Keys):
@@ -378,21 +435,33 @@ class _Looking(_Keys):
             if self.served % self.cache.check_every == 0 and not self.agree(*found):
                 return self(*args, **kwargs)  # under new keys
             self.served += 1
-        ready = [{k: t.to(pixels.device, e[f"type.{k}"].dtype) for k, t in e.items() if not k.startswith("type.")} for e in kept]
+        ready = [
+            {k: t.to(pixels.device, e[f"type.{k}"].dtype) for k, t in e.items() if not k.startswith("type.")}
+            for e in kept
+        ]
         return self.seam.join(ready, *args, **kwargs)
 
     def agree(self, entry, picture):
         "Is an entry what the tower says now? Raises `InputError` when it is not, although the weights are the same."
         now = self.look(*picture)
-        apart = max(((entry[k].double() - t.double()).norm() / t.double().norm().clamp_min(1e-30)).item() for k, t in now.items() if t.numel())
+        apart = max(
+            ((entry[k].double() - t.double()).norm() / t.double().norm().clamp_min(1e-30)).item()
+            for k, t in now.items()
+            if t.numel()
+        )
         if apart <= (1e-4 if all(t.dtype == torch.float32 for t in now.values() if t.numel()) else 2e-2):
             return True
         was, self.changes = self.weights, None
         self.space(picture[0][0].device)
         if self.weights == was:
-            raise InputError(f"an entry differs from what the vision tower says now by {apart:.1%}, though its weights are the same", f"vision cache {self.cache.store}",
-                             "Something beside weights, pixels and settings changes what it sees; set vision_cache: off")  # fmt: skip
-        self.cache.say("Vision cache: the vision tower's weights were changed; what it saw before is not used any more.")
+            raise InputError(
+                f"an entry differs from what the vision tower says now by {apart:.1%}, though its weights are the same",
+                f"vision cache {self.cache.store}",
+                "Something beside weights, pixels and settings changes what it sees; set vision_cache: off",
+            )
+        self.cache.say(
+            "Vision cache: the vision tower's weights were changed; what it saw before is not used any more."
+        )
         return False
 
 # %% ../../nbs/51_train.cache.ipynb #563c9a2d
@@ -405,16 +474,23 @@ class VisionCache(_Account):
         self,
         folder: str | Path | None = None,  # on disk; None: in memory
         limit: int | None = None,  # bytes; None: a quarter of what is free, shared by the processes of this machine
-        check_every: int = 100,  # batches with something remembered, from one that is computed again and compared to the next
+        # batches with something remembered, from one that is computed again and compared to the next
+        check_every: int = 100,
         say: Callable = print,  # called with each line of the account
     ):
         self.store = _InMemory() if folder is None else _OnDisk(folder)
         self.used = self.store.size() if isinstance(self.store, _OnDisk) else 0
-        free = (psutil.virtual_memory().available if folder is None else shutil.disk_usage(_existing(folder)).free) + self.used
+        free = (
+            psutil.virtual_memory().available if folder is None else shutil.disk_usage(_existing(folder)).free
+        ) + self.used
         sharers = 4 * (1 if folder else int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.limit, self.check_every, self.say = free // sharers if limit is None else limit, check_every, say
         if not isinstance(self.limit, int) or self.limit < 0 or not isinstance(check_every, int) or check_every < 1:
-            raise InputError(f"limit is {limit!r} and check_every is {check_every!r}", "vision cache", "Write a number of bytes, and a number of batches above 0")
+            raise InputError(
+                f"limit is {limit!r} and check_every is {check_every!r}",
+                "vision cache",
+                "Write a number of bytes, and a number of batches above 0",
+            )
         self.asked, self.found, self.full, self.warned = 0, 0, False, False
 
     @contextmanager
@@ -422,15 +498,23 @@ class VisionCache(_Account):
         self,
         model: nn.Module,  # with a plan that freezes its vision tower
     ) -> Iterator["VisionCache"]:
-        "Inside, the model's vision tower looks at every picture once. Raises `InputError` when the tower is not a constant."
+        """Inside, the model's vision tower looks at every picture once.
+
+        Raises `InputError` when the tower is not a constant."""
         if reason := why_not(model):
-            raise InputError(f"nothing can be remembered: {reason}", "vision cache", "Set vision_cache: off, or freeze the vision tower")
+            raise InputError(
+                f"nothing can be remembered: {reason}",
+                "vision cache",
+                "Set vision_cache: off, or freeze the vision tower",
+            )
         base, layout = model.get_base_model() if hasattr(model, "get_base_model") else model, layout_of(model)
         tower = base.get_submodule(layout.vision[0])
         seam = SEAMS[base.config.model_type](tower, base.config, _eyes(base, layout))
         own = tower.__dict__.get(seam.method)
         if isinstance(own, _Looking):
-            raise InputError("this model has a vision cache already", "vision cache", "Leave the block of the first one")
+            raise InputError(
+                "this model has a vision cache already", "vision cache", "Leave the block of the first one"
+            )
         setattr(tower, seam.method, _Looking(seam, self))
         try:
             yield self
@@ -456,7 +540,9 @@ def choose_cache(
     epochs: float,  # how often every row is seen
     say: Callable = print,
 ) -> VisionCache | None:
-    "The cache of a run, or none. Raises `InputError` for an unknown word, and for a cache that is asked for and cannot be."
+    """The cache of a run, or none.
+
+    Raises `InputError` for an unknown word, and for a cache that is asked for and cannot be."""
     if choice not in CHOICES:
         raise InputError(f"vision_cache is {choice!r}", "vision cache", f"Write one of {', '.join(CHOICES)}")
     if choice == "off" or (choice == "auto" and epochs <= 1):
@@ -464,7 +550,11 @@ def choose_cache(
     if reason := why_not(model):
         if choice == "auto":
             return None
-        raise InputError(f"vision_cache is {choice}, but {reason}", "vision cache", "Set vision_cache: off, or vision: freeze in the plan")
+        raise InputError(
+            f"vision_cache is {choice}, but {reason}",
+            "vision cache",
+            "Set vision_cache: off, or vision: freeze in the plan",
+        )
     if is_random(samples):
         say("Vision cache: off, because the same row gives other pixels every time.")
         return None
@@ -474,4 +564,8 @@ def choose_cache(
 def cache_folder() -> Path:
     "Where the disk keeps it, shared by all runs: VLM_LORA_LAB_CACHE, or the user's cache folder."
     own = os.environ.get("VLM_LORA_LAB_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_lora_lab" / "vision"
+    return (
+        Path(own)
+        if own
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_lora_lab" / "vision"
+    )

@@ -52,9 +52,16 @@ class Devices:
 def devices() -> Devices:
     "What a launcher said; alone without one. Raises `InputError` for FSDP's first version."
     env = os.environ.get
-    fsdp, deep = env("ACCELERATE_USE_FSDP", "false").lower() == "true", env("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    fsdp, deep = (
+        env("ACCELERATE_USE_FSDP", "false").lower() == "true",
+        env("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+    )
     if fsdp and env("FSDP_VERSION", "1") != "2":
-        raise InputError("this is the first version of FSDP, which hides names and types of weights", "accelerate launch", "Write fsdp_version: 2, as in: vlm-lora-lab config fsdp2")
+        raise InputError(
+            "this is the first version of FSDP, which hides names and types of weights",
+            "accelerate launch",
+            "Write fsdp_version: 2, as in: vlm-lora-lab config fsdp2",
+        )
     sharded = "FSDP2" if fsdp else "ZeRO-3" if deep and env("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3" else ""
     return Devices(int(env("RANK", "0")), int(env("WORLD_SIZE", "1")), sharded)
 
@@ -63,7 +70,8 @@ def meet() -> Devices:
     "Meet the other processes; alone, nothing happens."
     here = devices()
     if here.world > 1 and not dist.is_initialized():
-        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))  # one may look through a large file while the others wait
+        # one may look through a large file while the others wait
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
     return here
 
 # %% ../../nbs/56_train.devices.ipynb #fe02e865
@@ -130,12 +138,24 @@ def check_devices(
 ) -> None:
     "Raises `InputError` for what cannot be shared out."
     if here.world > 1 and nan != "stop":
-        raise InputError(f"nan is {nan}, which each process would decide for itself", "nan", "Write nan: stop for several processes")
+        raise InputError(
+            f"nan is {nan}, which each process would decide for itself", "nan", "Write nan: stop for several processes"
+        )
     if here.world > 1 and stages:
         raise InputError("stages run in one process", "WORLD_SIZE", "Start without torchrun or accelerate launch")
     if here.sharded == "FSDP2" and not torch.cuda.is_available():
-        raise InputError("accelerate has FSDP for GPUs only, and would go on with DDP here", "accelerate launch", "Start without it")
+        raise InputError(
+            "accelerate has FSDP for GPUs only, and would go on with DDP here", "accelerate launch", "Start without it"
+        )
     if here.sharded and four_bit:
-        raise InputError(f"{here.sharded} cuts weights in pieces, and these are packed in 4 bit", "accelerate launch", "Write --no-four-bit, or share with ddp or zero2")
+        raise InputError(
+            f"{here.sharded} cuts weights in pieces, and these are packed in 4 bit",
+            "accelerate launch",
+            "Write --no-four-bit, or share with ddp or zero2",
+        )
     if here.sharded and not any(r.word == "lora" for part in PARTS for r in plan.rules(part)):
-        raise InputError(f"{here.sharded} and a plan without LoRA: the whole model would have to be gathered to be saved", "accelerate launch", "Give a part 'lora', or share with ddp or zero2")
+        raise InputError(
+            f"{here.sharded} and a plan without LoRA: the whole model would have to be gathered to be saved",
+            "accelerate launch",
+            "Give a part 'lora', or share with ddp or zero2",
+        )

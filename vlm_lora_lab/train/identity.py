@@ -27,7 +27,12 @@ def file_sha256(
 ) -> str:  # hexadecimal SHA-256
     "The hash of one file, as `sha256sum` prints it; a bar shows after two seconds."
     digest = hashlib.sha256()
-    with open(file, "rb") as f, tqdm(total=os.fstat(f.fileno()).st_size, desc="hashing", unit="B", unit_scale=True, leave=False, delay=2) as bar:
+    with (
+        open(file, "rb") as f,
+        tqdm(
+            total=os.fstat(f.fileno()).st_size, desc="hashing", unit="B", unit_scale=True, leave=False, delay=2
+        ) as bar,
+    ):
         while block := f.read(2**20):
             digest.update(block)
             bar.update(len(block))
@@ -69,7 +74,13 @@ def _look(conversations, by_content):
             looks.update(f"{seen.st_size} {seen.st_mtime_ns}\n".encode())
             contents.update(hashes.get(picture, "").encode())
             newest = max(newest, (max(seen.st_mtime_ns, 0), str(picture)))
-    return {"pictures": number, "looks": looks.hexdigest(), "newest": newest[0], "newest_picture": newest[1], "contents": contents.hexdigest() if by_content else None}
+    return {
+        "pictures": number,
+        "looks": looks.hexdigest(),
+        "newest": newest[0],
+        "newest_picture": newest[1],
+        "contents": contents.hexdigest() if by_content else None,
+    }
 
 
 def look_at(
@@ -79,7 +90,9 @@ def look_at(
 ) -> DataFile:
     "What tells one data file from another. Raises `InputError` when it is no list of records."
     conversations = Conversations.open(path, image_root, reading.allow_outside, reading.allow_urls)
-    return DataFile(os.path.abspath(path), os.path.getsize(path), file_sha256(path), **_look(conversations, reading.verify))
+    return DataFile(
+        os.path.abspath(path), os.path.getsize(path), file_sha256(path), **_look(conversations, reading.verify)
+    )
 
 # %% ../../nbs/57_train.identity.ipynb #9bc4a1bb
 STARTED = "started_from"  # the key in job.json
@@ -117,12 +130,24 @@ class Inputs:
         "From JSON. Raises `InputError` for what was not written by `to_dict`."
         if values is None:
             return None
-        if not isinstance(values, dict) or not isinstance(values.get("files"), dict) or not all(isinstance(values.get(k, ""), str) for k in ("base", "base_sha256")):
+        if (
+            not isinstance(values, dict)
+            or not isinstance(values.get("files"), dict)
+            or not all(isinstance(values.get(k, ""), str) for k in ("base", "base_sha256"))
+        ):
             raise InputError(f"{STARTED} is not as it was written", where, "Start a new run in another folder")
-        return cls({field: DataFile.of(file) for field, file in values["files"].items()}, values.get("base", ""), values.get("base_sha256", ""))
+        return cls(
+            {field: DataFile.of(file) for field, file in values["files"].items()},
+            values.get("base", ""),
+            values.get("base_sha256", ""),
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"files": {field: file.to_dict() for field, file in self.files.items()}, "base": self.base, "base_sha256": self.base_sha256}
+        return {
+            "files": {field: file.to_dict() for field, file in self.files.items()},
+            "base": self.base,
+            "base_sha256": self.base_sha256,
+        }
 
     def on(
         self,
@@ -137,7 +162,11 @@ class Inputs:
         now: "Inputs",
     ) -> list[str]:
         "What is another thing now, each as a clause."
-        found = [said for field, was in self.files.items() if field in now.files and (said := _change(field, was, now.files[field]))]
+        found = [
+            said
+            for field, was in self.files.items()
+            if field in now.files and (said := _change(field, was, now.files[field]))
+        ]
         if self.base_sha256 and now.base_sha256 and self.base_sha256 != now.base_sha256:
             found.append(f"the weights of the base {now.base} are other ones than when the run started")
         return found
@@ -147,19 +176,30 @@ class Inputs:
         now: "Inputs",
     ) -> list[str]:
         "What lies elsewhere now, each as a sentence."
-        pairs = [(was.path, now.files[field].path) for field, was in self.files.items() if field in now.files] + [(self.base, now.base)]
-        return [f"{new} has the same content as {old}, which this run started from." for old, new in dict.fromkeys(pairs) if old and new and old != new]
+        pairs = [(was.path, now.files[field].path) for field, was in self.files.items() if field in now.files] + [
+            (self.base, now.base)
+        ]
+        return [
+            f"{new} has the same content as {old}, which this run started from."
+            for old, new in dict.fromkeys(pairs)
+            if old and new and old != new
+        ]
 
 
 def _change(field, was, now):
     "What is different between two looks at a data file; None: nothing."
     if was.sha256 != now.sha256:
-        return f"{field} is another file than when the run started: {now.path} ({was.bytes:,} bytes then, {now.bytes:,} now)"
+        return (
+            f"{field} is another file than when the run started: {now.path} ({was.bytes:,} bytes then, "
+            f"{now.bytes:,} now)"
+        )
     same = was.contents == now.contents if was.contents and now.contents else was.looks == now.looks
     if same:
         return None
     which = f", such as {now.newest_picture}" if now.newest > was.newest else ""
-    return f"pictures of {field} {now.path} are other ones than when the run started{which}" + ("" if was.contents and now.contents else " (by size and time of last change)")
+    return f"pictures of {field} {now.path} are other ones than when the run started{which}" + (
+        "" if was.contents and now.contents else " (by size and time of last change)"
+    )
 
 
 def located(
@@ -190,8 +230,16 @@ def check_resumed(
 ) -> None:
     "Raises `InputError` when a run would go on with other data or another base than it started with."
     if was and (changes := was.changes(now)):
-        times = " Pictures that were only copied: set their times back (cp -p, rsync -t)." if any("by size and time" in c for c in changes) else ""
-        raise InputError("; ".join(changes), where, f"Put back what the run started from, or start a new run in another folder.{times}")
+        times = (
+            " Pictures that were only copied: set their times back (cp -p, rsync -t)."
+            if any("by size and time" in c for c in changes)
+            else ""
+        )
+        raise InputError(
+            "; ".join(changes),
+            where,
+            f"Put back what the run started from, or start a new run in another folder.{times}",
+        )
 
 
 def changed_since(
@@ -214,6 +262,13 @@ def mended(
     if was is None or interrupted is None:
         return was, []
     both = {f: (was.files[f], now.files[f]) for f in was.files if f in now.files and f in interrupted.files}
-    files = {f: new for f, (old, new) in both.items() if old.sha256 == new.sha256 and _change(f, old, interrupted.files[f]) and _change(f, old, new)}
-    says = [f"Pictures of {field} {file.path} were mended since the run was interrupted; they are taken as they are now." for field, file in files.items()]
+    files = {
+        f: new
+        for f, (old, new) in both.items()
+        if old.sha256 == new.sha256 and _change(f, old, interrupted.files[f]) and _change(f, old, new)
+    }
+    says = [
+        f"Pictures of {field} {file.path} were mended since the run was interrupted; they are taken as they are now."
+        for field, file in files.items()
+    ]
     return replace(was, files={**was.files, **files}), says

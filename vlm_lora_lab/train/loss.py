@@ -29,14 +29,16 @@ def label_loss(
     labels: torch.Tensor | None,  # (batch, tokens) int, not shifted; -100 where there is nothing to learn
     head: nn.Module,  # (n, D) -> (n, vocabulary), perhaps adapted, quantised or wrapped
     after: Sequence[Callable] = (),  # what the model does to its logits, step by step
-    num_items_in_batch: torch.Tensor | int | None = None,  # labels of the whole optimizer step; None: the mean over this batch
+    # labels of the whole optimizer step; None: the mean over this batch
+    num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,  # (batch, tokens) int: labels that are shifted already
     at_once: int | None = None,  # logits that may exist at a time; None: `AT_ONCE`
 ) -> torch.Tensor:  # scalar
     """The cross-entropy of the next token, with logits only where there are labels, and only some at a time.
 
-    Equal to transformers' `ForCausalLMLoss`, to its NaN where no token has a label as well. Raises `ValueError` when the shapes disagree."""
+    Equal to transformers' `ForCausalLMLoss`, to its NaN where no token has a label as well. Raises `ValueError` when
+    the shapes disagree."""
     targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
     hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
     if len(hidden) != len(targets):
@@ -115,16 +117,22 @@ class Promise:
         raise _not_understood(getattr(function, "__name__", str(function)))
 
     def __getattr__(self, name):
-        raise NotComputed(f"there are logits only where there are labels, and something asked for their {name!r}", "label_only",
-                          "Call the model without labels, or outside of label_only")  # fmt: skip
+        raise NotComputed(
+            f"there are logits only where there are labels, and something asked for their {name!r}",
+            "label_only",
+            "Call the model without labels, or outside of label_only",
+        )
 
     def __getitem__(self, index):
         return self.__getattr__("values")
 
 
 def _not_understood(what):
-    return InputError(f"between its head and its loss this model does something that is not understood here: {what}", "label_only",
-                      "Train it with transformers' own Trainer, which computes all logits")  # fmt: skip
+    return InputError(
+        f"between its head and its loss this model does something that is not understood here: {what}",
+        "label_only",
+        "Train it with transformers' own Trainer, which computes all logits",
+    )
 
 # %% ../../nbs/50_train.loss.ipynb #6829cdae
 class _StandIn:
@@ -169,11 +177,22 @@ class _Model(_StandIn):
             raise _not_understood("it computes its loss in a way of its own")
         return type(out)(**{k: v for k, v in out.items() if k != "logits"}) if isinstance(out, ModelOutput) else out
 
-    def loss(self, logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
+    def loss(
+        self, logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
+    ):
         if not isinstance(logits, Promise):
             raise _not_understood("its loss is not made of its head's output")
         self.head.waiting, self.kept = False, True
-        return label_loss(logits.hidden, labels, logits.head, logits.after, num_items_in_batch, ignore_index, shift_labels, self.at_once)
+        return label_loss(
+            logits.hidden,
+            labels,
+            logits.head,
+            logits.after,
+            num_items_in_batch,
+            ignore_index,
+            shift_labels,
+            self.at_once,
+        )
 
 # %% ../../nbs/50_train.loss.ipynb #06d709f1
 @contextmanager
@@ -181,13 +200,19 @@ def label_only(
     model: nn.Module,  # native or of transformers, plain, quantised or wrapped by PEFT
     at_once: int | None = None,  # logits that may exist at a time; None: `AT_ONCE`
 ) -> Iterator[None]:
-    """Inside, a model that is called with labels returns the loss and no logits; without labels it does what it always did.
+    """Inside, a model that is called with labels returns the loss and no logits; without labels it does what it always
+    did.
 
-    Raises `InputError`, also later at the call, for a model whose loss is not the plain cross-entropy of the next token."""
+    Raises `InputError`, also later at the call, for a model whose loss is not the plain cross-entropy of the next
+    token."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     place, modules = layout_of(model).head[0], dict(base.named_modules(remove_duplicate=False))
     if place not in modules:
-        raise InputError(f"{type(base).__name__} has no module {place!r}, where its layout puts the head", "label_only", "Register its layout, see chapter 10")
+        raise InputError(
+            f"{type(base).__name__} has no module {place!r}, where its layout puts the head",
+            "label_only",
+            "Register its layout, see chapter 10",
+        )
     owner, head = modules[place.rpartition(".")[0]], modules[place]
     if isinstance(owner.__dict__.get("forward"), _Model):  # a block within a block
         yield

@@ -30,10 +30,29 @@ from ..plan import TuningPlan, apply_plan
 from .run import Schedule, fit
 
 # %% ../../nbs/53_train.pretrain.ipynb #4e172e18
-SPECIAL = ("<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "</image>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>",
-           "<point>", "</point>", "<slice>", "</slice>", "<image_id>", "</image_id>")  # fmt: skip
+SPECIAL = (
+    "<unk>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<image>",
+    "</image>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<quad>",
+    "</quad>",
+    "<point>",
+    "</point>",
+    "<slice>",
+    "</slice>",
+    "<image_id>",
+    "</image_id>",
+)
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )  # ChatML, without Qwen2's default system message
 
@@ -44,15 +63,29 @@ def lab_tokenizer(
     "A fast byte-level BPE tokenizer with MiniCPM-V's special tokens and a chat template."
     t = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r"\p{N}| ?\p{L}+|\n|[^\s\p{L}\p{N}]|\s+"), "isolated")
-    t.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     t.decoder = decoders.ByteLevel()
     text = [m.content for c in Drawn(0, 2000) for m in c.messages] + ["system\n", "user\n", "assistant\n"] * 500
-    t.train_from_iterator(text, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False,
-                                                    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))  # fmt: skip
+    t.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL),
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=t, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL[4:]), chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        tokenizer_object=t,
+        unk_token="<unk>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL[4:]),
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def lab_config(
@@ -60,13 +93,32 @@ def lab_config(
 ) -> MiniCPMV26Config:
     "MiniCPM-V 2.6 with two million parameters."
     return MiniCPMV26Config(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=2048, rms_norm_eps=1e-6, initializer_range=0.06, tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        query_num=16, resampler_num_heads=4, use_image_id=False,
-        vision_config={"hidden_size": 112, "intermediate_size": 448, "num_hidden_layers": 5, "num_attention_heads": 4, "image_size": 112, "patch_size": 8},
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        initializer_range=0.06,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        query_num=16,
+        resampler_num_heads=4,
+        use_image_id=False,
+        vision_config={
+            "hidden_size": 112,
+            "intermediate_size": 448,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "image_size": 112,
+            "patch_size": 8,
+        },
         slice_config={"max_slice_nums": 1, "patch_size": 8, "scale_resolution": 56},
-    )  # fmt: skip
+    )
 
 # %% ../../nbs/53_train.pretrain.ipynb #1c03f1f1
 LABELS = ["paper", *map(str, range(10)), *(f"{c} {s}" for c in COLOURS for s in SHAPES)]  # what a patch can show
@@ -94,7 +146,11 @@ class DenseDrawn(torch.utils.data.Dataset):
 def _dense_batch(rows):
     longest = max(len(labels) for _, _, labels in rows)
     strips = torch.stack([F.pad(s, (0, longest * s.shape[1] - s.shape[-1])) for s, _, _ in rows])
-    return strips, torch.tensor([size for _, size, _ in rows]), torch.stack([F.pad(t, (0, longest - len(t)), value=-100) for _, _, t in rows])
+    return (
+        strips,
+        torch.tensor([size for _, size, _ in rows]),
+        torch.stack([F.pad(t, (0, longest - len(t)), value=-100) for _, _, t in rows]),
+    )
 
 
 def learn_to_see(
@@ -111,7 +167,9 @@ def learn_to_see(
     head = nn.Linear(model.config.vision_config.hidden_size, len(LABELS))
     parameters = [*model.vpm.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 3), pct_start=max(0.05, min(0.5, 2.5 / steps)))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=max(steps, 3), pct_start=max(0.05, min(0.5, 2.5 / steps))
+    )
     loader = torch.utils.data.DataLoader(DenseDrawn(steps * batch_size, seed), batch_size, collate_fn=_dense_batch)
     model.train()
     named = []
@@ -129,7 +187,17 @@ def learn_to_see(
     return named
 
 # %% ../../nbs/53_train.pretrain.ipynb #55ad80a5
-QUESTIONS = {"place": 0.25, "colour": 0.25, "number": 0.2, "caption": 0.1, "what": 0.06, "shape": 0.06, "pair": 0.03, "sum": 0.03, "count": 0.02}
+QUESTIONS = {
+    "place": 0.25,
+    "colour": 0.25,
+    "number": 0.2,
+    "caption": 0.1,
+    "what": 0.06,
+    "shape": 0.06,
+    "pair": 0.03,
+    "sum": 0.03,
+    "count": 0.02,
+}
 
 
 def learn_to_answer(
@@ -141,14 +209,29 @@ def learn_to_answer(
 ) -> float:  # seconds
     "Train a model that can caption, in place, on the questions that it finds hard."
     processor, batch_size = Processor.of(model.config, tokenizer), 32
-    rows = ConcatDataset([Samples(Drawn(start, round(share * steps * batch_size), kind), processor) for kind, share in QUESTIONS.items()])
+    rows = ConcatDataset(
+        [Samples(Drawn(start, round(share * steps * batch_size), kind), processor) for kind, share in QUESTIONS.items()]
+    )
     rows.processor, rows.workers = processor, 0
-    return _stage(model, rows, Schedule(max_steps=steps, batch_size=batch_size, learning_rate=6e-4, full_learning_rate=6e-4, seed=seed), "questions")
+    return _stage(
+        model,
+        rows,
+        Schedule(max_steps=steps, batch_size=batch_size, learning_rate=6e-4, full_learning_rate=6e-4, seed=seed),
+        "questions",
+    )
 
 
 def _stage(model, rows, schedule, desc):
     with tempfile.TemporaryDirectory() as scratch:
-        run = fit(apply_plan(model, TuningPlan(*["full"] * 5)), rows, schedule, scratch, desc=desc, checkpoint_activations=False, save=False)
+        run = fit(
+            apply_plan(model, TuningPlan(*["full"] * 5)),
+            rows,
+            schedule,
+            scratch,
+            desc=desc,
+            checkpoint_activations=False,
+            save=False,
+        )
     if run.stopped:
         raise KeyboardInterrupt
     with torch.no_grad():
@@ -167,19 +250,28 @@ def pretrain(
 ) -> Path:  # the folder
     """Make the lab model from nothing. With the default steps it takes about half an hour on two cores.
 
-    Raises `InputError` when the folder is in use or the disk is full, `KeyboardInterrupt` when it is stopped; nothing is written then."""
+    Raises `InputError` when the folder is in use or the disk is full, `KeyboardInterrupt` when it is stopped; nothing
+    is written then."""
     output = empty_folder(output)
     start, tokenizer = time.perf_counter(), lab_tokenizer()
     torch.manual_seed(seed)
     model = MiniCPMV(lab_config(tokenizer))
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, from nothing.")
     named = learn_to_see(model, eyes, seed=seed)
-    say(f"eyes:  {eyes} steps, {time.perf_counter() - start:.0f} s; " + (f"{sum(named[-5:]) / len(named[-5:]):.0%} of the patches named" if named else ""))
+    say(
+        f"eyes:  {eyes} steps, {time.perf_counter() - start:.0f} s; "
+        + (f"{sum(named[-5:]) / len(named[-5:]):.0%} of the patches named" if named else "")
+    )
     processor, batch_size = Processor.of(model.config, tokenizer), 32
     schedule = Schedule(max_steps=words, batch_size=batch_size, learning_rate=1e-3, full_learning_rate=1e-3, seed=seed)
-    say(f"words: {words} steps, {_stage(model, Samples(Drawn(0, words * batch_size), processor), schedule, 'words'):.0f} s")
+    say(
+        f"words: {words} steps, "
+        f"{_stage(model, Samples(Drawn(0, words * batch_size), processor), schedule, 'words'):.0f} s"
+    )
     for again in range(2):
-        seconds = learn_to_answer(model, tokenizer, questions, seed + again, start=5_000_000 + again * questions * batch_size)
+        seconds = learn_to_answer(
+            model, tokenizer, questions, seed + again, start=5_000_000 + again * questions * batch_size
+        )
         say(f"questions: {questions} steps, {seconds:.0f} s")
     with complete_or_nothing(output) as partial:
         model.to(torch.bfloat16).save_pretrained(partial)

@@ -50,15 +50,19 @@ class Schedule(Settings):
     SECTION: ClassVar[str] = "schedule"
 
     epochs: Annotated[float, Within(0, 10**6, above=True)] = 3  # passes through the data
-    max_steps: Annotated[int, Within(-1, 10**9, "-1 goes by epochs")] = -1  # optimizer steps; overrides `epochs` when positive
+    # optimizer steps; overrides `epochs` when positive
+    max_steps: Annotated[int, Within(-1, 10**9, "-1 goes by epochs")] = -1
     batch_size: Annotated[int, Within(1, 65_536)] = 8  # conversations that are computed at once
     accumulation: Annotated[int, Within(1, 10**6)] = 1  # batches per optimizer step
     learning_rate: Rate = 2e-4  # peak, for LoRA
-    full_learning_rate: Annotated[float, Within(0, 3e38, "it cannot be negative")] | None = None  # peak, for parts trained in full; None: a tenth of `learning_rate`
-    warmup: Annotated[float, Within(0, 1, "0.05 is usual", below=True)] = 0.05  # share of the steps in which the rate rises; then it falls as a cosine
+    # peak, for parts trained in full; None: a tenth of `learning_rate`
+    full_learning_rate: Annotated[float, Within(0, 3e38, "it cannot be negative")] | None = None
+    # share of the steps in which the rate rises; then it falls as a cosine
+    warmup: Annotated[float, Within(0, 1, "0.05 is usual", below=True)] = 0.05
     save_every: Annotated[int, Within(1, 10**9)] = 200  # steps between checkpoints
     max_length: Annotated[int, Within(1, 10**7, "2048 is usual")] = 2048  # tokens; a longer conversation is an error
-    seed: Annotated[int, Within(0, 2**32 - 1, "it cannot be negative")] = 0  # of the order of the data and of LoRA's first matrices
+    # of the order of the data and of LoRA's first matrices
+    seed: Annotated[int, Within(0, 2**32 - 1, "it cannot be negative")] = 0
 
     def check(self):
         if self.max_steps == 0:
@@ -71,12 +75,15 @@ class Schedule(Settings):
 # %% ../../nbs/52_train.run.ipynb #a7c9d2f5
 @dataclass(frozen=True)
 class Best(Settings):
-    "Which evaluation counts as the best, and what follows from it. Of equal ones the one with the lower loss is; after that, the first."
+    """Which evaluation counts as the best, and what follows from it.
+
+    Of equal ones the one with the lower loss is; after that, the first."""
 
     measure: str = "loss"  # as an evaluation reports it: loss, or what was asked, such as exact
     higher: bool = False  # is more of it better?
     keep: bool = False  # end with the model as it was then; False: as it is after the last step
-    patience: Annotated[int, Within(0, 10**6)] = 0  # evaluations without a better one, after which training stops; 0: it never does
+    # evaluations without a better one, after which training stops; 0: it never does
+    patience: Annotated[int, Within(0, 10**6)] = 0
 
     def beats(self, value: float, best: float | None, loss: float = 0.0, best_loss: float = 0.0) -> bool:
         "Is it better than the best so far? What is no number never is."
@@ -94,7 +101,9 @@ class Best(Settings):
 
 # %% ../../nbs/52_train.run.ipynb #c716e30f
 class Interrupted(InputError):
-    "What could be read before the training cannot be read any more. What was learned up to then is saved, if there was something to save."
+    """What could be read before the training cannot be read any more.
+
+    What was learned up to then is saved, if there was something to save."""
 
 
 @contextmanager
@@ -110,14 +119,28 @@ def _by_hand(model):
     "Trained parameters of a PEFT model that PEFT itself would not save."
     if not isinstance(model, PeftModel):
         return {}
-    stored = {id(t) for t in get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True), save_embedding_layers=False).values()}
+    stored = {
+        id(t)
+        for t in get_peft_model_state_dict(
+            model, state_dict=model.state_dict(keep_vars=True), save_embedding_layers=False
+        ).values()
+    }
     return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in stored}
 
 
 class PartTrainer(Trainer):
-    "A `Trainer` with one learning rate for LoRA and one for parts that are trained in full, and others where a plan says so."
+    """A `Trainer` with one learning rate for LoRA and one for parts that are trained in full, and others where a plan
+    says so."""
 
-    def __init__(self, *args: Any, full_rate: float, plan: TuningPlan | None = None, ask: Callable | None = None, best: Best | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        full_rate: float,
+        plan: TuningPlan | None = None,
+        ask: Callable | None = None,
+        best: Best | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.full_rate, self.plan, self.ask, self.batch = full_rate, plan, ask, {}
         self.best = best
@@ -135,24 +158,39 @@ class PartTrainer(Trainer):
     ) -> float:
         "The peak learning rate of a parameter."
         lora = self.args.learning_rate
-        return self.plan.rate(part, name, lora, self.full_rate) if self.plan else lora if ".lora_" in name else self.full_rate
+        return (
+            self.plan.rate(part, name, lora, self.full_rate)
+            if self.plan
+            else lora
+            if ".lora_" in name
+            else self.full_rate
+        )
 
     def _get_train_sampler(self, train_dataset=None):
         "Rows of similar length together, if their lengths are known; otherwise the Trainer's own order."
         data = train_dataset if train_dataset is not None else self.train_dataset
         if getattr(data, "lengths", None) is None:
             return super()._get_train_sampler(train_dataset)
-        return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size, data.lengths, self.args.seed)
+        return ByLength(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            data.lengths,
+            self.args.seed,
+        )
 
     def train(self, *args, **kwargs):
-        "As the Trainer does it, with logits only where there are labels (chapter 50), evaluation and callbacks included."
+        """As the Trainer does it, with logits only where there are labels (chapter 50), evaluation and callbacks
+        included."""
         with label_only(self.model):
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         "The loss, without the logits. Raises `InputError` for a metric that wants to see them."
         if not self.args.prediction_loss_only:
-            raise InputError("this evaluation would collect logits, and none are computed", "PartTrainer", "Set prediction_loss_only=True; ask for answers with generate_answers")
+            raise InputError(
+                "this evaluation would collect logits, and none are computed",
+                "PartTrainer",
+                "Set prediction_loss_only=True; ask for answers with generate_answers",
+            )
         with label_only(self.model), torch.random.fork_rng():  # whether somebody looks must not change what is learned
             metrics = super().evaluate(*args, **kwargs)
         if self.ask is not None:
@@ -165,19 +203,35 @@ class PartTrainer(Trainer):
         return metrics
 
     def _judge(self, best, metrics):
-        "Mark the best evaluation, keep its checkpoint, and stop when there was none for too long. What is needed for that is saved with every checkpoint."
-        value, before = metrics[f"eval_{best.measure}"], {row["step"]: row["eval_loss"] for row in self.state.log_history if "eval_loss" in row}
-        if any_of(best.beats(value, self.state.best_metric, metrics["eval_loss"], before.get(self.state.best_global_step, math.inf))):
+        """Mark the best evaluation, keep its checkpoint, and stop when there was none for too long.
+
+        What is needed for that is saved with every checkpoint."""
+        value, before = (
+            metrics[f"eval_{best.measure}"],
+            {row["step"]: row["eval_loss"] for row in self.state.log_history if "eval_loss" in row},
+        )
+        if any_of(
+            best.beats(
+                value, self.state.best_metric, metrics["eval_loss"], before.get(self.state.best_global_step, math.inf)
+            )
+        ):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
-            self.control.should_save = self.control.should_save or best.keep  # the Trainer never removes the checkpoint of `best_global_step`
+            # the Trainer never removes the checkpoint of `best_global_step`
+            self.control.should_save = self.control.should_save or best.keep
         if self.worn_out:
             self.control.should_training_stop = True
             self.control.should_save = self.control.should_save or self.args.save_strategy != "no"
 
     def catch_up(self) -> None:
-        "A run that was stopped at the step of an evaluation had no time for it: it is made before the run goes on, if anything depends on it."
+        """A run that was stopped at the step of an evaluation had no time for it: it is made before the run goes on, if
+        anything depends on it."""
         step, best = self.state.global_step, self.best
-        if not step or best is None or self.args.eval_strategy != "steps" or step in dict(best.values(self.state.log_history)):
+        if (
+            not step
+            or best is None
+            or self.args.eval_strategy != "steps"
+            or step in dict(best.values(self.state.log_history))
+        ):
             return
         if step % self.state.eval_steps == 0 or step >= self.state.max_steps:
             metrics = self.evaluate()
@@ -205,7 +259,13 @@ class PartTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         "The Trainer's, of weights and moments that are numbers. Raises `WeightsLost`."
-        check_weights(self.model, self.state.global_step, self.args, self.plan, getattr(self.optimizer, "optimizer", self.optimizer))
+        check_weights(
+            self.model,
+            self.state.global_step,
+            self.args,
+            self.plan,
+            getattr(self.optimizer, "optimizer", self.optimizer),
+        )
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -223,7 +283,8 @@ class PartTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, *args, **kwargs):
-        "The Trainer's, unless all steps are done: resumed from its very last checkpoint, a run would take one step more."
+        """The Trainer's, unless all steps are done: resumed from its very last checkpoint, a run would take one step
+        more."""
         self.catch_up()
         if self.state.global_step >= self.state.max_steps or self.worn_out:
             self.control.should_training_stop = True
@@ -240,7 +301,9 @@ class PartTrainer(Trainer):
                     rate = self.rate(name, layout.part_of(name))
                     groups.setdefault((rate, self.args.weight_decay if name in decay else 0.0), []).append(p)
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = cls([{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()], **settings)
+            self.optimizer = cls(
+                [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()], **settings
+            )
         return self.optimizer
 
 # %% ../../nbs/52_train.run.ipynb #401ec2f3
@@ -251,7 +314,14 @@ class Progress(TrainerCallback):
         self.desc, self.bar = desc, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.desc, leave=False, dynamic_ncols=True, **({} if state.is_world_process_zero else {"disable": True}))
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.desc,
+            leave=False,
+            dynamic_ncols=True,
+            **({} if state.is_world_process_zero else {"disable": True}),
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -276,13 +346,15 @@ class StopOnSignal(TrainerCallback):
 
     def _handle(self, number, frame):
         self.stopped = True
-        for s in self.old if devices().world == 1 else ():  # a launcher sends one signal after the other; none may cut the saving short
+        # a launcher sends one signal after the other; none may cut the saving short
+        for s in self.old if devices().world == 1 else ():
             signal.signal(s, self.old[s])
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.old = {}
         if threading.current_thread() is threading.main_thread():
-            heard = [s for s in self.SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]  # nohup has SIGHUP ignored
+            # nohup has SIGHUP ignored
+            heard = [s for s in self.SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
             self.old = {s: signal.signal(s, self._handle) for s in heard}
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -307,11 +379,18 @@ class WeightsLost(InputError):
     @classmethod
     def of(cls, bad: list[str], step: int, args: TrainingArguments, plan: TuningPlan | None) -> "WeightsLost":
         "Say what is lost, what is left, and what to change."
-        found = f"after step {step} the trained weights are lost: {len(bad)} tensors hold NaN or infinity, such as {bad[0]}"
+        found = (
+            f"after step {step} the trained weights are lost: {len(bad)} tensors hold NaN or infinity, such as {bad[0]}"
+        )
         kept = last_checkpoint(args.output_dir)
         left = f"The last healthy state is {kept}" if kept else "Nothing was saved before it"
         ratio = f" or lora_plus (now {plan.lora_plus:g})" if plan is not None and plan.lora_plus else ""
-        return cls(found, args.output_dir, f"Nothing of them was written. {left}. Start again with a lower learning_rate (now {args.learning_rate:g}){ratio}")
+        return cls(
+            found,
+            args.output_dir,
+            f"Nothing of them was written. {left}. Start again with a lower learning_rate (now "
+            f"{args.learning_rate:g}){ratio}",
+        )
 
 
 def check_weights(
@@ -324,7 +403,9 @@ def check_weights(
     "Raises `WeightsLost`, on all processes together, where a trained weight or a moment is no number."
     tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for group, state in enumerate(getattr(optimizer, "state", {}).values()):
-        tensors |= {f"the optimizer's {k} of tensor {group}": t for k, t in state.items() if isinstance(t, torch.Tensor)}
+        tensors |= {
+            f"the optimizer's {k} of tensor {group}": t for k, t in state.items() if isinstance(t, torch.Tensor)
+        }
     bad = not_finite(tensors)
     if any_of(bool(bad)):
         raise WeightsLost.of(bad or ["one of another process"], step, args, plan)
@@ -369,23 +450,43 @@ def is_out_of_memory(
     error: BaseException,
 ) -> bool:
     "Is this what PyTorch or Python raises when memory is used up, on a GPU or on a CPU?"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error) or "not enough memory" in str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
 
 
 class OutOfMemory(InputError):
     "A batch that does not fit. What was saved before it is still there."
 
     @classmethod
-    def of(cls, error: Exception, trainer: PartTrainer, train: Samples, schedule: Schedule, checkpointed: bool, cache: Any) -> "OutOfMemory":
+    def of(
+        cls, error: Exception, trainer: PartTrainer, train: Samples, schedule: Schedule, checkpointed: bool, cache: Any
+    ) -> "OutOfMemory":
         "Name the batch, its rows, tokens and pictures, and what would make it smaller."
         batch, step = trainer.batch, trainer.state.global_step + 1
         rows, tokens = batch.get("input_ids", (0, 0))
-        names = [str(c.id) for c in (train.conversations[i] for i in batch.get("rows") or ())] if trainer.model.training else []
+        names = (
+            [str(c.id) for c in (train.conversations[i] for i in batch.get("rows") or ())]
+            if trainer.model.training
+            else []
+        )
         pictures = next((batch[k][0] for k in ("image_grid_thw", "target_sizes", "pixel_values") if k in batch), 0)
-        found = f"out of memory in step {step}, in a batch of {rows} rows of {tokens} tokens with {pictures} pictures and slices"
+        found = (
+            f"out of memory in step {step}, in a batch of {rows} rows of {tokens} tokens with {pictures} pictures "
+            "and slices"
+        )
         found += f" (ids {', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""
         b, a = schedule.batch_size, schedule.accumulation
-        ways = [f"batch_size {b // 2 if b % 2 == 0 else 1} with accumulation {a * (2 if b % 2 == 0 else b)}, which is the same step, also for a run that is resumed"] if b > 1 else []
+        ways = (
+            [
+                f"batch_size {b // 2 if b % 2 == 0 else 1} with accumulation {a * (2 if b % 2 == 0 else b)}, which is "
+                "the same step, also for a run that is resumed"
+            ]
+            if b > 1
+            else []
+        )
         ways += ["gradient checkpointing"] if not checkpointed else []
         ways += ["vision_cache: disk, or off"] if cache is not None else []
         ways += ["four_bit: true"] if not any(hasattr(p, "quant_state") for p in trainer.model.parameters()) else []
@@ -423,8 +524,12 @@ def other_length(
     "Is the length another one? Raises `InputError` for a change that changes nothing."
     lengths = [(was.get("epochs"), was.get("max_steps", -1)), (now.get("epochs"), now.get("max_steps", -1))]
     if lengths[0][0] != lengths[1][0] and lengths[1][1] > 0 and lengths[0][1] == lengths[1][1]:
-        raise InputError(f"epochs was {lengths[0][0]:g} and is {lengths[1][0]:g}, but max_steps is {lengths[1][1]}, and that decides", where,
-                         f"Write --max-steps with a number, or --max-steps -1 --epochs {lengths[1][0]:g}")  # fmt: skip
+        raise InputError(
+            f"epochs was {lengths[0][0]:g} and is {lengths[1][0]:g}, but max_steps is {lengths[1][1]}, and that "
+            "decides",
+            where,
+            f"Write --max-steps with a number, or --max-steps -1 --epochs {lengths[1][0]:g}",
+        )
     return lengths[0] != lengths[1]
 
 
@@ -437,12 +542,22 @@ def check_length(
     "Raises `InputError` for a length below what is done."
     (done, planned), total = steps_done(checkpoint), steps_of(schedule, rows, processes)
     if total < done:
-        says = f"max_steps is {schedule.max_steps}" if schedule.max_steps > 0 else f"epochs is {schedule.epochs:g}, which is {total} steps"
-        raise InputError(f"{says}, and {done} steps are done", checkpoint, f"Write --max-steps {done} to end here, more to go on (the run was planned for {planned}), or start a new run in another folder")
+        says = (
+            f"max_steps is {schedule.max_steps}"
+            if schedule.max_steps > 0
+            else f"epochs is {schedule.epochs:g}, which is {total} steps"
+        )
+        raise InputError(
+            f"{says}, and {done} steps are done",
+            checkpoint,
+            f"Write --max-steps {done} to end here, more to go on (the run was planned for {planned}), or start a new "
+            "run in another folder",
+        )
 
 
 class Stretch(TrainerCallback):
-    "A run that goes on to another length than it was planned for: its next step takes the rate of the new schedule, not the one that the checkpoint left."
+    """A run that goes on to another length than it was planned for: its next step takes the rate of the new schedule,
+    not the one that the checkpoint left."""
 
     def __init__(self, planned: int, say: Callable = print):
         self.planned, self.say = planned, say
@@ -458,7 +573,10 @@ class Stretch(TrainerCallback):
             group["lr"] = rate
         scheduler._last_lr = new
         if state.is_world_process_zero:
-            self.say(f"Planned for {self.planned} steps, and {done} are done; now it is {total}. " + _rates(done, total, old, new, scheduler.base_lrs))
+            self.say(
+                f"Planned for {self.planned} steps, and {done} are done; now it is {total}. "
+                + _rates(done, total, old, new, scheduler.base_lrs)
+            )
 
 
 def _rates(done, total, old, new, peaks):
@@ -467,18 +585,27 @@ def _rates(done, total, old, new, peaks):
         return "The run ends here."
     first = max(range(len(peaks)), key=peaks.__getitem__)
     others = " Lower rates of other parts change in the same proportion." if len(set(peaks)) > 1 else ""
-    return (f"Warm-up and cosine are laid over the new length: the learning rate of step {done + 1} goes from {old[first]:.3g} to {new[first]:.3g} (peak {peaks[first]:.3g}), "
-            f"and reaches 0 after step {total}.{others}")  # fmt: skip
+    return (
+        f"Warm-up and cosine are laid over the new length: the learning rate of step {done + 1} goes from "
+        f"{old[first]:.3g} to {new[first]:.3g} (peak {peaks[first]:.3g}), "
+        f"and reaches 0 after step {total}.{others}"
+    )
 
 # %% ../../nbs/52_train.run.ipynb #db196a99
 def _take_best(trainer, folder):
-    "Put the weights of the best evaluation into the model; returns its step. Raises `InputError` when its checkpoint is gone."
+    """Put the weights of the best evaluation into the model; returns its step.
+
+    Raises `InputError` when its checkpoint is gone."""
     step = trainer.state.best_global_step
     if step in (None, trainer.state.global_step):
         return step
     place = Path(folder) / f"checkpoint-{step}"
     if not _complete(place):
-        raise InputError(f"the best state was that of step {step}, and its checkpoint is gone", place, f"Put it back and resume, or take the last one: {last_checkpoint(folder)}")
+        raise InputError(
+            f"the best state was that of step {step}, and its checkpoint is gone",
+            place,
+            f"Put it back and resume, or take the last one: {last_checkpoint(folder)}",
+        )
     trainer._load_from_checkpoint(str(place), trainer.model)
     return step
 
@@ -487,7 +614,9 @@ def last_checkpoint(
     folder: str | Path,  # where checkpoints are written
 ) -> Path | None:  # the newest complete one
     "The newest checkpoint whose last file was written."
-    found = [(int(m[1]), p) for p in Path(folder).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    found = [
+        (int(m[1]), p) for p in Path(folder).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+    ]
     return next((p for _, p in sorted(found, reverse=True) if _complete(p)), None)
 
 
@@ -500,13 +629,15 @@ def _complete(checkpoint):
 
 def _tidy(folder):
     "Take away what was half written."
-    for partial in Path(folder).glob("checkpoint-*"):
-        if not _complete(partial):
-            shutil.rmtree(partial, ignore_errors=True)
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        if not _complete(checkpoint):
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _saved_first(error, trainer, save):
-    "Save what the steps before have learned, and say so. Several processes cannot: the others wait in a step of their own."
+    """Save what the steps before have learned, and say so.
+
+    Several processes cannot: the others wait in a step of their own."""
     folder, step = trainer.args.output_dir, trainer.state.global_step
     kept = last_checkpoint(folder)
     failed = ""
@@ -518,8 +649,16 @@ def _saved_first(error, trainer, save):
             _tidy(folder)
             failed = f"Step {step} could not be saved ({e.found}). "
         kept = last_checkpoint(folder)
-    then = f"{failed}Saved up to {kept.name}: mend it, then go on with --resume" if kept else f"{failed}Nothing was saved yet: mend it, and start again"
-    return Interrupted(f"after step {step}: {error.found}" if step else error.found, error.where, ". ".join(t.rstrip(".") for t in (error.remedy, then) if t))
+    then = (
+        f"{failed}Saved up to {kept.name}: mend it, then go on with --resume"
+        if kept
+        else f"{failed}Nothing was saved yet: mend it, and start again"
+    )
+    return Interrupted(
+        f"after step {step}: {error.found}" if step else error.found,
+        error.where,
+        ". ".join(t.rstrip(".") for t in (error.remedy, then) if t),
+    )
 
 
 @dataclass(frozen=True)
@@ -555,44 +694,91 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),  # such as chapter 61's `NanDoctor`, or chapter 55's `LivePlot`
     cache: VisionCache | None = None,  # what a frozen vision tower saw (chapter 51); None: it looks every time
     evaluate_every: int = 0,  # steps between evaluations; 0: after each epoch
-    ask: Callable[[nn.Module], dict[str, float]] | None = None,  # what else to measure at each evaluation, such as the share of right answers
+    # what else to measure at each evaluation, such as the share of right answers
+    ask: Callable[[nn.Module], dict[str, float]] | None = None,
     say: Callable = print,  # called with a line where a run goes on to another length
-    best: Best | None = None,  # which evaluation is the best, and whether to end with it, or to stop when none is better
+    # which evaluation is the best, and whether to end with it, or to stop when none is better
+    best: Best | None = None,
 ) -> Fitted:
     """Train in place with Hugging Face's `Trainer`.
 
-    Raises `OutOfMemory` naming the batch, `WeightsLost`, `Interrupted` after saving where a row cannot be read any more, `InputError` for a disk that fills up, or when there is nothing to resume."""
+    Raises `OutOfMemory` naming the batch, `WeightsLost`, `Interrupted` after saving where a row cannot be read any
+    more, `InputError` for a disk that fills up, or when there is nothing to resume."""
     if best is not None and (best.keep or best.patience) and (evaluation is None or not save):
-        raise InputError("there is no best state without evaluation data and checkpoints", "fit, best", "Give evaluation=… and save=True, or leave best out")
+        raise InputError(
+            "there is no best state without evaluation data and checkpoints",
+            "fit, best",
+            "Give evaluation=… and save=True, or leave best out",
+        )
     on_gpu = next(model.parameters()).is_cuda
     precision = precision_of(model)
     if precision.scaler and not on_gpu:
-        raise InputError("the weights are in float16, and training in it needs a GPU", "load_vlm", "Load the model with dtype=torch.float32 or torch.bfloat16")
+        raise InputError(
+            "the weights are in float16, and training in it needs a GPU",
+            "load_vlm",
+            "Load the model with dtype=torch.float32 or torch.bfloat16",
+        )
     arguments = TrainingArguments(
-        output_dir=str(folder), num_train_epochs=schedule.epochs, max_steps=schedule.max_steps,
-        per_device_train_batch_size=schedule.batch_size, per_device_eval_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.accumulation, learning_rate=schedule.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=schedule.warmup, weight_decay=0.01, max_grad_norm=1.0,
-        bf16=precision.autocast == torch.bfloat16, fp16=precision.scaler, use_cpu=not on_gpu, seed=schedule.seed, data_seed=schedule.seed,
-        gradient_checkpointing=checkpoint_activations, gradient_checkpointing_kwargs={"use_reentrant": False},
-        eval_strategy="no" if evaluation is None else "steps" if evaluate_every else "epoch", eval_steps=evaluate_every or None, prediction_loss_only=True,
-        save_strategy="steps" if save else "no", save_steps=schedule.save_every, save_total_limit=2,
-        logging_steps=log_every, logging_first_step=True, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
-        remove_unused_columns=False, label_names=["labels"], dataloader_num_workers=train.workers, dataloader_pin_memory=on_gpu,
-    )  # fmt: skip
-    if arguments.n_gpu > 1:  # the Trainer would use DataParallel, which would split pictures and rows apart; several GPUs need accelerate launch
+        output_dir=str(folder),
+        num_train_epochs=schedule.epochs,
+        max_steps=schedule.max_steps,
+        per_device_train_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.accumulation,
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=schedule.warmup,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        bf16=precision.autocast == torch.bfloat16,
+        fp16=precision.scaler,
+        use_cpu=not on_gpu,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        gradient_checkpointing=checkpoint_activations,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="no" if evaluation is None else "steps" if evaluate_every else "epoch",
+        eval_steps=evaluate_every or None,
+        prediction_loss_only=True,
+        save_strategy="steps" if save else "no",
+        save_steps=schedule.save_every,
+        save_total_limit=2,
+        logging_steps=log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=train.workers,
+        dataloader_pin_memory=on_gpu,
+    )
+    # the Trainer would use DataParallel, which would split pictures and rows apart; several GPUs need accelerate launch
+    if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     checkpoint = last_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
-        raise InputError("there is no complete checkpoint to resume from", folder, "Start the training again without --resume, into an empty folder")
+        raise InputError(
+            "there is no complete checkpoint to resume from",
+            folder,
+            "Start the training again without --resume, into an empty folder",
+        )
     if checkpoint:
         check_length(schedule, len(train), checkpoint, devices().world)
     stop, progress = StopOnSignal(save), Progress(desc)
     stretch = [Stretch(steps_done(checkpoint)[1], say)] if checkpoint else []
     trainer = PartTrainer(
-        model=model, args=arguments, train_dataset=Numbered(train), eval_dataset=None if evaluation is None else Numbered(evaluation),
-        data_collator=Numbered.collate(train.processor.collate), callbacks=[progress, stop, *stretch, *callbacks, FiniteWeights(plan)], full_rate=schedule.full_rate, plan=plan, ask=ask, best=best,
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=Numbered(train),
+        eval_dataset=None if evaluation is None else Numbered(evaluation),
+        data_collator=Numbered.collate(train.processor.collate),
+        callbacks=[progress, stop, *stretch, *callbacks, FiniteWeights(plan)],
+        full_rate=schedule.full_rate,
+        plan=plan,
+        ask=ask,
+        best=best,
+    )
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
     if checkpoint_activations:
@@ -620,7 +806,16 @@ def fit(
         model.disable_input_require_grads()
         model.gradient_checkpointing_disable()
     worn_out = trainer.worn_out and not stop.stopped
-    return Fitted(trainer.state.log_history, trainer.state.global_step, result.metrics["train_runtime"], stop.stopped, state, kept, trainer.state.best_global_step, worn_out)
+    return Fitted(
+        trainer.state.log_history,
+        trainer.state.global_step,
+        result.metrics["train_runtime"],
+        stop.stopped,
+        state,
+        kept,
+        trainer.state.best_global_step,
+        worn_out,
+    )
 
 # %% ../../nbs/52_train.run.ipynb #8c61a5e0
 def mix(
@@ -631,8 +826,16 @@ def mix(
 ) -> list:  # every new conversation, and as many old ones as the share asks for, drawn without repetition
     "Add old samples to new ones. Raises `InputError` when there are not enough old ones."
     if not 0 <= share < 1:
-        raise InputError(f"the share of old samples is {share!r}", "mix", "Write a number from 0 up to, not including, 1, such as 0.3")
+        raise InputError(
+            f"the share of old samples is {share!r}",
+            "mix",
+            "Write a number from 0 up to, not including, 1, such as 0.3",
+        )
     n = round(len(new) * share / (1 - share))
     if n > len(old):
-        raise InputError(f"a share of {share} needs {n} old samples, and there are {len(old)}", "mix", "Lower the share or give more old samples")
+        raise InputError(
+            f"a share of {share} needs {n} old samples, and there are {len(old)}",
+            "mix",
+            "Lower the share or give more old samples",
+        )
     return [*new, *(old[i] for i in random.Random(seed).sample(range(len(old)), n))]

@@ -47,15 +47,21 @@ class Stage(Settings):
 
     plan: TuningPlan
     epochs: Annotated[float, Within(0, 10**6, above=True)] | None = None  # passes through the data
-    steps: Annotated[int, Within(1, 10**9)] | None = None  # optimizer steps, in place of epochs; neither: what the schedule says
-    lora: Annotated[str, OneOf(("keep", "merge"))] = "keep"  # what becomes of LoRA when the stage ends: "keep" leaves it beside its layer, "merge" folds it in
+    # optimizer steps, in place of epochs; neither: what the schedule says
+    steps: Annotated[int, Within(1, 10**9)] | None = None
+    # what becomes of LoRA when the stage ends: "keep" leaves it beside its layer, "merge" folds it in
+    lora: Annotated[str, OneOf(("keep", "merge"))] = "keep"
     learning_rate: Rate | None = None  # peak, for LoRA; None: the schedule's
-    full_learning_rate: Annotated[float, Within(0, 10, "it cannot be negative")] | None = None  # peak, for what is trained in full; None: the schedule's
-    warmup: Annotated[float, Within(0, 1, below=True)] | None = None  # share of the stage's steps in which the rate rises; None: the schedule's
+    # peak, for what is trained in full; None: the schedule's
+    full_learning_rate: Annotated[float, Within(0, 10, "it cannot be negative")] | None = None
+    # share of the stage's steps in which the rate rises; None: the schedule's
+    warmup: Annotated[float, Within(0, 1, below=True)] | None = None
 
     def check(self):
         if self.epochs is not None and self.steps is not None:
-            raise InputError(f"epochs is {self.epochs!r} and steps is {self.steps!r}", "steps", "Say how long the stage is once")
+            raise InputError(
+                f"epochs is {self.epochs!r} and steps is {self.steps!r}", "steps", "Say how long the stage is once"
+            )
 
     def schedule(
         self,
@@ -63,13 +69,33 @@ class Stage(Settings):
         number: int,  # of the stage, from 0: each sees the data in an order of its own
     ) -> Schedule:
         "The schedule of this stage alone, with its own warm-up."
-        own = {k: getattr(self, k) for k in ("learning_rate", "full_learning_rate", "warmup", "epochs") if getattr(self, k) is not None}
-        length = {"max_steps": self.steps} if self.steps is not None else {"max_steps": -1} if self.epochs is not None else {}
+        own = {
+            k: getattr(self, k)
+            for k in ("learning_rate", "full_learning_rate", "warmup", "epochs")
+            if getattr(self, k) is not None
+        }
+        length = (
+            {"max_steps": self.steps}
+            if self.steps is not None
+            else {"max_steps": -1}
+            if self.epochs is not None
+            else {}
+        )
         return replace(whole, **own, **length, seed=(whole.seed + number) % 2**32)
 
     def __str__(self):
-        length = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs" if self.epochs is not None else "as long as the schedule says"
-        rates = ", ".join(f"{k} {getattr(self, k):g}" for k in ("learning_rate", "full_learning_rate", "warmup") if getattr(self, k) is not None)
+        length = (
+            f"{self.steps} steps"
+            if self.steps is not None
+            else f"{self.epochs:g} epochs"
+            if self.epochs is not None
+            else "as long as the schedule says"
+        )
+        rates = ", ".join(
+            f"{k} {getattr(self, k):g}"
+            for k in ("learning_rate", "full_learning_rate", "warmup")
+            if getattr(self, k) is not None
+        )
         return length + (f", {rates}" if rates else "") + {"keep": "", "merge": ", then LoRA is merged"}[self.lora]
 
 # %% ../../nbs/54_train.stages.ipynb #c8a15ed1
@@ -86,9 +112,15 @@ def read_stages(
     values: list,  # of dictionaries, as in job.yaml
     plan: dict | None = None,  # what every stage's plan starts from
 ) -> tuple[Stage, ...]:
-    "Stages from a list; what a plan leaves out is taken from `plan`. Raises `InputError` that names the stage and the key."
+    """Stages from a list; what a plan leaves out is taken from `plan`.
+
+    Raises `InputError` that names the stage and the key."""
     if not isinstance(values, (list, tuple)) or not values:
-        raise InputError(f"stages is {shown(values)}", "stages", "Write a list, such as [{plan: {language: lora}, epochs: 1}, {plan: {language: full}, steps: 200}]")
+        raise InputError(
+            f"stages is {shown(values)}",
+            "stages",
+            "Write a list, such as [{plan: {language: lora}, epochs: 1}, {plan: {language: full}, steps: 200}]",
+        )
     return tuple(s if isinstance(s, Stage) else _stage(s, plan, f"stages, {i}") for i, s in enumerate(values, 1))
 
 # %% ../../nbs/54_train.stages.ipynb #cf4d052e
@@ -112,12 +144,17 @@ class Route:
     folded: dict[str, Rule]  # layers that take in their LoRA after the last stage
     held: dict[str, Rule]  # layers that hold LoRA then
     changed: frozenset[str]  # parameters that were trained in full or took in LoRA, biases beside them included
-    plan: TuningPlan | None  # one plan that trains all that: as such the result is saved; None: nothing holds LoRA, it is a whole model
+    # one plan that trains all that: as such the result is saved; None: nothing holds LoRA, it is a whole model
+    plan: TuningPlan | None
     whole: tuple[str, ...]  # modules that must stay out of 4 bit
 
     def __repr__(self):
         head = [f"stage {i} of {len(self.turns)}: {t.stage}\n" + _turn(t) for i, t in enumerate(self.turns, 1)]
-        end = "as a whole model" if self.plan is None else "as " + ", ".join(f"{p}: {w}" for p, w in self.plan.words.items() if w != "freeze")
+        end = (
+            "as a whole model"
+            if self.plan is None
+            else "as " + ", ".join(f"{p}: {w}" for p, w in self.plan.words.items() if w != "freeze")
+        )
         return "\n".join([*head, f"saved {end}"])
 
 
@@ -141,18 +178,43 @@ def route(
         trained, full = lora_layers(model, plan), _full(model, plan)
         full_modules(model, plan)
         _refuse(model, modules, stages, where, plan, trained, full)
-        folded = {n: r for n, r in held.items() if f"{n}.weight" in full or (number > 1 and stages[number - 2].lora == "merge")}
+        folded = {
+            n: r
+            for n, r in held.items()
+            if f"{n}.weight" in full or (number > 1 and stages[number - 2].lora == "merge")
+        }
         _foldable(modules, folded, variant, where)
         held = {n: r for n, r in held.items() if n not in folded}
         for n in held.keys() & trained.keys():
             if (held[n].rank, held[n].alpha) != (trained[n].rank, trained[n].alpha):
-                raise InputError(f"{n} holds LoRA of rank {held[n].rank} and alpha {held[n].alpha:g}, and this stage asks for {trained[n].rank} and {trained[n].alpha:g}", where,
-                                 "Write the same numbers, or lora: merge in the stage before")  # fmt: skip
+                raise InputError(
+                    f"{n} holds LoRA of rank {held[n].rank} and alpha {held[n].alpha:g}, and this stage asks for "
+                    f"{trained[n].rank} and {trained[n].alpha:g}",
+                    where,
+                    "Write the same numbers, or lora: merge in the stage before",
+                )
         if held and plan.variant != variant:
-            raise InputError(f"the LoRA that is kept is {variant}, and this stage's is {plan.variant}", where, "Write the same variant, or lora: merge in the stage before")
+            raise InputError(
+                f"the LoRA that is kept is {variant}, and this stage's is {plan.variant}",
+                where,
+                "Write the same variant, or lora: merge in the stage before",
+            )
         if four_bit and not (held or trained):
-            raise InputError("the model is in 4 bit and no layer holds LoRA in this stage", where, "Give a part 'lora', keep the LoRA of the stage before, or load the model whole (four_bit: false)")
-        turns.append(Turn(stage, trained, {n: r for n, r in held.items() if n not in trained}, folded, variant or plan.variant, full))
+            raise InputError(
+                "the model is in 4 bit and no layer holds LoRA in this stage",
+                where,
+                "Give a part 'lora', keep the LoRA of the stage before, or load the model whole (four_bit: false)",
+            )
+        turns.append(
+            Turn(
+                stage,
+                trained,
+                {n: r for n, r in held.items() if n not in trained},
+                folded,
+                variant or plan.variant,
+                full,
+            )
+        )
         held, changed, variant = held | trained, changed | full | _inside(modules, folded), plan.variant
     return _saved(model, modules, stages, turns, held, changed, four_bit)
 
@@ -166,15 +228,27 @@ def _full(model, plan):
 def _refuse(model, modules, stages, where, plan, trained, full):
     "What cannot be one stage of several."
     if bare := [n for n in trained if n not in modules]:
-        raise InputError(f"{bare[0]} is a bare parameter, and its LoRA cannot be carried from stage to stage", where, "Leave it out of the targets, or write full")
+        raise InputError(
+            f"{bare[0]} is a bare parameter, and its LoRA cannot be carried from stage to stage",
+            where,
+            "Leave it out of the targets, or write full",
+        )
     if plan.variant == "pissa" and len(stages) > 1:
-        raise InputError("PiSSA takes directions out of the base, and the next stage would meet another base", where, "Write variant: lora, rslora or dora")
+        raise InputError(
+            "PiSSA takes directions out of the base, and the next stage would meet another base",
+            where,
+            "Write variant: lora, rslora or dora",
+        )
     names = {}
     for n, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(n)
     merged = {f"{n}.weight" for n in trained} if "merge" in {s.lora for s in stages} else set()
     if tied := [ns for ns in names.values() if len(ns) > 1 and (full | merged).intersection(ns)]:
-        raise InputError(f"{' and '.join(tied[0])} are one tensor, and an adapter can hold only one of them", where, "Write freeze there, or lora with lora: keep")
+        raise InputError(
+            f"{' and '.join(tied[0])} are one tensor, and an adapter can hold only one of them",
+            where,
+            "Write freeze there, or lora with lora: keep",
+        )
 
 
 def _inside(modules, names):
@@ -184,7 +258,9 @@ def _inside(modules, names):
 
 def _foldable(modules, folded, variant, where):
     if variant == "dora" and (tables := [n for n in folded if isinstance(modules[n], nn.Embedding)]):
-        raise InputError(f"DoRA beside the embeddings {tables[0]} cannot be merged", where, "Write lora: keep, or variant: lora")
+        raise InputError(
+            f"DoRA beside the embeddings {tables[0]} cannot be merged", where, "Write lora: keep, or variant: lora"
+        )
 
 # %% ../../nbs/54_train.stages.ipynb #83f2053b
 def _saved(model, modules, stages, turns, held, changed, four_bit):
@@ -194,8 +270,11 @@ def _saved(model, modules, stages, turns, held, changed, four_bit):
     _foldable(modules, folded, last.plan.variant, f"stages, {len(stages)}")
     held, changed = {n: r for n, r in held.items() if n not in folded}, frozenset(changed | _inside(modules, folded))
     if four_bit and not held:
-        raise InputError("after the last stage no layer holds LoRA, and a model in 4 bit is not saved whole", f"stages, {len(stages)}",
-                         "Keep the LoRA of a stage (lora: keep), or load the model whole (four_bit: false)")  # fmt: skip
+        raise InputError(
+            "after the last stage no layer holds LoRA, and a model in 4 bit is not saved whole",
+            f"stages, {len(stages)}",
+            "Keep the LoRA of a stage (lora: keep), or load the model whole (four_bit: false)",
+        )
     plan = _one_plan(model, held, changed, last.plan) if held else None
     whole = dict.fromkeys(n for t in turns for n in full_modules(model, t.stage.plan))
     return Route(tuple(turns), folded, held, changed, plan, tuple(whole))
@@ -216,7 +295,9 @@ def _one_plan(model, held, changed, last):
         rules += [Rule("full", on) for on in _ons([n for n in mine if n in changed], mine, homes)]
         lines[part] = ", ".join(map(str, rules)) or "freeze"
     plan = replace(last, **lines, rank=rank, alpha=alpha, targets=None, lora_plus=None)
-    if {n: (r.rank, r.alpha) for n, r in lora_layers(model, plan).items()} != {n: (r.rank, r.alpha) for n, r in held.items()} or _full(model, plan) != changed:
+    if {n: (r.rank, r.alpha) for n, r in lora_layers(model, plan).items()} != {
+        n: (r.rank, r.alpha) for n, r in held.items()
+    } or _full(model, plan) != changed:
         raise RuntimeError(f"The stages cannot be said as one plan: {plan}.")
     full_modules(model, plan)
     return plan
@@ -243,29 +324,55 @@ def _ons(wanted, among, homes):
     return found
 
 # %% ../../nbs/54_train.stages.ipynb #9a3fb5bf
-STATES = {"frozen": ("#eeeeee", ""), "frozen, but learned": ("#bbbbbb", "xx"), "LoRA kept": ("#9ec3de", ".."), "LoRA": (COLORS[0], "//"), "full": (COLORS[1], "")}
+STATES = {
+    "frozen": ("#eeeeee", ""),
+    "frozen, but learned": ("#bbbbbb", "xx"),
+    "LoRA kept": ("#9ec3de", ".."),
+    "LoRA": (COLORS[0], "//"),
+    "full": (COLORS[1], ""),
+}
 
 
 def _states(model, way):
-    "For each stage and part, the state of its layers from the first to the last, as runs: (state, from, to), shares of the part."
+    """For each stage and part, the state of its layers from the first to the last, as runs: (state, from, to), shares
+    of the part."""
     layers, part_of = linear_layers(model), layout_of(model).part_of
     for part in PARTS:
-        layers[part] = layers[part] or [n.removesuffix(".weight") for n, _ in model.named_parameters() if part_of(n) == part]
+        layers[part] = layers[part] or [
+            n.removesuffix(".weight") for n, _ in model.named_parameters() if part_of(n) == part
+        ]
     learned = set()
     for turn in way.turns:
         learned |= {f"{n}.weight" for n in turn.folded}
-        kind = lambda n: ("full" if {n, f"{n}.weight"} & turn.full else "LoRA" if n in turn.trained else "LoRA kept" if n in turn.kept  # noqa: E731, B023
-                          else "frozen, but learned" if {n, f"{n}.weight"} & learned else "frozen")  # fmt: skip # noqa: B023
-        yield {part: [(state, len(list(run))) for state, run in groupby(kind(n) for n in names)] for part, names in layers.items()}
+
+        def kind(n):
+            return (
+                "full"
+                if {n, f"{n}.weight"} & turn.full
+                else "LoRA"
+                if n in turn.trained
+                else "LoRA kept"
+                if n in turn.kept
+                else "frozen, but learned"
+                if {n, f"{n}.weight"} & learned
+                else "frozen"
+            )
+
+        yield {
+            part: [(state, len(list(run))) for state, run in groupby(kind(n) for n in names)]
+            for part, names in layers.items()
+        }
         learned |= turn.full
 
 # %% ../../nbs/54_train.stages.ipynb #c2cb9248
 def timeline(
     model: nn.Module,  # the meta device is enough
     way: Route,
-    lengths: Sequence[float] | None = None,  # of the stages, such as steps; None: each its own steps or epochs where it says them
+    # of the stages, such as steps; None: each its own steps or epochs where it says them
+    lengths: Sequence[float] | None = None,
 ) -> Figure:
-    "Parts from top to bottom, stages from left to right, and what happens to each layer: the first layer of a part is at the bottom of its band."
+    """Parts from top to bottom, stages from left to right, and what happens to each layer: the first layer of a part is
+    at the bottom of its band."""
     lengths = lengths or [t.stage.steps or t.stage.epochs or 1 for t in way.turns]
     fig, ax = figure(width=6.5, height=2.6)
     for i, parts in enumerate(_states(model, way)):
@@ -273,32 +380,65 @@ def timeline(
         for row, part in enumerate(reversed(PARTS)):
             bottom, height = row - 0.42, 0.84 / max(sum(k for _, k in parts[part]), 1)
             for state, k in parts[part]:
-                ax.bar(left, k * height, lengths[i], bottom, align="edge", color=STATES[state][0], hatch=STATES[state][1], edgecolor="white", linewidth=0.5)
+                ax.bar(
+                    left,
+                    k * height,
+                    lengths[i],
+                    bottom,
+                    align="edge",
+                    color=STATES[state][0],
+                    hatch=STATES[state][1],
+                    edgecolor="white",
+                    linewidth=0.5,
+                )
                 bottom += k * height
     ax.set_yticks(range(len(PARTS)), list(reversed(PARTS)))
     ax.set(xlabel="steps" if all(t.stage.steps for t in way.turns) else "length of the stages", xlim=(0, sum(lengths)))
     ax.grid(False)
-    handles = [Patch(facecolor=color, hatch=hatch, edgecolor="white", label=state) for state, (color, hatch) in STATES.items()]
-    ax.legend(handles=handles, ncols=5, loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=7, handlelength=1.2, columnspacing=1)
+    handles = [
+        Patch(facecolor=color, hatch=hatch, edgecolor="white", label=state) for state, (color, hatch) in STATES.items()
+    ]
+    ax.legend(
+        handles=handles,
+        ncols=5,
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.22),
+        fontsize=7,
+        handlelength=1.2,
+        columnspacing=1,
+    )
     return fig
 
 # %% ../../nbs/54_train.stages.ipynb #07b1d2f9
 def tensor_name(
     name: str,  # of a parameter, perhaps inside a PEFT wrapper
 ) -> str:
-    "What a trained tensor is called in every stage, whatever is wrapped around it: `x.q_proj.lora_A.weight`, `x.norm.weight`."
-    return re.sub(r"(\.lora_\w+)\.default(?=\.|$)", r"\1", name.removeprefix("base_model.model.")) if ".lora_" in name else plain_name(name)
+    """What a trained tensor is called in every stage, whatever is wrapped around it: `x.q_proj.lora_A.weight`,
+    `x.norm.weight`."""
+    return (
+        re.sub(r"(\.lora_\w+)\.default(?=\.|$)", r"\1", name.removeprefix("base_model.model."))
+        if ".lora_" in name
+        else plain_name(name)
+    )
 
 
 def leave_stage(
     model: nn.Module,  # from `apply_plan` or `enter_stage`
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:  # the model without wrappers, all frozen; and its LoRA tensors by name
-    "Take PEFT's wrappers off. What was trained in full stays in its place, LoRA is handed out; no bit of either changes."
+    """Take PEFT's wrappers off.
+
+    What was trained in full stays in its place, LoRA is handed out; no bit of either changes."""
     lora = {tensor_name(n): p.detach() for n, p in model.named_parameters() if ".lora_" in n}
     if isinstance(model, PeftModel):
         model = model.get_base_model()
         for name, module in list(model.named_modules()):
-            inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else None
+            inner = (
+                module.get_base_layer()
+                if isinstance(module, BaseTunerLayer)
+                else module.modules_to_save["default"]
+                if isinstance(module, ModulesToSaveWrapper)
+                else None
+            )
             if inner is not None:
                 home, _, child = name.rpartition(".")
                 setattr(model.get_submodule(home), child, inner)
@@ -312,7 +452,9 @@ def enter_stage(
     lora: dict[str, torch.Tensor],  # from `leave_stage`
     seed: int = 0,  # of the first matrices of new LoRA
 ) -> nn.Module:  # trainable as the stage says
-    "Fold what is to be folded, apply the stage's plan, and put the LoRA of earlier stages back beside its layers. Audited by `apply_plan`."
+    """Fold what is to be folded, apply the stage's plan, and put the LoRA of earlier stages back beside its layers.
+
+    Audited by `apply_plan`."""
     _fold(model, turn.folded, lora, turn.variant)
     torch.manual_seed(seed)
     model = apply_plan(model, turn.stage.plan, turn.kept)
@@ -328,14 +470,21 @@ def _put_back(model, folded, lora):
 # %% ../../nbs/54_train.stages.ipynb #e5b866fd
 @torch.no_grad()
 def _fold(model, layers, lora, variant):
-    "Add LoRA to the weights of some layers. They are in 32 bit afterwards: 16 would round much of a small update away, and 4 nearly all."
+    """Add LoRA to the weights of some layers.
+
+    They are in 32 bit afterwards: 16 would round much of a small update away, and 4 nearly all."""
     for name, rule in layers.items():
-        module, part = model.get_submodule(name), lambda kind: lora.get(f"{name}.lora_{kind}")  # noqa: B023
+        module, part = model.get_submodule(name), lambda kind: lora.get(f"{name}.lora_{kind}")
         scale = rule.alpha / (math.sqrt(rule.rank) if variant == "rslora" else rule.rank)
-        down, up = (part("embedding_A"), part("embedding_B")) if isinstance(module, nn.Embedding) else (part("A.weight"), part("B.weight"))
+        down, up = (
+            (part("embedding_A"), part("embedding_B"))
+            if isinstance(module, nn.Embedding)
+            else (part("A.weight"), part("B.weight"))
+        )
         weight, delta = _whole(module.weight), scale * (up @ down)
         weight = weight + (delta.T if isinstance(module, nn.Embedding) else delta).to(weight)
-        if (length := part("magnitude_vector.weight")) is not None:  # DoRA: LoRA turned the rows, and their lengths were learned apart
+        # DoRA: LoRA turned the rows, and their lengths were learned apart
+        if (length := part("magnitude_vector.weight")) is not None:
             weight *= (length.to(weight) / weight.norm(dim=1))[:, None]
         if numel(module.weight) != module.weight.numel():
             packed, module = module, nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device="meta")
@@ -354,7 +503,8 @@ def _whole(weight):
     return weight.detach().float() if weight.dtype in (torch.float16, torch.bfloat16) else weight.detach().clone()
 
 # %% ../../nbs/54_train.stages.ipynb #03c52f6e
-BOUND = 1e-3  # how far a change of stage may move a logit that is computed in 32 bit, in standard deviations of all logits
+# how far a change of stage may move a logit that is computed in 32 bit, in standard deviations of all logits
+BOUND = 1e-3
 BOUND_16 = 5e-2  # computed in 16 bit, where a merged sum is rounded otherwise than its two terms
 
 
@@ -381,7 +531,10 @@ def moved(
     "How far a change of stage moved the logits. Raises `RuntimeError` beyond the bound."
     far = ((after - before).abs().max() / before.std()).item()
     if not far <= bound:
-        raise RuntimeError(f"{where}: the logits moved by {far:.1e} standard deviations, and {bound:.0e} is the bound; the model is not the one that was trained.")
+        raise RuntimeError(
+            f"{where}: the logits moved by {far:.1e} standard deviations, and {bound:.0e} is the bound; the model is "
+            "not the one that was trained."
+        )
     return far
 
 
@@ -390,14 +543,17 @@ def bound_of(
     folded: Collection[str],  # layers that took in LoRA at this change
     variant: str = "lora",
 ) -> float:
-    "0 where nothing is computed otherwise than before: same weights, same operations. Merging changes the order of a sum, and DoRA divides by a norm."
+    """0 where nothing is computed otherwise than before: same weights, same operations.
+
+    Merging changes the order of a sum, and DoRA divides by a norm."""
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
         return BOUND_16
     return BOUND if folded or variant == "dora" else 0.0
 
 # %% ../../nbs/54_train.stages.ipynb #6f83e6a1
 class Carry(TrainerCallback):
-    "Gives AdamW's moments of an earlier stage to the tensors that go on being trained, and takes the stage's own at its end."
+    """Gives AdamW's moments of an earlier stage to the tensors that go on being trained, and takes the stage's own at
+    its end."""
 
     def __init__(self, moments: dict[str, dict] | None = None):
         self.moments, self.carried, self.fresh = moments or {}, 0, 0
@@ -408,7 +564,11 @@ class Carry(TrainerCallback):
         names, (at, fresh) = {p: tensor_name(n) for n, p in model.named_parameters()}, ([], optimizer.state_dict())
         for group, saved in zip(optimizer.param_groups, fresh["param_groups"]):
             at += [(i, names[p]) for i, p in zip(saved["params"], group["params"])]
-        fresh["state"] = {i: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.moments[n].items()} for i, n in at if n in self.moments}
+        fresh["state"] = {
+            i: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.moments[n].items()}
+            for i, n in at
+            if n in self.moments
+        }
         self.carried, self.fresh = len(fresh["state"]), len(at) - len(fresh["state"])
         optimizer.load_state_dict(fresh)
         self.moments = {}
@@ -427,7 +587,8 @@ class StageRun:
     folded: int  # layers that took in their LoRA before it
     carried: int  # tensors that went on with AdamW's moments of the stage before
     fresh: int  # tensors whose moments started at zero
-    moved: float | None  # logits at its beginning against the end of the stage before, in standard deviations; None: taken up in its middle
+    # logits at its beginning against the end of the stage before, in standard deviations; None: taken up in its middle
+    moved: float | None
     steps: int  # optimizer steps
     seconds: float  # of its last run
     history: list[dict]  # the Trainer's log
@@ -435,7 +596,9 @@ class StageRun:
     def to_dict(self) -> dict:
         "For a report: first and last loss in place of the log."
         losses = [row["loss"] for row in self.history if "loss" in row]
-        return {k: v for k, v in asdict(self).items() if k != "history"} | {"loss": {"first": losses[0], "last": losses[-1]}}
+        return {k: v for k, v in asdict(self).items() if k != "history"} | {
+            "loss": {"first": losses[0], "last": losses[-1]}
+        }
 
 # %% ../../nbs/54_train.stages.ipynb #b53ff89b
 @dataclass(frozen=True)
@@ -459,7 +622,11 @@ class FittedStages:
     @property
     def history(self) -> list[dict]:  # of all stages, steps counted on
         starts = [sum(r.steps for r in self.runs[:i]) for i in range(len(self.runs))]
-        return [row | {"step": row["step"] + start, "stage": i} for i, (r, start) in enumerate(zip(self.runs, starts), 1) for row in r.history]
+        return [
+            row | {"step": row["step"] + start, "stage": i}
+            for i, (r, start) in enumerate(zip(self.runs, starts), 1)
+            for row in r.history
+        ]
 
     @property
     def losses(self) -> list[float]:
@@ -467,17 +634,24 @@ class FittedStages:
 
 # %% ../../nbs/54_train.stages.ipynb #b68f87c8
 def _write_handover(folder, number, model, route, lora, moments, runs, probe):
-    "All that the next stage needs: every tensor that is not the base's any more, the moments, and the log. Complete or not there."
+    """All that the next stage needs: every tensor that is not the base's any more, the moments, and the log.
+
+    Complete or not there."""
     changed = {n for t in route.turns[: number + 1] for n in t.full | {f"{n}.weight" for n in t.folded}}
     tensors = {n: p for n, p in model.named_parameters() if n in changed} | lora
     flat = {f"{n}|{k}": v for n, s in moments.items() for k, v in s.items() if isinstance(v, torch.Tensor)}
-    own = lambda t: t.detach().cpu().contiguous()  # noqa: E731
+
+    def own(t):
+        return t.detach().cpu().contiguous()
+
     place = Path(folder) / f"stage-{number + 1}"
     with complete_or_nothing(place / "end") as partial:
         save_file({n: own(t) for n, t in tensors.items()}, partial / "tensors.safetensors")
         save_file({n: own(t) for n, t in flat.items()}, partial / "moments.safetensors")
         save_file({"logits": own(probe)}, partial / "probe.safetensors")
-        write_json(partial / "end.json", {"stages": [asdict(t.stage) for t in route.turns], "runs": [asdict(r) for r in runs]})
+        write_json(
+            partial / "end.json", {"stages": [asdict(t.stage) for t in route.turns], "runs": [asdict(r) for r in runs]}
+        )
     for old in [*place.glob("checkpoint-*"), Path(folder) / f"stage-{number}" / "end"]:
         shutil.rmtree(old, ignore_errors=True)  # the next stage starts from what was just written
 
@@ -487,12 +661,21 @@ def _read_handover(folder, number, model, route):
     place, moments = Path(folder) / f"stage-{number + 1}" / "end", {}
     said = json.loads((place / "end.json").read_text(encoding="utf-8"))
     if said["stages"] != json.loads(json.dumps([asdict(t.stage) for t in route.turns])):
-        raise InputError("these are other stages than those that were stopped", place, "Resume with the same stages, or start a new run in another folder")
-    tensors, modules, device = load_file(place / "tensors.safetensors"), dict(model.named_modules()), next(model.parameters()).device
+        raise InputError(
+            "these are other stages than those that were stopped",
+            place,
+            "Resume with the same stages, or start a new run in another folder",
+        )
+    tensors, modules, device = (
+        load_file(place / "tensors.safetensors"),
+        dict(model.named_modules()),
+        next(model.parameters()).device,
+    )
     for name in [n for n in tensors if ".lora_" not in n]:
         home, _, kind = name.rpartition(".")
         module, tensor = modules[home], tensors.pop(name).to(device)
-        if numel(getattr(module, kind)) != getattr(module, kind).numel():  # was merged: a whole layer takes the place of one in 4 bit
+        # was merged: a whole layer takes the place of one in 4 bit
+        if numel(getattr(module, kind)) != getattr(module, kind).numel():
             packed, module = module, nn.Linear(tensor.shape[1], tensor.shape[0], module.bias is not None, device="meta")
             module.bias = packed.bias
             setattr(modules[home.rpartition(".")[0]], home.rpartition(".")[2], module)
@@ -505,7 +688,8 @@ def _read_handover(folder, number, model, route):
 # %% ../../nbs/54_train.stages.ipynb #d2ed3c0c
 def where_stopped(
     folder: str | Path,  # of `fit_stages`
-) -> tuple[int, Path] | None:  # the stage to go on with, from 0, and what there is of it or of the one before; None: nothing
+    # the stage to go on with, from 0, and what there is of it or of the one before; None: nothing
+) -> tuple[int, Path] | None:
     "The newest complete state of a staged run."
     ends = [int(m[1]) for p in Path(folder).glob("stage-*/end") if (m := re.fullmatch(r"stage-(\d+)", p.parent.name))]
     number = max(ends, default=0)
@@ -516,11 +700,21 @@ def where_stopped(
 def _beginning(model, way, train, folder, resume):
     "Where to start, and with what: the stage from 0, LoRA, moments, the stages that are done, and what the model says."
     if not resume and (there := sorted(p.name for p in Path(folder).glob("stage-*"))):
-        raise InputError(f"there is {there[0]} of another run", folder, "Go on with it (resume), or choose another folder")
+        raise InputError(
+            f"there is {there[0]} of another run", folder, "Go on with it (resume), or choose another folder"
+        )
     at = where_stopped(folder) if resume else (0, None)
     if at is None:
-        raise InputError("there is no stage to resume from", folder, "Start the training again without --resume, into an empty folder")
-    return (at[0], *_read_handover(folder, at[0] - 1, model, way)) if at[0] else (0, {}, {}, [], probe_logits(model, train))
+        raise InputError(
+            "there is no stage to resume from",
+            folder,
+            "Start the training again without --resume, into an empty folder",
+        )
+    return (
+        (at[0], *_read_handover(folder, at[0] - 1, model, way))
+        if at[0]
+        else (0, {}, {}, [], probe_logits(model, train))
+    )
 
 # %% ../../nbs/54_train.stages.ipynb #01aa55dc
 def as_one_plan(
@@ -553,7 +747,8 @@ def fit_stages(
 ) -> FittedStages:
     """Train stage after stage with `fit`, and prove each change.
 
-    Raises `InputError` for stages that do not fit together or when there is nothing to resume, `RuntimeError` when a change of stage moved the model."""
+    Raises `InputError` for stages that do not fit together or when there is nothing to resume, `RuntimeError` when a
+    change of stage moved the model."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("stages run in one process", "WORLD_SIZE", "Start without torchrun or accelerate launch")
     way, count_ = route(model, stages, getattr(model, "is_loaded_in_4bit", False)), len(stages)
@@ -564,9 +759,36 @@ def fit_stages(
         model, moments = enter_stage(model, turn, lora, own.seed), {}
         far = moved(before, probe_logits(model, train), bound_of(model, turn.folded, turn.stage.plan.variant), title)
         at = last_checkpoint(here) if resume and number == first else None
-        say(f"{title.capitalize()}: {turn.stage}.\n{PlanTable.of(model, turn.stage.plan)}\n" + _told(turn, far) + (f" Taken up at {at.name}." if at else ""))
-        run = fit(model, train, own, here, resume=at is not None, desc=title, save=save, plan=turn.stage.plan, callbacks=[carry, *callbacks(number + 1)], **options)
-        runs.append(StageRun(turn.stage.plan.words, len(turn.kept), len(turn.folded), carry.carried, carry.fresh, far, run.steps, round(run.seconds, 2), run.history))
+        say(
+            f"{title.capitalize()}: {turn.stage}.\n{PlanTable.of(model, turn.stage.plan)}\n"
+            + _told(turn, far)
+            + (f" Taken up at {at.name}." if at else "")
+        )
+        run = fit(
+            model,
+            train,
+            own,
+            here,
+            resume=at is not None,
+            desc=title,
+            save=save,
+            plan=turn.stage.plan,
+            callbacks=[carry, *callbacks(number + 1)],
+            **options,
+        )
+        runs.append(
+            StageRun(
+                turn.stage.plan.words,
+                len(turn.kept),
+                len(turn.folded),
+                carry.carried,
+                carry.fresh,
+                far,
+                run.steps,
+                round(run.seconds, 2),
+                run.history,
+            )
+        )
         if run.stopped:
             return FittedStages(model, way.plan, tuple(runs), None, True)
         before = probe_logits(model, train)
@@ -574,7 +796,9 @@ def fit_stages(
         if save:
             _write_handover(folder, number, model, way, lora, moments, runs, before)
     model = as_one_plan(model, way, lora)
-    far = moved(before, probe_logits(model, train), bound_of(model, way.folded, stages[-1].plan.variant), "after the last stage")
+    far = moved(
+        before, probe_logits(model, train), bound_of(model, way.folded, stages[-1].plan.variant), "after the last stage"
+    )
     return FittedStages(model, way.plan, tuple(runs), far, False)
 
 # %% ../../nbs/54_train.stages.ipynb #933c1ec6
@@ -586,16 +810,27 @@ def from_top(
     word: str = "full",  # how they are trained: full or lora
     **stage: Any,  # what every stage says besides: steps or epochs, learning_rate, …
 ) -> tuple[Stage, ...]:
-    "Stages that thaw a part from its last layer down. Raises `InputError` for a part without layers, and for a word that the plan says already."
+    """Stages that thaw a part from its last layer down.
+
+    Raises `InputError` for a part without layers, and for a word that the plan says already."""
     numbers = sorted({int(m[1]) for n in linear_layers(model).get(part, ()) if (m := re.search(r"\.(\d+)\.", n))})
     if not numbers:
-        raise InputError(f"the part {part!r} has no numbered layers", "from_top, part", f"Choose among {', '.join(PARTS[:3])}")
+        raise InputError(
+            f"the part {part!r} has no numbered layers", "from_top, part", f"Choose among {', '.join(PARTS[:3])}"
+        )
     line = getattr(plan, part)
     if word not in WORDS[1:] or line == word:
-        raise InputError(f"the layers that join would be {word!r}, and the plan says {line!r} of those below", "from_top, word", "Write full, or lora over freeze")
+        raise InputError(
+            f"the layers that join would be {word!r}, and the plan says {line!r} of those below",
+            "from_top, word",
+            "Write full, or lora over freeze",
+        )
     if not isinstance(layers, int) or layers < 1:
         raise InputError(f"layers is {layers!r}", "from_top, layers", "Write a whole number from 1 on")
-    lines = [f"{word} on {_span(max(low, numbers[0]), numbers[-1])}" for low in range(numbers[-1] + 1 - layers, numbers[0] - layers, -layers)]
+    lines = [
+        f"{word} on {_span(max(low, numbers[0]), numbers[-1])}"
+        for low in range(numbers[-1] + 1 - layers, numbers[0] - layers, -layers)
+    ]
     below = "" if line == "freeze" else f"{line}, "
     plans: list[dict[str, Any]] = [{part: (below if on != lines[-1] else "") + on} for on in lines]
     return tuple(Stage(replace(plan, **words), **stage) for words in plans)

@@ -30,8 +30,11 @@ class Watch(Settings):
     questions: Annotated[int, Within(0, 10**9)] = 50  # of the evaluation data, asked at each evaluation; 0: none
     every: Annotated[int, Within(0, 10**9)] = 0  # steps between evaluations; 0: after each epoch
     tensorboard: bool = False  # write files for TensorBoard beside the checkpoints
-    keep: Annotated[str, OneOf(("last", "best"))] = "last"  # which state is saved as the adapter: last, or best (by the metric on the questions; by eval loss where none are asked)
-    patience: Annotated[int, Within(0, 10**6)] = 0  # evaluations in a row without a better one, after which training stops; 0: it never does
+    # which state is saved as the adapter: last, or best (by the metric on the questions; by eval loss where none are
+    # asked)
+    keep: Annotated[str, OneOf(("last", "best"))] = "last"
+    # evaluations in a row without a better one, after which training stops; 0: it never does
+    patience: Annotated[int, Within(0, 10**6)] = 0
 
     @property
     def judges(self) -> bool:  # does anything depend on an evaluation?
@@ -44,7 +47,10 @@ def some(
     seed: int = 0,
 ) -> list:  # at most n of them, in their order
     "The same few questions every time."
-    return [conversations[i] for i in sorted(random.Random(seed).sample(range(len(conversations)), min(n, len(conversations))))]
+    return [
+        conversations[i]
+        for i in sorted(random.Random(seed).sample(range(len(conversations)), min(n, len(conversations))))
+    ]
 
 # %% ../../nbs/55_train.watch.ipynb #245628ce
 def training_curve(
@@ -130,7 +136,9 @@ def summary_writer() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("TensorBoard is not installed", "watch, tensorboard", "Run: pip install tensorboard, or leave it out") from None
+        raise InputError(
+            "TensorBoard is not installed", "watch, tensorboard", "Run: pip install tensorboard, or leave it out"
+        ) from None
     return SummaryWriter
 
 
