@@ -21,7 +21,7 @@ from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMV
 from vlm_lora_lab.models.precision import not_finite
 from vlm_lora_lab.models.published import PUBLISHED, model_config
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 TURNS = (True, False, False, True)
 

@@ -39,7 +39,7 @@ from step import Collator, VisionCache, apply_plan, plain_peft, run, text
 from vlm_lora_lab.models.load import packable
 from vlm_lora_lab.models.parts import count
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan
+from vlm_lora_lab.plan.tuning import TuningPlan
 from vlm_lora_lab.quant.memory import estimate
 
 PEAK = {  # dense bf16 TFLOP/s with fp32 accumulation, of NVIDIA's data sheets (the SXM variant where there are several)

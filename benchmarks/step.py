@@ -45,7 +45,7 @@ from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMVConfig
 from vlm_lora_lab.models.parts import layout_of
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.cache import VisionCache
 from vlm_lora_lab.train.loss import label_only
 from vlm_lora_lab.train.run import PartTrainer, Schedule, fit

@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.parts import FAMILIES, PARTS, count, infer_layout
 from vlm_lora_lab.models.published import UNUSABLE, on_meta
-from vlm_lora_lab.plan import TuningPlan
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.tuning import TuningPlan
+from vlm_lora_lab.plan.preview import Preview
 
 TABLE = Path(__file__).parent / "CLASSES.md"
 GIVEN = {  # model_type -> what its defaults leave out

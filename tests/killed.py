@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from vlm_lora_lab.data.batch import Processor, Samples
 from vlm_lora_lab.data.drawn import Drawn
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint
 
 SAVE_EVERY = 3

@@ -30,8 +30,8 @@ from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.parts import count
 from vlm_lora_lab.models.published import PUBLISHED, on_meta
-from vlm_lora_lab.plan import TuningPlan, apply_plan
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
+from vlm_lora_lab.plan.preview import Preview
 
 ROWS, TABLE = Path(__file__).parent / "roads.json", Path(__file__).parent / "ROADS.md"
 COLUMNS = (

@@ -20,26 +20,22 @@ FACTS = FACTS["DEFAULT"]
 # A module may import modules of a lower floor, and of its own room.
 FLOORS = {
     "errors": 0,
-    "style": 0,
+    "show": 0,
     "settings": 1,
     "models": 1,
     "data": 2,
     "lora": 3,
     "plan": 4,
     "flags": 5,
-    "preview": 5,
     "quant": 5,
-    "unfreeze": 5,
-    "explorer": 6,
     "train": 6,
     "debug": 7,
     "checkpoint": 7,
-    "evaluate": 7,
-    "compare": 8,
-    "job": 8,
-    "study": 8,
-    "tour": 8,
-    "cli": 9,
+    "evaluate": 8,
+    "job": 9,
+    "study": 9,
+    "tour": 9,
+    "cli": 10,
 }
 
 
@@ -59,7 +55,7 @@ def test_a_chapter_opens_with_title_promise_and_its_own_module(path):
     assert re.match(r"# .+\n\n> .+", first), "title and one-line promise"
     for link in re.findall(r"https://colab\.research[^)]*?\.ipynb", first):
         assert link == badge(path.name)
-        assert f"pip install -q git+{FACTS['git_url']}'" in cells(path, "code")[0], (
+        assert f"pip install -q git+{FACTS['git_url']}" in cells(path, "code")[0], (
             "a reader on Colab must get the package"
         )
     exports = [m[1] for c in cells(path, "code") if (m := re.search(r"^#\| default_exp (\S+)", c, re.M))]
@@ -120,7 +116,7 @@ def test_the_readme_s_picture_is_the_chapter_s():
 
 def test_the_readme_shows_the_plan_as_it_is():
     from vlm_lora_lab.models.load import load_vlm
-    from vlm_lora_lab.plan import PlanTable, apply_plan
+    from vlm_lora_lab.plan.tuning import PlanTable, apply_plan
     from vlm_lora_lab.tour import DEMO_PLAN
 
     table = repr(PlanTable.of(apply_plan(load_vlm("lab", four_bit=True), DEMO_PLAN), DEMO_PLAN))
@@ -139,7 +135,7 @@ def test_a_tutorial_opens_with_title_promise_and_badge_and_exports_nothing(path)
     assert re.match(r"# .+\n\n> .+", first) and re.findall(r"https://colab\.research[^)]*?\.ipynb", first) == [
         badge(f"tutorials/{path.name}")
     ]
-    assert code[0].startswith("#| eval: false") and f"pip install -q git+{FACTS['git_url']}'" in code[0]
+    assert code[0].startswith("#| eval: false") and f"pip install -q git+{FACTS['git_url']}" in code[0]
     assert (
         not [c for c in code if re.search(r"^#\| (default_exp|export)", c, re.M)]
         and sum("assert" in c for c in code) >= 4

@@ -14,7 +14,7 @@ from vlm_lora_lab.checkpoint.save import lora_config, read_provenance, save_adap
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import Finding, InputError
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 VALUES = [None, True, -1, 0, 10**15, float("nan"), 1e39, "x", [], {}, [1], "lora", ["q_proj"], {"a": 1}, "9" * 400]
 

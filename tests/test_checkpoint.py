@@ -11,7 +11,7 @@ from vlm_lora_lab.checkpoint.merge import merge_adapter, same_model, save_merged
 from vlm_lora_lab.checkpoint.save import fingerprint, load_adapter, read_provenance, save_adapter, seal
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import lab_folder, load_vlm, load_tokenizer
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 IDS = torch.arange(20, 50)[None]
 BATCH = dict(

@@ -16,7 +16,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.files import no_bar_if_small
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import layout_of
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 TOKENIZER = load_tokenizer("lab")
 

@@ -36,7 +36,7 @@ from vlm_lora_lab.job import Job, train
 from vlm_lora_lab.models.files import no_bar_if_small
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan, apply_plan, full_modules
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan, full_modules
 
 HERE = Path(__file__).parent
 TOKENIZER = load_tokenizer("lab")
@@ -400,7 +400,7 @@ FORKED = """
     from vlm_lora_lab.checkpoint.save import broken_seals, read_provenance, save_adapter
     from vlm_lora_lab.errors import InputError
     from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-    from vlm_lora_lab.plan import TuningPlan, apply_plan
+    from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
     place, tokenizer, plan = Path(sys.argv[1]), load_tokenizer("lab"), TuningPlan(rank=2)
     model = apply_plan(load_vlm("lab"), plan)
     def child(name, limit=None):

@@ -13,17 +13,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vlm_lora_lab.compare as module
+import vlm_lora_lab.evaluate.compare as module
 from vlm_lora_lab.checkpoint.merge import merge_adapter, save_merged
 from vlm_lora_lab.checkpoint.save import load_adapter, save_adapter
 from vlm_lora_lab.cli import main
-from vlm_lora_lab.compare import Checkpoint, Comparison, compare, comparison_figure, data_digest, folder_digest, versus
+from vlm_lora_lab.evaluate.compare import (
+    Checkpoint,
+    Comparison,
+    compare,
+    comparison_figure,
+    data_digest,
+    folder_digest,
+    versus,
+)
 from vlm_lora_lab.data.batch import Processor
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate import METRICS, Mark, Score, generate_answers
+from vlm_lora_lab.evaluate.scores import METRICS, Mark, Score, generate_answers
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 QUESTIONS = 12
 

@@ -19,7 +19,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import lab_folder, load_vlm, load_tokenizer
 from vlm_lora_lab.models.minicpmv import MiniCPMV26Config
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import Schedule, fit
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from vlm_lora_lab.cli import main
-from vlm_lora_lab.compare import Checkpoint
+from vlm_lora_lab.evaluate.compare import Checkpoint
 from vlm_lora_lab.data.batch import Reading, Samples, check_rows, loader
 from vlm_lora_lab.data.native import NATIVE, load_processor
 from vlm_lora_lab.data.records import Conversation, Message, ask
@@ -29,7 +29,7 @@ from vlm_lora_lab.data.tokens import IGNORE
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.debug.nan import rows_of
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate import _one_batch
+from vlm_lora_lab.evaluate.scores import _one_batch
 from vlm_lora_lab.models.load import lab_folder, load_vlm
 
 UPSTREAM = {

@@ -14,7 +14,7 @@ from vlm_lora_lab.debug.gradients import audit_gradients, loss_of, undisturbed
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.tokenizer import tokenizer_of
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 SIX = ["minicpmv-2.6", "qwen", "minicpmv4_6", "qwen2_5_vl", "llava", "idefics3"]
 

@@ -16,7 +16,7 @@ from vlm_lora_lab.debug.nan import CAUSES, NanDoctor, NonFiniteStep, diagnose, h
 from vlm_lora_lab.debug.specimens import SPECIMENS, lab
 from vlm_lora_lab.debug.trace import extents, trace
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 SIX = ["minicpmv-2.6", "qwen", "minicpmv4_6", "qwen2_5_vl", "llava", "idefics3"]
 pytestmark = pytest.mark.filterwarnings("ignore:std")

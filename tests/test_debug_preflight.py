@@ -16,7 +16,7 @@ from vlm_lora_lab.debug.preflight import check_longest
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job, examine, train
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 HANDWRITING = samples_folder() / "handwriting"
 

@@ -18,7 +18,7 @@ from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.published import lab_folder
-from vlm_lora_lab.plan import TuningPlan
+from vlm_lora_lab.plan.tuning import TuningPlan
 from vlm_lora_lab.train.devices import CONFIGS, Devices, check_devices, config_file, devices
 
 TWO = [

@@ -21,7 +21,7 @@ from vlm_lora_lab.data.doctor import check_data
 from vlm_lora_lab.data.drawn import HELD_OUT, KINDS, Drawn, draw
 from vlm_lora_lab.data.records import Access, RecordError, ask, parse_record, read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate import (
+from vlm_lora_lab.evaluate.scores import (
     METRICS,
     ExactMatch,
     Mark,

@@ -10,10 +10,10 @@ import pytest
 
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.explorer import MARKS, Look, PlanExplorer
+from vlm_lora_lab.plan.explorer import MARKS, Look, PlanExplorer
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.tuning import TuningPlan
+from vlm_lora_lab.plan.preview import Preview
 
 MODEL = "openbmb/MiniCPM-V-2_6"
 
@@ -95,7 +95,7 @@ def test_fields_begin_where_the_plan_is_and_move_it():
 def test_without_a_kernel_there_is_a_table_and_no_widget():
     assert set(PlanExplorer("lab")._repr_mimebundle_()) == {"text/plain", "text/html"}
     code = (
-        "import sys, vlm_lora_lab.explorer as e; assert 'ipywidgets' not in sys.modules and "
+        "import sys, vlm_lora_lab.plan.explorer as e; assert 'ipywidgets' not in sys.modules and "
         "e._empty.cache_info().currsize == 0; e.PlanExplorer('lab'); assert 'ipywidgets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

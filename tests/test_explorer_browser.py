@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.explorer import PlanExplorer
+from vlm_lora_lab.plan.explorer import PlanExplorer
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan
-from vlm_lora_lab.preview import Preview, readable_bytes
+from vlm_lora_lab.plan.tuning import TuningPlan
+from vlm_lora_lab.plan.preview import Preview, readable_bytes
 
 CHROMIUM = Path("/usr/bin/chromium")
 MODEL = "openbmb/MiniCPM-V-2_6"
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 def lab(tmp_path_factory):
     "JupyterLab on a loopback port, with nothing of the user's; gives the notebook's address and its file."
     home = tmp_path_factory.mktemp("lab")
-    code = f"from vlm_lora_lab.explorer import PlanExplorer\nexplorer = PlanExplorer({MODEL!r})\nexplorer"
+    code = f"from vlm_lora_lab.plan.explorer import PlanExplorer\nexplorer = PlanExplorer({MODEL!r})\nexplorer"
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     cell = {"cell_type": "code", "id": "play", "metadata": {}, "source": code, "execution_count": None, "outputs": []}
     notebook = home / "root" / "play.ipynb"

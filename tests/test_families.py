@@ -28,7 +28,7 @@ from vlm_lora_lab.models.parts import (
     stored_tensors,
 )
 from vlm_lora_lab.models.published import PUBLISHED, model_class, on_meta
-from vlm_lora_lab.plan import TuningPlan, apply_plan, full_modules, lora_layers
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan, full_modules, lora_layers
 
 NOT_INFERRED = {"qwen"}  # its language model and its vision tower share one module; registered, so nobody asks
 

@@ -12,8 +12,8 @@ from vlm_lora_lab.flags import SCRIPTS, from_flags
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import count
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan, apply_plan
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
+from vlm_lora_lab.plan.preview import Preview
 
 TABLE = [  # script, flags, words for vision, connector, language, embeddings, head; or what the error must say
     ("minicpmv", {}, "full full full full full"),

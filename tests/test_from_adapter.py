@@ -26,7 +26,7 @@ from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.files import save_vlm
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.quant.policy import Packing
 from vlm_lora_lab.train.identity import STARTED, file_sha256
 from vlm_lora_lab.train.watch import LivePlot

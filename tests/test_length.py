@@ -17,7 +17,7 @@ from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import Processor, Samples
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint, steps_done, steps_of
 from vlm_lora_lab.train.watch import LivePlot
 

@@ -121,7 +121,7 @@ with complete_or_nothing({str(tmp_path / "merged")!r}) as partial:
 def test_every_command_that_writes_a_folder_respects_it(command, tmp_path, capsys):
     from vlm_lora_lab.checkpoint.save import save_adapter
     from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-    from vlm_lora_lab.plan import TuningPlan, apply_plan
+    from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
     plan = TuningPlan(rank=2)
     model = apply_plan(load_vlm("lab"), plan)

@@ -8,7 +8,7 @@ from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.quant.memory import CARDS, PIECE, Alive, estimate, shapes_of_batch, shapes_only, step_bytes
 from vlm_lora_lab.models.precision import precision_for
 from vlm_lora_lab.train.loss import AT_ONCE, label_only

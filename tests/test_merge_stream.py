@@ -30,7 +30,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.files import INDEX, stored_in, weight_files
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 warnings.filterwarnings("ignore", message="Model (with|has) `tie_word_embeddings")
 BY_LAYER = "lora(rank=2) on 0, lora(alpha=7) on 1"

@@ -18,8 +18,8 @@ from vlm_lora_lab.models.files import model_names, stored_in
 from vlm_lora_lab.models.load import load_vlm, model_folder
 from vlm_lora_lab.models.parts import infer_layout, layout_of
 from vlm_lora_lab.models.published import on_meta, packed_copy
-from vlm_lora_lab.plan import PlanTable, TuningPlan, apply_plan, experts_left
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.tuning import PlanTable, TuningPlan, apply_plan, experts_left
+from vlm_lora_lab.plan.preview import Preview
 from vlm_lora_lab.quant.memory import estimate
 
 PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "minicpmv4_6")

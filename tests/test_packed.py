@@ -15,8 +15,15 @@ from vlm_lora_lab.checkpoint.save import load_adapter, save_adapter
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import count, mixed_precision
-from vlm_lora_lab.plan import TuningPlan, apply_plan, fold_lora, lora_layers, no_false_warning, packed_projections
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.tuning import (
+    TuningPlan,
+    apply_plan,
+    fold_lora,
+    lora_layers,
+    no_false_warning,
+    packed_projections,
+)
+from vlm_lora_lab.plan.preview import Preview
 
 ALL = "lora(rank=4, targets=kv_proj+out_proj+in_proj_weight)"
 ALONE = "lora(rank=4, targets=in_proj_weight)"  # a rank of its own, which PEFT warns of without cause

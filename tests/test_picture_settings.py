@@ -18,12 +18,12 @@ from vlm_lora_lab.checkpoint.rescue import rescue
 from vlm_lora_lab.checkpoint.save import adapter_processor, save_adapter
 from vlm_lora_lab.checkpoint.serve import export_adapter
 from vlm_lora_lab.cli import main
-from vlm_lora_lab.compare import Checkpoint
+from vlm_lora_lab.evaluate.compare import Checkpoint
 from vlm_lora_lab.data.native import NativeProcessor, keep_limits, load_processor, picture_fields
 from vlm_lora_lab.data.records import ask
 from vlm_lora_lab.models.load import lab_folder, load_vlm
 from vlm_lora_lab.models.tokenizer import picture_file
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 SLICED = (
     "openbmb/MiniCPM-V-2",

@@ -18,8 +18,8 @@ from vlm_lora_lab.models.minicpmv import MiniCPMV
 from vlm_lora_lab.models.parts import layout_of, linear_layers
 from vlm_lora_lab.models.precision import GENERATIONS, precision_for, precision_of
 from vlm_lora_lab.models.published import PUBLISHED, on_meta
-from vlm_lora_lab.plan import TuningPlan, apply_plan
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
+from vlm_lora_lab.plan.preview import Preview
 from vlm_lora_lab.quant.nf4 import NF4, bits_per_weight, dynamic_levels, nf4_levels
 from vlm_lora_lab.quant.policy import (
     BARE,

@@ -27,7 +27,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.parts import PARTS, layout_of, plain_name
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan, lora_layers
+from vlm_lora_lab.plan.tuning import TuningPlan, lora_layers
 
 # name -> format, family, what re-enacts it
 CASES = {

@@ -13,8 +13,8 @@ from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer
 from vlm_lora_lab.models.published import PUBLISHED, on_meta
-from vlm_lora_lab.plan import TuningPlan
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.tuning import TuningPlan
+from vlm_lora_lab.plan.preview import Preview
 from vlm_lora_lab.quant.memory import estimate
 
 pytestmark = [

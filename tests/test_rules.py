@@ -14,7 +14,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import PARTS, count, layout_of, linear_layers, plain_name
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import (
+from vlm_lora_lab.plan.tuning import (
     VARIANTS,
     Rule,
     TuningPlan,
@@ -25,7 +25,7 @@ from vlm_lora_lab.plan import (
     packed_projections,
     read_rules,
 )
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.preview import Preview
 from vlm_lora_lab.train.run import PartTrainer
 
 SIX = ["minicpmv-2.0", "minicpmv-2.6", "minicpmv-4.5", "qwen", "qwen2_vl", "idefics3"]

@@ -15,7 +15,7 @@ from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import layout_of
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 IDS = torch.arange(20, 50)[None]
 

@@ -14,7 +14,7 @@ from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.batch import Reading
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
-from vlm_lora_lab.plan import Rule, TuningPlan, read_rules
+from vlm_lora_lab.plan.tuning import Rule, TuningPlan, read_rules
 from vlm_lora_lab.settings import FilePath, OneOf, Settings, Within, shown
 from vlm_lora_lab.train.run import Schedule
 from vlm_lora_lab.train.stages import Stage

@@ -24,7 +24,11 @@ CHAPTERS = sorted(
     for p in (ROOT / "nbs").rglob("*.ipynb")
     if ".ipynb_checkpoints" not in p.parts
 )
-LOOKED_AT = ("index", "33_unfreeze", "36_explorer")  # tables; figures and long lines; HTML with colours of its own
+LOOKED_AT = (
+    "index",
+    "33_plan.unfreeze",
+    "36_plan.explorer",
+)  # tables; figures and long lines; HTML with colours of its own
 CI = "CI" in os.environ
 browser_needed = pytest.mark.skipif(not CHROMIUM.exists() and not CI, reason=f"no {CHROMIUM}; CI does not skip this")
 
@@ -110,7 +114,7 @@ def test_the_machinery_of_notebooks_stays_behind_the_scenes(pages):
     for name, page in pages.items():
         assert not re.search(r"^#\|", page.code, re.M) and "'google.colab' in sys.modules" not in page.code, name
     assert (
-        "TuningPlan" in pages["32_plan.html"].code
+        "TuningPlan" in pages["32_plan.tuning.html"].code
         and "assert answer == question.answer" not in pages["index.html"].code
     )
 
@@ -139,7 +143,7 @@ def test_every_exported_name_has_an_entry_with_its_comments(pages, site):
     assert len(names) > 300 and not missing, sorted(missing)[:10]
     assert (
         "not wrapped; the meta device is enough"
-        in (site / "35_preview.html").read_text(encoding="utf-8").split('id="reference"')[1]
+        in (site / "35_plan.preview.html").read_text(encoding="utf-8").split('id="reference"')[1]
     )
 
 
@@ -227,14 +231,16 @@ def test_search_finds_the_resampler(tab):
     page.wait_for_function("() => /found \\d+ pages?/.test(document.querySelector('#search-results').innerText)")
     targets = {urldefrag(a.get_attribute("href"))[0].split("?")[0] for a in found.all()}
     # by title, and by what they say
-    assert {"11_models.resampler.html", "33_unfreeze.html", "13_models.qwenvl.html"} <= targets and len(targets) > 10
+    assert {"11_models.resampler.html", "33_plan.unfreeze.html", "13_models.qwenvl.html"} <= targets and len(
+        targets
+    ) > 10
 
 
 @browser_needed
 def test_a_reader_goes_from_chapter_to_chapter_and_formulas_are_drawn(tab):
-    page = tab("35_preview.html", 390)
+    page = tab("35_plan.preview.html", 390)
     page.locator("article a", has_text="32").first.click()
-    page.wait_for_url("**/32_plan.html")
+    page.wait_for_url("**/32_plan.tuning.html")
     assert page.locator("h1").inner_text().startswith("The plan")
     page = tab("30_lora.linear.html", 390)
     assert page.locator("math").count() > 3 and page.locator("math").first.bounding_box()["width"] > 5

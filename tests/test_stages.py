@@ -24,7 +24,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan, apply_plan, audit, lora_layers
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan, audit, lora_layers
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint
 from vlm_lora_lab.train.stages import (
     BOUND,

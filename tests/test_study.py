@@ -11,7 +11,7 @@ from vlm_lora_lab.data.drawn import scene
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.lora.targets import CHOICES, lora_size, rank_for
 from vlm_lora_lab.models.published import on_meta
-from vlm_lora_lab.plan import TuningPlan, lora_layers
+from vlm_lora_lab.plan.tuning import TuningPlan, lora_layers
 from vlm_lora_lab.study import claims
 from vlm_lora_lab.study.experiments import EXPERIMENTS, Mean, Results, main, results
 from vlm_lora_lab.study.shifts import SHIFTS, shift

@@ -17,8 +17,8 @@ from vlm_lora_lab.models.files import stored_in
 from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.parts import PartsTable, count
 from vlm_lora_lab.models.published import PUBLISHED, on_meta
-from vlm_lora_lab.plan import PlanTable, TuningPlan, apply_plan
-from vlm_lora_lab.preview import Preview
+from vlm_lora_lab.plan.tuning import PlanTable, TuningPlan, apply_plan
+from vlm_lora_lab.plan.preview import Preview
 
 TIED = [name for name in PUBLISHED if not count(on_meta(name))["head"]]
 

@@ -17,7 +17,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import layout_of
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.cache import SEAMS, VisionCache, cache_folder, choose_cache, is_random, why_not
 from vlm_lora_lab.train.run import Schedule, fit
 

@@ -18,7 +18,7 @@ from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.debug.nan import NanDoctor, NonFiniteStep
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.loss import NotComputed, Promise, label_loss, label_only
 from vlm_lora_lab.train.run import PartTrainer, Schedule, fit
 

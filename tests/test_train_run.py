@@ -20,7 +20,7 @@ from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import PartTrainer, Schedule, WeightsLost, fit
 from vlm_lora_lab.train.watch import LivePlot
 
@@ -115,7 +115,7 @@ HUNGRY = """
     from vlm_lora_lab.data.drawn import Drawn
     from vlm_lora_lab.errors import InputError
     from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-    from vlm_lora_lab.plan import TuningPlan, apply_plan
+    from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
     from vlm_lora_lab.train.run import OutOfMemory, Schedule, fit
 
     class Full(TrainerCallback):

@@ -14,9 +14,9 @@ from vlm_lora_lab.data.batch import Processor, Samples
 from vlm_lora_lab.data.drawn import HELD_OUT, Drawn
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate import ExactMatch, generate_answers
+from vlm_lora_lab.evaluate.scores import ExactMatch, generate_answers
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.plan import TuningPlan, apply_plan
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint
 from vlm_lora_lab.train.watch import LivePlot, Watch, tensorboard, training_curve
 

@@ -6,8 +6,8 @@ from families import batch_of, tiny_model
 from test_rules import step
 
 from vlm_lora_lab.models.parts import PARTS, layout_of, plain_name
-from vlm_lora_lab.plan import TuningPlan, apply_plan
-from vlm_lora_lab.unfreeze import Snapshot
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
+from vlm_lora_lab.plan.unfreeze import Snapshot
 
 
 @pytest.mark.parametrize(

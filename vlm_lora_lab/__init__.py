@@ -1,7 +1,11 @@
 __version__ = "0.1.0"
 
 import logging
+import sys
 import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 
 # Messages of our dependencies that need no action and would only make a reader wonder.
 # On a CPU, bitsandbytes 0.50 says on import that optional `kernels` are missing; its own code serves.
@@ -10,3 +14,31 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "ker
 warnings.filterwarnings("ignore", message=r".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 # With gradient checkpointing, transformers leaves its cache of keys and values out of training by itself, and says so.
 logging.getLogger("transformers.utils.generic").addFilter(lambda record: "use_cache=True" not in record.getMessage())
+
+# Modules that have moved, and where to: an import under the old name gives the new module.
+MOVED = {
+    "compare": "evaluate.compare",
+    "explorer": "plan.explorer",
+    "preview": "plan.preview",
+    "style": "show",
+    "unfreeze": "plan.unfreeze",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    "Finds a module under the name that it had."
+
+    def find_spec(self, name, path=None, target=None):
+        package, _, old = name.partition(".")
+        return ModuleSpec(name, self) if package == __name__ and old in MOVED else None
+
+    def create_module(self, spec):
+        module = import_module(f".{MOVED[spec.name.partition('.')[2]]}", __name__)
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module):
+        module.__spec__ = self.spec  # importlib has put the old name there
+
+
+sys.meta_path.append(_Moved())

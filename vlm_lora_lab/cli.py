@@ -173,7 +173,7 @@ It takes what train takes. Nothing is written unless --report is given. Exit sta
 
 def _train_parser(parser):
     from vlm_lora_lab.data.batch import Reading
-    from vlm_lora_lab.plan import TuningPlan
+    from vlm_lora_lab.plan.tuning import TuningPlan
     from vlm_lora_lab.job import Job
     from vlm_lora_lab.train.run import Schedule
     from vlm_lora_lab.train.watch import Watch
@@ -193,7 +193,7 @@ def _train_parser(parser):
 def _job(options):
     "A `Job` from the configuration file, overridden by flags."
     from vlm_lora_lab.data.batch import Reading
-    from vlm_lora_lab.plan import TuningPlan
+    from vlm_lora_lab.plan.tuning import TuningPlan
     from vlm_lora_lab.job import Job
     from vlm_lora_lab.train.run import Schedule
     from vlm_lora_lab.train.watch import Watch
@@ -366,8 +366,8 @@ def _plan(o):
     from vlm_lora_lab.flags import from_flags
     from vlm_lora_lab.models.load import check_stored
     from vlm_lora_lab.models.published import on_meta, packed_copy
-    from vlm_lora_lab.plan import TuningPlan, full_modules
-    from vlm_lora_lab.preview import Preview
+    from vlm_lora_lab.plan.tuning import TuningPlan, full_modules
+    from vlm_lora_lab.plan.preview import Preview
 
     given = {f.name: getattr(o, f.name) for f in fields(TuningPlan) if hasattr(o, f.name)}
     if o.flags and given:
@@ -398,7 +398,7 @@ def _plan(o):
 
 
 def _estimate(o):
-    from vlm_lora_lab.plan import TuningPlan
+    from vlm_lora_lab.plan.tuning import TuningPlan
     from vlm_lora_lab.quant.memory import estimate
 
     print("Running a step on shapes; for a large model this takes up to a minute …", file=sys.stderr)
@@ -434,7 +434,7 @@ def _ask(o):
     from vlm_lora_lab.checkpoint.save import adapter_processor, load_adapter, read_provenance
     from vlm_lora_lab.data.native import load_processor
     from vlm_lora_lab.data.records import ask
-    from vlm_lora_lab.evaluate import generate_answers
+    from vlm_lora_lab.evaluate.scores import generate_answers
     from vlm_lora_lab.models.load import load_vlm, model_folder
 
     known = read_provenance(o.adapter, o.model) if o.adapter else {}
@@ -460,7 +460,7 @@ def _inspect(o):
 
 
 def _compare(o):
-    from vlm_lora_lab.compare import Checkpoint, compare
+    from vlm_lora_lab.evaluate.compare import Checkpoint, compare
     from vlm_lora_lab.data.batch import Reading
 
     reading = Reading(
@@ -522,7 +522,7 @@ def _export(o):
 def _pretrain(o):
     from vlm_lora_lab.data.batch import Processor
     from vlm_lora_lab.data.drawn import HELD_OUT, Drawn
-    from vlm_lora_lab.evaluate import ExactMatch, generate_answers
+    from vlm_lora_lab.evaluate.scores import ExactMatch, generate_answers
     from vlm_lora_lab.models.load import load_vlm, load_tokenizer
     from vlm_lora_lab.train.pretrain import pretrain
 
@@ -917,7 +917,7 @@ def _parser(argv):
         help="a YAML or JSON list of stages: show what each would train, and what would be saved",
     )
     if argv[:1] == ["plan"]:
-        from vlm_lora_lab.plan import TuningPlan
+        from vlm_lora_lab.plan.tuning import TuningPlan
 
         _add(p.add_argument_group("plan: one word per part"), TuningPlan)
 
@@ -968,7 +968,7 @@ def _parser(argv):
     p.add_argument("--no-four-bit", action="store_true", help="the base in 16 bit")
     p.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     if argv[:1] == ["estimate"]:
-        from vlm_lora_lab.plan import TuningPlan
+        from vlm_lora_lab.plan.tuning import TuningPlan
 
         _add(p.add_argument_group("plan: one word per part"), TuningPlan)
 

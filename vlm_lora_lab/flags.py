@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import InputError, nearest
 from .models.parts import PARTS
-from .plan import TuningPlan
+from .plan.tuning import TuningPlan
 
 # %% ../nbs/34_flags.ipynb #aab6f51a
 @dataclass(frozen=True)

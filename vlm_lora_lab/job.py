@@ -30,14 +30,14 @@ from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
 from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors
 from .errors import unknown_keys, write_json
-from .evaluate import ExactMatch, Score, check_truths, generate_answers, metric_of
+from .evaluate.scores import ExactMatch, Score, check_truths, generate_answers, metric_of
 from .models.files import save_vlm
 from .models.load import load_vlm, model_folder
 from .models.published import on_meta, read_json
-from .plan import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
+from .plan.tuning import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
 from .settings import FilePath, OneOf, Settings, Within, inside, shown
-from .style import save_figure
+from .show import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
 from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located, mended

@@ -21,10 +21,10 @@ from .data.batch import Collator, Processor, Samples
 from .data.drawn import HELD_OUT, Drawn
 from .data.records import read_conversations, samples_folder
 from .errors import empty_folder, explain_write_errors, write_json
-from .evaluate import ExactMatch, gallery, generate_answers
+from .evaluate.scores import ExactMatch, gallery, generate_answers
 from .models.load import load_vlm, load_tokenizer
-from .plan import PlanTable, TuningPlan, apply_plan
-from .style import save_figure
+from .plan.tuning import PlanTable, TuningPlan, apply_plan
+from .show import save_figure
 from .train.run import Schedule, fit, mix
 from .train.watch import training_curve
 

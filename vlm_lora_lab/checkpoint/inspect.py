@@ -26,7 +26,7 @@ from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
 from ..models.load import stand_in
 from ..models.published import lab_folder, on_meta, read_json
-from ..plan import TuningPlan, full_modules, lora_layers, no_false_warning
+from ..plan.tuning import TuningPlan, full_modules, lora_layers, no_false_warning
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #eb8b7edd
 LEVELS = ("error", "warning", "note")

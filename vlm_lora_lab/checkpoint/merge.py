@@ -38,7 +38,7 @@ from ..models.minicpmv import MiniCPMV
 from ..models.parts import linear_layers, mixed_precision
 from ..models.published import on_meta, read_json
 from ..models.qwenvl import QwenVL
-from ..plan import TuningPlan, apply_plan
+from ..plan.tuning import TuningPlan, apply_plan
 from ..settings import Within, fitting
 from ..train.identity import located
 

@@ -39,7 +39,7 @@ from ..models.load import load_vlm, model_folder
 from ..models.parts import PARTS, layout_of, linear_layers
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
-from ..plan import Rule, TuningPlan, apply_plan, full_modules, lora_layers
+from ..plan.tuning import Rule, TuningPlan, apply_plan, full_modules, lora_layers
 from ..train.identity import located
 
 # %% ../../nbs/73_checkpoint.rescue.ipynb #b063ff61

@@ -49,7 +49,7 @@ from ..models.parts import layout_of, plain_name
 from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
-from ..plan import TuningPlan, audit, lora_layers, no_false_warning
+from ..plan.tuning import TuningPlan, audit, lora_layers, no_false_warning
 from ..settings import FilePath, Within, fitting
 from ..train.identity import STARTED, file_sha256, located
 from ..train.run import last_checkpoint

@@ -26,7 +26,7 @@ from .trace import extents
 from ..errors import InputError
 from ..models.parts import layout_of
 from ..models.precision import precision_of
-from ..plan import PlanTable, TuningPlan, apply_plan
+from ..plan.tuning import PlanTable, TuningPlan, apply_plan
 from ..train.loss import label_only
 from ..train.run import Schedule, is_out_of_memory
 

@@ -29,7 +29,7 @@ from ..models.minicpmv import MiniCPMV
 from ..models.parts import PARTS, count, layout_of
 from ..models.precision import precision_for
 from ..models.published import on_meta
-from ..plan import TuningPlan, apply_plan, experts_left
+from ..plan.tuning import TuningPlan, apply_plan, experts_left
 from .policy import Packing, Weights
 from ..settings import Within, fitting, shown
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import InputError
 from ..models.load import packable
 from ..models.parts import PARTS, count, layout_of, linear_layers, mixed_precision
-from ..plan import TuningPlan, full_modules, lora_layers
+from ..plan.tuning import TuningPlan, full_modules, lora_layers
 
 # %% ../../nbs/41_quant.policy.ipynb #38ad6f0c
 class _Used(TorchFunctionMode):
@@ -270,7 +270,7 @@ def plan_picture(
     "A model under a plan, to scale: memory of each part's weights in training, in the colour and pattern of its word."
     import matplotlib.pyplot as plt
 
-    from vlm_lora_lab.style import figure
+    from vlm_lora_lab.show import figure
 
     sizes, total = plan_bytes(model, plan, four_bit), count(model)
     fig, ax = figure(width=5.2, height=3)

@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..errors import InputError, write_json
-from ..style import COLORS, figure
+from ..show import COLORS, figure
 from . import evidence
 from .experiments import EXPERIMENTS, RESULTS, Mean, Results, _command, results
 
@@ -468,7 +468,7 @@ CLAIMS = {
             "C1",
             "A resampler that is neither a LoRA target nor in `modules_to_save` stays bit-identical, in silence.",
             _M + "243",
-            "33_unfreeze",
+            "33_plan.unfreeze",
             "The bug, bit by bit",
             _c1,
             _E.left_frozen,
@@ -477,7 +477,7 @@ CLAIMS = {
             "C2",
             '`modules_to_save=["resampler"]` trains it and puts it into the file.',
             _M + "222",
-            "33_unfreeze",
+            "33_plan.unfreeze",
             "Second repair: `modules_to_save`",
             _c2,
             _repair_by_list,
@@ -486,7 +486,7 @@ CLAIMS = {
             "C3",
             "`requires_grad_(True)` after `get_peft_model` is enough to have the resampler tuned.",
             _M + "272",
-            "33_unfreeze",
+            "33_plan.unfreeze",
             "First repair: unfreeze it by hand",
             _c3,
             _E.repaired,
@@ -495,7 +495,7 @@ CLAIMS = {
             "C4",
             "Training the resampler improves most tasks.",
             _M + "489",
-            "33_unfreeze",
+            "33_plan.unfreeze",
             "What it brings, and what it costs",
             _c4,
             _E.resampler_gain,
@@ -552,7 +552,7 @@ CLAIMS = {
             "C10",
             "`tune_llm` and LoRA exclude each other, because LoRA needs the base frozen.",
             _M + "209",
-            "32_plan",
+            "32_plan.tuning",
             "And if you do both?",
             _c10,
             _E.both_over_full,
@@ -562,7 +562,7 @@ CLAIMS = {
             "C11",
             "Together they disturb each other's gradients.",
             _M + "209",
-            "32_plan",
+            "32_plan.tuning",
             "And if you do both?",
             _c11,
             _E.both_over_full,
@@ -572,7 +572,7 @@ CLAIMS = {
             "C12",
             "Together, memory blows up and LoRA's saving is lost.",
             _M + "209",
-            "32_plan",
+            "32_plan.tuning",
             "And if you do both?",
             _c12,
             _E.training_bytes,
@@ -592,7 +592,7 @@ CLAIMS = {
             "C14",
             "Full fine-tuning gives the best result, LoRA is the faster way to iterate.",
             _M + "209",
-            "32_plan",
+            "32_plan.tuning",
             "And if you do both?",
             _c14,
             _E.full_over_lora,
@@ -650,7 +650,7 @@ CLAIMS = {
             "C20",
             "Tune the vision tower when pictures differ much from pre-training, else leave it frozen.",
             _M + "213",
-            "33_unfreeze",
+            "33_plan.unfreeze",
             "What it brings, and what it costs",
             _c20,
             _E.eyes_gain,
@@ -734,7 +734,7 @@ CLAIMS = {
             "C29",
             "Well configured, LoRA keeps the model's core abilities.",
             _M + "213",
-            "33_unfreeze",
+            "33_plan.unfreeze",
             "What it brings, and what it costs",
             _c29,
             _E.forgotten,

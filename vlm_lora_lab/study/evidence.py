@@ -35,21 +35,21 @@ from transformers import (
 
 from ..checkpoint.save import load_adapter, save_adapter
 from ..data.batch import Collator, Processor, Samples
-from ..evaluate import ExactMatch, generate_answers
+from ..evaluate.scores import ExactMatch, generate_answers
 from ..lora.targets import CHOICES, lora_size
 from ..models.load import lab_folder, load_tokenizer, load_vlm
 from ..models.minicpmv import MiniCPMV
 from ..models.parts import count, layout_of
 from ..models.published import on_meta
-from ..plan import TuningPlan, apply_plan, lora_layers
-from ..preview import Preview
+from ..plan.tuning import TuningPlan, apply_plan, lora_layers
+from ..plan.preview import Preview
 from ..quant.memory import estimate, shapes_only, step_bytes
 from ..quant.policy import Packing
 from .experiments import EXPERIMENTS, run_arm
 from .shifts import OLD, SHIFTS, shift
 from ..train.run import Schedule
 from ..train.stages import fit_stages, from_top
-from ..unfreeze import Snapshot
+from ..plan.unfreeze import Snapshot
 
 # %% ../../nbs/93_study.evidence.ipynb #19755d1f
 # MiniCPM-V's script

@@ -26,12 +26,12 @@ from matplotlib.figure import Figure
 from ..data.batch import Processor, Samples
 from ..data.drawn import Drawn
 from ..errors import InputError, write_json
-from ..evaluate import ExactMatch, generate_answers
+from ..evaluate.scores import ExactMatch, generate_answers
 from ..lora.targets import CHOICES, rank_for
 from ..models.load import load_tokenizer, load_vlm
 from ..models.parts import layout_of
-from ..plan import TuningPlan, apply_plan
-from ..style import COLORS, figure
+from ..plan.tuning import TuningPlan, apply_plan
+from ..show import COLORS, figure
 from .shifts import OLD, SHIFTS, shift
 from ..train.run import Schedule, fit, mix
 

@@ -21,7 +21,7 @@ from accelerate import PartialState
 
 from ..errors import InputError
 from ..models.parts import PARTS
-from ..plan import TuningPlan
+from ..plan.tuning import TuningPlan
 
 # %% ../../nbs/56_train.devices.ipynb #6c0a3d2e
 CONFIGS = ("ddp", "fsdp2", "zero2", "zero3")

@@ -26,7 +26,7 @@ from ..data.drawn import COLOURS, SHAPES, Drawn, number, scene
 from ..data.slicing import to_patches
 from ..errors import complete_or_nothing, empty_folder
 from ..models.minicpmv import MiniCPMV, MiniCPMV26Config
-from ..plan import TuningPlan, apply_plan
+from ..plan.tuning import TuningPlan, apply_plan
 from .run import Schedule, fit
 
 # %% ../../nbs/53_train.pretrain.ipynb #4e172e18

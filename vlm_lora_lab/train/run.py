@@ -34,7 +34,7 @@ from ..data.batch import ByLength, Samples
 from ..errors import InputError, explain_write_errors
 from ..models.parts import layout_of
 from ..models.precision import not_finite, precision_of
-from ..plan import Rate, TuningPlan
+from ..plan.tuning import Rate, TuningPlan
 from ..settings import Settings, Within
 from .cache import VisionCache
 from .devices import any_of, devices

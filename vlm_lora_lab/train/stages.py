@@ -33,9 +33,9 @@ from transformers import TrainerCallback
 from ..data.batch import Samples
 from ..errors import InputError, complete_or_nothing, write_json
 from ..models.parts import PARTS, layout_of, linear_layers, mixed_precision, numel, plain_name
-from ..plan import WORDS, PlanTable, Rate, Rule, TuningPlan, apply_plan, full_modules, lora_layers
+from ..plan.tuning import WORDS, PlanTable, Rate, Rule, TuningPlan, apply_plan, full_modules, lora_layers
 from ..settings import OneOf, Settings, Within, inside, shown
-from ..style import COLORS, figure
+from ..show import COLORS, figure
 from .run import Schedule, fit, last_checkpoint
 
 # %% ../../nbs/54_train.stages.ipynb #41c42c12

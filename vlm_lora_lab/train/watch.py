@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ..errors import InputError
 from ..settings import OneOf, Settings, Within
-from ..style import figure
+from ..show import figure
 
 # %% ../../nbs/55_train.watch.ipynb #f3a01783
 @dataclass(frozen=True)
