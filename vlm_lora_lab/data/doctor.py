@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 
 from .batch import BaseProcessor
 from .files import Inline, Remote, Rows, parse_json
-from .records import DIALECTS, Access, RecordError, Unread, dialect_of, parse_record
-from .slicing import load_image, opened, picture_size
+from .dialects import DIALECTS, dialect_of
+from .media import MENTION, RecordError, Unread, load_image, numbered, opened, picture_size
+from .records import Access, parse_record
 from .tokens import IGNORE
 from ..errors import InputError
 
@@ -329,7 +330,8 @@ def _headlines(report):
         f"{worst['warning']:,} have warnings"
         f" ({report.seconds:.1f} s, {report.rows / max(report.seconds, 1e-9):,.0f} a second)"
     )
-    dialects = ", ".join(f"{DIALECTS.get(k, 'not recognised')} {n:,}" for k, n in report.dialects.most_common())
+    titles = {name: dialect.title for name, dialect in DIALECTS.items()}
+    dialects = ", ".join(f"{titles.get(k, 'not recognised')} {n:,}" for k, n in report.dialects.most_common())
     yield f"dialect: {dialects or 'none'}; pictures: {d['pictures']:,}"
     if t := d["tokens"]:
         yield (
@@ -501,8 +503,8 @@ def mutate(
         -1,
         1e308,
         "",
-        "<image>",
-        "<image_00>",
+        MENTION,
+        numbered(0),
         "\x00",
         "\ud800",
         "../x",

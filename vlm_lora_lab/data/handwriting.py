@@ -13,9 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from .dialects import convert
+from .dialects import DIALECTS
 from .drawn import STRIP, draw
-from .records import DIALECTS
+from .media import MENTION
+from .records import convert
 
 # %% ../../nbs/25_data.handwriting.ipynb #e5707960
 SPLITS = {"train": (0.7, 2000), "validation": (0.1, 200), "test": (0.2, 200)}  # share of the scans, number of pictures
@@ -85,7 +86,7 @@ def build(
                 {
                     "id": f"{split}-{i:04}",
                     "image": f"{split}/{i:04}.png",
-                    "conversations": turns(f"<image>\n{QUESTION}", value),
+                    "conversations": turns(f"{MENTION}\n{QUESTION}", value),
                 }
             )
         write(folder / "handwriting" / f"{split}.json", rows)
@@ -100,7 +101,7 @@ def build(
             {
                 "id": "one-picture",
                 "image": "pictures/2.png",
-                "conversations": turns(f"<image>\n{shapes.question}", shapes.answer),
+                "conversations": turns(f"{MENTION}\n{shapes.question}", shapes.answer),
             },
             {
                 "id": "two-pictures",
