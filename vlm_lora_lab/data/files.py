@@ -50,7 +50,9 @@ class _Window:
     "A text file seen through a window that only moves forward, with byte offset and line of its first character."
 
     def __init__(self, file, skip):
-        self.file, self.text, self.at, self.offset, self.line, self.ended = file, "", 0, skip, 1, False
+        self.file, self.ended = file, False
+        self.text, self.at = "", 0
+        self.offset, self.line = skip, 1
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def more(self):
@@ -139,18 +141,21 @@ class _Places:
     "Where the records of a file are: bytes, bytes, number of the first line."
 
     def __init__(self):
-        self.starts, self.sizes, self.lines, self.broken = array("Q"), array("Q"), array("Q"), None
+        self.starts, self.sizes = array("Q"), array("Q")
+        self.lines, self.broken = array("Q"), None
 
     def note(self, start, size, line):
-        for numbers, value in ((self.starts, start), (self.sizes, size), (self.lines, line)):
-            numbers.append(value)
+        self.starts.append(start)
+        self.sizes.append(size)
+        self.lines.append(line)
 
 
 def _walk_lines(file, skip, limit, places):
     "Note every line that is not blank."
     offset, number = skip, 0
     while line := file.readline(limit + 2):
-        number, size, blank = number + 1, len(line), not line.strip()
+        number += 1
+        size, blank = len(line), not line.strip()
         while not line.endswith(b"\n") and (line := file.readline(_PIECE)):
             size += len(line)
         if not blank or size > limit:
@@ -429,7 +434,8 @@ class Rows(Sequence):
     ):
         self.path, self.limits = Path(path), limits
         places, first = _walk(self.path, limits)
-        self.starts, self.sizes, self.lines = places.starts, places.sizes, places.lines
+        self.starts, self.sizes = places.starts, places.sizes
+        self.lines = places.lines
         self.broken = places.broken and InputError(
             places.broken[0], f"{path}, {places.broken[1]}", _remedy(places.broken[0])
         )
@@ -463,7 +469,8 @@ def _refuse_one_object(rows):
     many lines."""
     if len(rows) > 1 and _is_json(rows.raw(0)):
         return
-    size, value, end = rows.starts[-1] + rows.sizes[-1], None, 0
+    size = rows.starts[-1] + rows.sizes[-1]
+    value, end = None, 0
     with open(rows.path, "rb") as file:
         text = file.read(min(size, rows.limits.record_bytes)).decode("utf-8-sig", "ignore").lstrip()
     with suppress(ValueError, RecursionError):

@@ -537,7 +537,8 @@ def _write_records(file, records, lines):
     file.write("" if lines else "[")
     for record in records:
         text = json.dumps(record, ensure_ascii=False)
-        file.write(f"{text}\n" if lines else f"{',' if count else ''}\n {text}")
+        comma = "," * bool(count)
+        file.write(f"{text}\n" if lines else f"{comma}\n {text}")
         count += 1
     file.write("" if lines else "\n]\n")
     return count

@@ -45,7 +45,8 @@ def pieces_of(
     padding: int = 0,  # tokens that are added behind
 ) -> tuple[Piece, ...]:
     "Cut a text into pieces for the eye; no token is left out."
-    pieces, at, picture = [], 0, 0
+    pieces: list[Piece] = []
+    at, picture = 0, 0
     while at < len(ids):
         kind, end = _kind(at, labels, places), at + 1
         if kind == "picture":
