@@ -267,7 +267,7 @@ _BEGINNINGS = (
     ),
 )
 
-
+# %% ../../nbs/26_data.files.ipynb #df707bcd
 def _zipped(path):
     "What a file is that begins like a zip archive."
     try:
@@ -294,7 +294,7 @@ def _binary_kind(path, head):
         return "pickle", ""
     return next(((what, remedy) for mark, what, remedy in _BEGINNINGS if head.startswith(mark)), None)
 
-
+# %% ../../nbs/26_data.files.ipynb #4d15b53b
 def _is_json(text):
     with suppress(ValueError, RecursionError):
         json.loads(text)
@@ -337,7 +337,7 @@ def _text_kind(path, text):
         "Give a list of records [ {…}, {…} ], or one record per line",
     )
 
-
+# %% ../../nbs/26_data.files.ipynb #390a4b49
 def _foreign(path, head):
     "The error for a file that is no JSON in UTF-8; None: it looks like it. Only its beginning is read."
     kind = _binary_kind(path, head)
@@ -494,7 +494,7 @@ def _refuse_one_object(rows):
     ):
         _refuse_wrapped(rows.path, value)
 
-
+# %% ../../nbs/26_data.files.ipynb #c773d9cb
 def _lists(value):
     "Keys under which there are records: lists of objects, and rather those that look like conversations."
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)}
@@ -622,7 +622,7 @@ def _meant(name, root):
         near = ""
     return f"{says}{'. ' * bool(says)}Did you mean {near!r}?" if near else says
 
-
+# %% ../../nbs/26_data.files.ipynb #46ce697e
 def find_picture(
     reference: str,  # as the record has it
     root: str | Path,  # folder that relative paths start from, and that no path may leave

@@ -435,7 +435,7 @@ class Unread:
     name: str  # where it stands, such as "messages[].name"
     loss: str = ""  # what is lost with it, and what to write instead; empty: nothing that should be learned
 
-
+# %% ../../nbs/09_data.media.ipynb #c924d9cb
 @dataclass(frozen=True)
 class Conversation:
     "Messages and the pictures they mention, in order of mention."

@@ -104,7 +104,7 @@ def _refuse_beside(message, where, field):
                 "picture",
             )
 
-
+# %% ../../nbs/20_data.records.ipynb #8a535259
 def _turn(row, turns, field, record, where, limits):
     "A message, the meaning of its mentions of pictures, and tags that are mere text."
     role = row.get(turns.role) if isinstance(row, dict) else None
