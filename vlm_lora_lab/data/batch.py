@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .records import Conversation
-from .slicing import CLIP_MEAN, CLIP_STD, HALF, Colours, cut_of, load_image, picture_size, tiles_of
+from .media import Conversation
+from .slicing import CLIP_MEAN, CLIP_STD, HALF, Colours, cut_of, tiles_of
 from .slicing import to_patches, to_square
 from .tokens import FAMILIES, IGNORE, Encoded, Family, drop_turns, encode, family_of, named_tokens
 from ..errors import InputError
@@ -131,7 +131,7 @@ class BaseProcessor(ABC):
 
     def measure(self, conversation: Conversation) -> Encoded:
         "What `__call__` would make of the text, with only the headers of the pictures read."
-        return self.encode(conversation, [self.grid(picture_size(i, conversation.where)) for i in conversation.images])
+        return self.encode(conversation, [self.grid(m.size(conversation.where)) for m in conversation.media])
 
     def __call__(
         self,
@@ -139,7 +139,7 @@ class BaseProcessor(ABC):
         answer: bool = True,  # with the answer and labels, or only the prompt
     ) -> dict:  # one row, for `collate`
         "Tokens, labels and pictures of one conversation. Raises `InputError`."
-        images = [load_image(i, conversation.where) for i in conversation.images]
+        images = conversation.pixels()
         e = self.encode(conversation, [self.grid(i.size) for i in images], answer)
         kept = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
         return {

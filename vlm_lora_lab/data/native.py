@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from itertools import groupby
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 
 from .batch import BaseProcessor, Processor, pad_texts, slices_within
-from .records import Conversation
+from .media import Conversation, woven
 from .tokens import FAMILIES, Encoded, family_of, ids_and_labels, named_tokens, no_commands
 from .tokens import supervised, within
 from ..errors import InputError, write_json
@@ -110,17 +110,11 @@ class NativeProcessor(BaseProcessor):
 
 def _message(m):
     "A message as templates want it: texts and pictures in their order."
-    first, *others = (piece.strip() for piece in m.content.split("<image>"))
-    if not others:
+    parts = woven(m.content, repeat({"type": "image"}))
+    if len(parts) == 1:
         return {"role": m.role, "content": m.content}
-
-    def text(piece):
-        return [{"type": "text", "text": piece}] if piece else []
-
-    return {
-        "role": m.role,
-        "content": text(first) + [part for piece in others for part in ({"type": "image"}, *text(piece))],
-    }
+    parts = [{"type": "text", "text": p.strip()} if isinstance(p, str) else p for p in parts]
+    return {"role": m.role, "content": [p for p in parts if p.get("text") != ""]}
 
 # %% ../../nbs/19_data.native.ipynb #4d018ce4
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .records import Conversation
+from .media import Conversation, mentions, pieces
 from ..errors import InputError
 
 # %% ../../nbs/22_data.tokens.ipynb #cd984ecb
@@ -275,7 +275,7 @@ def no_commands(
     thoughts = _THINKING & {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     for m in conversation.messages:
         refused = commands if m.role == "assistant" else commands | thoughts
-        for found in _spelled(m.content.replace("<image>", ""), tokenizer, refused):
+        for found in _spelled("".join(pieces(m.content)), tokenizer, refused):
             raise InputError(
                 f"the {m.role}'s text contains the special token {found}",
                 conversation.where,
@@ -283,7 +283,7 @@ def no_commands(
             )
         if SLOT in m.content:
             raise InputError("the text contains the private character U+E000", conversation.where, "Remove it")
-    mentioned = sum(m.content.count("<image>") for m in conversation.messages)
+    mentioned = sum(mentions(m.content) for m in conversation.messages)
     if mentioned != len(conversation.images):
         raise InputError(
             f"the text mentions {mentioned} pictures and {len(conversation.images)} are given", conversation.where
@@ -292,11 +292,11 @@ def no_commands(
 # %% ../../nbs/22_data.tokens.ipynb #8c687251
 def _with_pictures(conversation, family, query_num, numbered, grids):
     "Messages in which each mention of a picture has become its brackets and fillers."
-    count, several, messages = 0, len(conversation.images) > 1 and family.filler == "<unk>", []
+    several = len(conversation.images) > 1 and family.filler == "<unk>"
+    count, messages = 0, []
     for m in conversation.messages:
-        pieces = m.content.split("<image>")
-        content = pieces[0]
-        for piece in pieces[1:]:
+        content, *rest = pieces(m.content)
+        for piece in rest:
             # with several pictures, each stands on a line of its own
             if several and content and not content.endswith("\n"):
                 content += "\n"
@@ -313,13 +313,14 @@ def _with_pictures(conversation, family, query_num, numbered, grids):
 # %% ../../nbs/22_data.tokens.ipynb #eec56cd9
 def _answers(whole, skeleton, where):
     "Start and end of each answer in the text, and what follows it in the skeleton."
-    pieces, spans, at = skeleton.split(SLOT), [], 0
-    for i, piece in enumerate(pieces):
+    around = skeleton.split(SLOT)
+    spans, at = [], 0
+    for i, piece in enumerate(around):
         literal = piece
-        if i < len(pieces) - 1 and (thought := _EMPTY_THOUGHT.search(piece)) and thought.end() == len(piece):
+        if i < len(around) - 1 and (thought := _EMPTY_THOUGHT.search(piece)) and thought.end() == len(piece):
             # an answer that thinks has a thought where the skeleton has an empty one
             literal = piece[: thought.start()]
-        last = i == len(pieces) - 1
+        last = i == len(around) - 1
         found = len(whole) - len(literal) if last else whole.find(literal, at)
         if found < at or not whole.startswith(literal, found) or (i == 0 and found):
             raise InputError(
@@ -416,7 +417,7 @@ def drop_turns(
     "Leave out turns at the front; a system message stays."
     start = 1 if conversation.messages[0].role == "system" else 0
     gone = conversation.messages[start : start + 2 * turns]
-    pictures = sum(m.content.count("<image>") for m in gone)
+    pictures = sum(mentions(m.content) for m in gone)
     return replace(
         conversation,
         messages=(*conversation.messages[:start], *conversation.messages[start + 2 * turns :]),
