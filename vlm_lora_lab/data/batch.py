@@ -212,7 +212,10 @@ def prepared(
 
 def _listed(names):
     "Names in a sentence; versions of one name share it."
-    said = [n.split()[-1] if n.split()[0] == before.split()[0] else n for before, n in zip([" ", *names], names)]
+    said = [
+        n.split()[-1] if n.partition(" ")[0] == before.partition(" ")[0] else n
+        for before, n in zip(["", *names], names)
+    ]
     return f"{', '.join(said[:-1])} and {said[-1]}"
 
 

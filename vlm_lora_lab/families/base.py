@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reference', 'resolved', 'Served', 'Family', 'register_family', 'families', 'family_named', 'families_of', 'family_of',
-           'is_ours']
+           'served_of', 'is_ours']
 
 # %% ../../nbs/05_families.base.ipynb #45ea0378
 import pkgutil
@@ -44,7 +44,7 @@ class Served:
     llama_tokens: bool = False  # llama.cpp takes bounds for a picture's tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     "One family of models."
 
@@ -144,6 +144,14 @@ def family_of(
         if not family.versions or version in family.versions or (not version and family.unsaid):
             return family
     return None
+
+
+def served_of(
+    config: Any,  # as for `family_of`
+) -> Served:  # of the version that is meant where config.json says none; nothing where nobody described it
+    "What servers make of a model's files."
+    family = family_of(config) or next(iter(families_of(_said(config, "model_type"))), None)
+    return family.served if family else Served()
 
 
 def is_ours(

@@ -108,7 +108,8 @@ def vllm(values: dict, lora: bool) -> list[tuple[str, bool, str]]:  # what is as
 
 # %% ../../nbs/45_families.minicpmv.ipynb #78433989
 _HERE = "vlm_lora_lab.families.minicpmv"
-_NUMBERS = {"2.5": 2, "2.6": 3, "4.0": 5, "4.5": 6}  # llama.cpp's --minicpmv_version
+# llama.cpp's --minicpmv_version; 2.0 names no version, which the script takes for 2.5
+_NUMBERS = {"2.0": 2, "2.5": 2, "2.6": 3, "4.0": 5, "4.5": 6}
 
 
 def _version(key, words, **more):

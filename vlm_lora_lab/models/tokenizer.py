@@ -832,19 +832,20 @@ def sliced_settings(
     )
     sliced = _yes_or_no("slice_mode", choose("slice_mode", True), folder)
     slices = _positive("max_slice_nums", choose("max_slice_nums", 9), folder)
-    colours = [
+    mean, std = (
         _colours(
             ours, _agreed(ours, folder, {f"{file} {k}": pre.get(k) for k in (ours, theirs)}, [0.5] * 3), folder / file
         )
         for ours, theirs in (("norm_mean", "image_mean"), ("norm_std", "image_std"))
-    ]
+    )
     return ImageSettings(
         "patches",
         _positive("scale_resolution", choose("scale_resolution", 448), folder),
         _positive("patch_size", patch, folder),
         slices if sliced else 1,
         _positive("query_num", queries, folder),
-        *colours,
+        mean,
+        std,
         _yes_or_no("use_image_id", choose("use_image_id", recipe == "2.6"), folder),
     )
 

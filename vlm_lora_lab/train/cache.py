@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .. import __version__
-from ..families.base import families_of
 from ..errors import InputError
+from ..families.base import families_of
 from ..models.parts import layout_of
 
 # %% ../../nbs/51_train.cache.ipynb #c333e7f0
@@ -514,7 +514,9 @@ class VisionCache(_Account):
             )
         base, layout = model.get_base_model() if hasattr(model, "get_base_model") else model, layout_of(model)
         tower = base.get_submodule(layout.vision[0])
-        seam = seam_of(base.config)(tower, base.config, _eyes(base, layout))
+        kind = seam_of(base.config)
+        assert kind is not None  # `why_not` has looked
+        seam = kind(tower, base.config, _eyes(base, layout))
         own = tower.__dict__.get(seam.method)
         if isinstance(own, _Looking):
             raise InputError(
