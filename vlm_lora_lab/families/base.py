@@ -92,18 +92,19 @@ _KNOWN: dict[str, list[Family]] = {}  # model_type -> families, the one that cou
 def register_family(
     *families: Family,
 ) -> None:
-    "Make families known. The last registration counts."
+    "Make families known. The last registration counts, and takes the place of one with its key."
     for family in families:
         for model_type in family.model_types:
-            _KNOWN.setdefault(model_type, []).insert(0, family)
+            others = [f for f in _KNOWN.get(model_type, ()) if f.key != family.key]
+            _KNOWN[model_type] = [family, *others]
 
 
 @cache
 def _load():
     "Import every description in this package."
-    package = import_module(__package__)
+    package = import_module("vlm_lora_lab.families")
     for module in pkgutil.iter_modules(package.__path__):
-        import_module(f"{__package__}.{module.name}")
+        import_module(f"{package.__name__}.{module.name}")
 
 
 def families() -> tuple[Family, ...]:  # each once
