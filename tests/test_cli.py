@@ -135,7 +135,8 @@ def test_a_folder_in_use_is_left_alone(data, tmp_path, capsys):
 
 
 def test_flags_win_over_the_file_and_yaml_and_json_are_equal(data, tmp_path):
-    from vlm_lora_lab.cli import _job, _parser
+    from vlm_lora_lab.cli.job import read_job
+    from vlm_lora_lab.cli.line import parser_of
 
     values = {"data": str(data), "output": "o", "plan": {"rank": 4}, "schedule": {"batch_size": 3, "seed": 7}}
     (tmp_path / "job.json").write_text(json.dumps(values))
@@ -144,7 +145,7 @@ def test_flags_win_over_the_file_and_yaml_and_json_are_equal(data, tmp_path):
     )
 
     def parse(*argv):
-        return _job(_parser(["train"]).parse_args(["train", *map(str, argv)]))
+        return read_job(parser_of("train").parse_args([*map(str, argv)]))
 
     a, b = parse(tmp_path / "job.json"), parse(tmp_path / "job.yaml")
     assert a == b and a.plan.rank == 4 and a.schedule.seed == 7 and a.four_bit
