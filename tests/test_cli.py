@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import vlm_lora_lab
 from vlm_lora_lab.cli import main
+from vlm_lora_lab.cli.line import COMMANDS, module_of
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError, complete_or_nothing, explain_write_errors
 
@@ -300,6 +301,24 @@ def test_help_does_not_load_torch():
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()[-1].split()
     )
     assert "argparse" in loaded and "torch" not in loaded and "transformers" not in loaded
+
+
+def test_only_the_command_that_is_named_is_loaded():
+    script = (
+        "import sys, vlm_lora_lab.cli as c\ntry: c.main(['merge', '--help'])\nexcept SystemExit: print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    loaded = {m for m in done.stdout.splitlines()[-1].split() if m.startswith("vlm_lora_lab.cli.")}
+    assert loaded == {f"vlm_lora_lab.cli.{m}" for m in ("about", "line", "merge", "options")}, done.stderr
+
+
+def test_every_command_is_a_file_and_every_file_a_command():
+    shared = {"__init__", "about", "files", "job", "line", "options"}
+    files = {p.stem for p in Path(vlm_lora_lab.cli.__file__).parent.glob("*.py")}
+    assert files - shared == {name.replace("-", "_") for name in COMMANDS}
+    for name in COMMANDS:
+        command = module_of(name)
+        assert command.SHORT and command.LONG and callable(command.takes) and callable(command.run), name
 
 
 def _versions(folder, *flags):

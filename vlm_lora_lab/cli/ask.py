@@ -9,7 +9,7 @@ __all__ = ['SHORT', 'LONG', 'takes', 'run']
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .options import PIXELS, TOKENS, add_quick, read_path
+from .options import FILE, FOLDER, MODEL, PIXELS, TOKENS, add_quick
 
 SHORT = "ask a model, or a model with an adapter, one question"
 LONG = """\
@@ -23,38 +23,26 @@ it still trains"""
 def takes(parser: ArgumentParser) -> None:
     "A question, pictures, and who is asked."
     parser.add_argument("question")
-    parser.add_argument(
-        "--image",
-        action="append",
-        type=read_path,
-        default=[],
-        metavar="FILE",
-        help="a picture; repeat for several",
-    )
+    parser.add_argument("--image", action="append", **FILE, default=[], help="a picture; repeat for several")
     parser.add_argument(
         "--adapter",
-        type=read_path,
-        metavar="FOLDER",
+        **FOLDER,
         help="written by train or demo, a checkpoint of a run, or a plain PEFT folder; its base model is found by "
         "itself",
     )
     parser.add_argument(
-        "--model",
-        type=read_path,
-        metavar="MODEL",
-        help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)',
+        "--model", **MODEL, help='"lab", a folder, or owner/name on the hub (default: the adapter\'s base, or lab)'
     )
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
         help="convert the model's pickled weights (*.bin) once, through a reader that runs no code",
     )
-    parser.add_argument("--max-new-tokens", type=TOKENS, default=128, metavar="N", help="longest answer (default: 128)")
+    parser.add_argument("--max-new-tokens", **TOKENS, default=128, help="longest answer (default: 128)")
     parser.add_argument(
         "--max-pixels",
-        type=PIXELS,
+        **PIXELS,
         default=0,
-        metavar="N",
         help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the "
         "model's files say)",
     )

@@ -11,7 +11,7 @@ import os
 from argparse import ArgumentParser, Namespace
 
 from .files import check_new, write_report
-from .options import PIXELS, TOKENS, add_allowed, add_image_root, read_path, within
+from .options import FILE, FOLDER, PIXELS, TOKENS, add_allowed, add_image_root, within
 
 SHORT = "look at every record of a data file, and say what is wrong"
 LONG = """\
@@ -31,23 +31,15 @@ Status: 0 nothing worse than notes, 1 warnings, 2 errors."""
 def _model_options(parser):
     "How a model would read the file."
     parser.add_argument(
-        "--model",
-        type=read_path,
-        metavar="FOLDER",
-        help='"lab" or a model folder: count tokens and labels as this model would',
+        "--model", **FOLDER, help='"lab" or a model folder: count tokens and labels as this model would'
     )
     parser.add_argument(
-        "--max-length",
-        type=TOKENS,
-        default=2048,
-        metavar="N",
-        help="longest text, tokens; with --model (default: 2048)",
+        "--max-length", **TOKENS, default=2048, help="longest text, tokens; with --model (default: 2048)"
     )
     parser.add_argument(
         "--max-pixels",
-        type=PIXELS,
+        **PIXELS,
         default=0,
-        metavar="N",
         help="most pixels that the model looks at of one picture; with --model (default: 0, what its own files say)",
     )
     parser.add_argument(
@@ -59,30 +51,23 @@ def _model_options(parser):
 
 def _report_options(parser):
     "What becomes of the findings."
-    parser.add_argument(
-        "--workers", type=within(1, 256), metavar="N", help="processes (default: one for each core, at most 16)"
-    )
+    parser.add_argument("--workers", **within(1, 256), help="processes (default: one for each core, at most 16)")
     parser.add_argument(
         "--format", default="text", choices=("text", "json", "html"), help="of the report (default: text)"
     )
-    parser.add_argument(
-        "--output", type=read_path, metavar="FILE", help="write the report there instead of printing it"
-    )
-    parser.add_argument(
-        "--show", type=within(0, 10**6), default=20, metavar="N", help="findings in a printed report (default: 20)"
-    )
+    parser.add_argument("--output", **FILE, help="write the report there instead of printing it")
+    parser.add_argument("--show", **within(0, 10**6), default=20, help="findings in a printed report (default: 20)")
 
 # %% ../../nbs/95_cli.check_data.ipynb #c04fd7b0
 def takes(parser: ArgumentParser) -> None:
     "A file, who would read it, and what is asked of its pictures."
-    parser.add_argument("file", type=read_path, metavar="FILE", help="JSON or JSON Lines, in any dialect")
+    parser.add_argument("file", **FILE, help="JSON or JSON Lines, in any dialect")
     _model_options(parser)
     parser.add_argument(
         "--against",
         action="append",
-        type=read_path,
+        **FILE,
         default=[],
-        metavar="FILE",
         help="another split that must share nothing with this one; repeat for several",
     )
     add_image_root(parser)

@@ -8,7 +8,8 @@ __all__ = ['SHORT', 'LONG', 'add_questions', 'add_limits', 'takes', 'run']
 # %% ../../nbs/95_cli.compare.ipynb #971d5305
 from argparse import ArgumentParser, Namespace
 
-from .options import PIXELS, ROWS, TOKENS, WORKERS, add_allowed, add_image_root, add_quick, read_path
+from .options import FILE, FOLDER, PIXELS, ROWS, TOKENS, WORKERS, add_allowed, add_image_root
+from .options import add_quick, read_path
 
 SHORT = "ask checkpoints the same questions: which is better, and for sure?"
 LONG = """\
@@ -30,11 +31,7 @@ and "answers", a list of other right answers.
 def add_questions(parser: ArgumentParser) -> None:
     "What is asked, how answers are judged, and how the models are loaded."
     parser.add_argument(
-        "--data",
-        type=read_path,
-        required=True,
-        metavar="FILE",
-        help="the questions with their answers: JSON or JSON Lines, in any dialect",
+        "--data", **FILE, required=True, help="the questions with their answers: JSON or JSON Lines, in any dialect"
     )
     parser.add_argument(
         "--metric",
@@ -44,11 +41,10 @@ def add_questions(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=read_path,
-        metavar="FOLDER",
+        **FOLDER,
         help="for answers, report and figures: new, empty, or of an earlier comparison (default: nothing is written)",
     )
-    parser.add_argument("--model", type=read_path, metavar="FOLDER", help="another place of the adapters' base model")
+    parser.add_argument("--model", **FOLDER, help="another place of the adapters' base model")
     add_quick(parser)
     parser.add_argument(
         "--allow-pickle",
@@ -67,32 +63,19 @@ def add_questions(parser: ArgumentParser) -> None:
 def add_limits(parser: ArgumentParser) -> None:
     "How much at once."
     parser.add_argument(
-        "--workers",
-        type=WORKERS,
-        default=0,
-        metavar="N",
-        help="processes that look at the pictures beforehand (default: 0, this one)",
+        "--workers", **WORKERS, default=0, help="processes that look at the pictures beforehand (default: 0, this one)"
     )
     parser.add_argument(
-        "--batch-size",
-        type=ROWS,
-        default=50,
-        metavar="N",
-        help="questions asked at once (default: 50); fewer need less memory",
+        "--batch-size", **ROWS, default=50, help="questions asked at once (default: 50); fewer need less memory"
     )
-    parser.add_argument("--max-new-tokens", type=TOKENS, default=64, metavar="N", help="longest answer (default: 64)")
+    parser.add_argument("--max-new-tokens", **TOKENS, default=64, help="longest answer (default: 64)")
     parser.add_argument(
-        "--max-length",
-        type=TOKENS,
-        default=2048,
-        metavar="N",
-        help="longest question, tokens, pictures included (default: 2048)",
+        "--max-length", **TOKENS, default=2048, help="longest question, tokens, pictures included (default: 2048)"
     )
     parser.add_argument(
         "--max-pixels",
-        type=PIXELS,
+        **PIXELS,
         default=0,
-        metavar="N",
         help="most pixels that a model looks at of one picture (default: 0, as an adapter was trained, or as the "
         "model's files say)",
     )

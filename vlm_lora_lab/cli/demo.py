@@ -8,7 +8,7 @@ __all__ = ['SHORT', 'LONG', 'takes', 'run']
 # %% ../../nbs/95_cli.demo.ipynb #e65c6f72
 from argparse import ArgumentParser, Namespace
 
-from .options import SEED, STEPS, read_path, within
+from .options import FOLDER, SEED, STEPS, within
 
 SHORT = "Q-LoRA on handwriting with the small shipped model: three minutes, offline, on a CPU"
 LONG = """\
@@ -20,25 +20,20 @@ def takes(parser: ArgumentParser) -> None:
     "Where to, and how long."
     parser.add_argument(
         "--output",
-        type=read_path,
+        **FOLDER,
         default="vlm_lora_lab_demo",
-        metavar="FOLDER",
         help="for the results; must be new or empty (default: vlm_lora_lab_demo)",
     )
     parser.add_argument(
         "--mix",
-        type=within(0, 1, whole=False),
+        **within(0, 1, whole=False, metavar="SHARE"),
         default=0.0,
-        metavar="SHARE",
         help="share of old samples mixed in against forgetting, such as 0.3 (default: 0)",
     )
     parser.add_argument(
-        "--steps",
-        type=STEPS,
-        metavar="N",
-        help="training steps of 32 samples (default: enough for at least 85%% exact match)",
+        "--steps", **STEPS, help="training steps of 32 samples (default: enough for at least 85%% exact match)"
     )
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--seed", **SEED, default=0, help="(default: 0)")
 
 
 def run(given: Namespace) -> int:

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 
 from .files import check_new, read_configuration, write_report
 from .job import add_job, read_job
-from .options import read_path
+from .options import FILE
 
 SHORT = "look at a training job before hours are spent"
 LONG = """\
@@ -26,7 +26,7 @@ def takes(parser: ArgumentParser) -> None:
     "A job, or a stopped run."
     add_job(parser)
     parser.add_argument("--resume", action="store_true", help="look at a run that was stopped, as train --resume would")
-    parser.add_argument("--report", type=read_path, metavar="FILE", help="write the report to this new file as well")
+    parser.add_argument("--report", **FILE, help="write the report to this new file as well")
 
 
 def run(given: Namespace) -> int:

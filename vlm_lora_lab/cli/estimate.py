@@ -29,16 +29,10 @@ def takes(parser: ArgumentParser) -> None:
         metavar="CARD",
         help="T4, V100, RTX 3090, RTX 4090, L4, A100, H100, H200, or GiB as a number (default: no verdict)",
     )
-    parser.add_argument("--batch-size", type=ROWS, default=1, metavar="N", help="conversations at once (default: 1)")
+    parser.add_argument("--batch-size", **ROWS, default=1, help="conversations at once (default: 1)")
+    parser.add_argument("--max-length", **TOKENS, default=2048, help="tokens of a conversation (default: 2048)")
     parser.add_argument(
-        "--max-length", type=TOKENS, default=2048, metavar="N", help="tokens of a conversation (default: 2048)"
-    )
-    parser.add_argument(
-        "--pictures",
-        type=within(0, 10_000),
-        default=1,
-        metavar="N",
-        help="pictures of a conversation, slices counted (default: 1)",
+        "--pictures", **within(0, 10_000), default=1, help="pictures of a conversation, slices counted (default: 1)"
     )
     parser.add_argument("--no-four-bit", action="store_true", help="the base in 16 bit")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")

@@ -8,7 +8,7 @@ __all__ = ['SHORT', 'LONG', 'takes', 'run']
 # %% ../../nbs/95_cli.export.ipynb #e6903e84
 from argparse import ArgumentParser, Namespace
 
-from .options import add_merging, dtype_of, read_path
+from .options import FOLDER, add_merging, dtype_of, read_path
 
 SHORT = "write what vLLM, llama.cpp or transformers accept, check it, and say how to start the server"
 LONG = """\
@@ -24,10 +24,7 @@ Status: 0 all rules hold, 1 some do not, 2 bad input."""
 def takes(parser: ArgumentParser) -> None:
     "An adapter, where to, and for whom."
     parser.add_argument(
-        "adapter",
-        type=read_path,
-        metavar="FOLDER",
-        help="written by train or demo, a checkpoint of a run, or a plain PEFT folder",
+        "adapter", **FOLDER, help="written by train or demo, a checkpoint of a run, or a plain PEFT folder"
     )
     parser.add_argument("output", type=read_path, metavar="OUTPUT", help="folder for the result; must be new or empty")
     parser.add_argument(

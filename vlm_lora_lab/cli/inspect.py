@@ -9,7 +9,7 @@ __all__ = ['SHORT', 'LONG', 'takes', 'run']
 import json
 from argparse import ArgumentParser, Namespace
 
-from .options import read_path
+from .options import MODEL, read_path
 
 SHORT = "what is in an adapter or a model folder, and what is wrong with it; nothing is loaded"
 LONG = """\
@@ -28,8 +28,7 @@ def takes(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=read_path, help="an adapter, ours or any of PEFT's; or a whole model")
     parser.add_argument(
         "--base",
-        type=read_path,
-        metavar="MODEL",
+        **MODEL,
         help='"lab", a folder, or the name of a published checkpoint (default: what the adapter names)',
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")

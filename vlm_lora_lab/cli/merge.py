@@ -8,7 +8,7 @@ __all__ = ['SHORT', 'LONG', 'takes', 'run']
 # %% ../../nbs/95_cli.merge.ipynb #1158f18a
 from argparse import ArgumentParser, Namespace
 
-from .options import add_merging, dtype_of, read_path, within
+from .options import FOLDER, add_merging, dtype_of, read_path, within
 
 SHORT = "fold an adapter into a whole model"
 LONG = """\
@@ -22,18 +22,13 @@ middle of a run"""
 def takes(parser: ArgumentParser) -> None:
     "An adapter, and where to."
     parser.add_argument(
-        "adapter",
-        type=read_path,
-        help="folder written by train or demo, a checkpoint of a run, or a plain PEFT folder",
+        "adapter", type=read_path, help="folder written by train or demo, a checkpoint of a run, or a plain PEFT folder"
     )
-    parser.add_argument(
-        "--output", type=read_path, required=True, metavar="FOLDER", help="for the merged model; must be new or empty"
-    )
+    parser.add_argument("--output", **FOLDER, required=True, help="for the merged model; must be new or empty")
     parser.add_argument(
         "--max-shard-gb",
-        type=within(0, 10_000, whole=False, above=True),
+        **within(0, 10_000, whole=False, above=True),
         default=5.0,
-        metavar="N",
         help="largest file of weights, GB (default: 5)",
     )
     add_merging(parser)

@@ -9,7 +9,7 @@ __all__ = ['SHORT', 'LONG', 'takes', 'run']
 from argparse import ArgumentParser, Namespace
 
 from .files import read_configuration
-from .options import CONFIGURED, add_flags, add_plan, flags_given, read_flags, read_path
+from .options import CONFIGURED, FILE, add_flags, add_plan, flags_given, read_flags, read_path
 from ..errors import InputError
 
 SHORT = "what a plan would train and cost; without weights, without a network"
@@ -25,10 +25,7 @@ def takes(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=read_path, help=CONFIGURED)
     add_flags(parser, "its flags as name=value")
     parser.add_argument(
-        "--stages",
-        type=read_path,
-        metavar="FILE",
-        help="a YAML or JSON list of stages: show what each would train, and what would be saved",
+        "--stages", **FILE, help="a YAML or JSON list of stages: show what each would train, and what would be saved"
     )
     add_plan(parser)
 

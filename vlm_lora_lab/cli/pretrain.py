@@ -8,30 +8,20 @@ __all__ = ['SHORT', 'LONG', 'takes', 'run']
 # %% ../../nbs/95_cli.pretrain.ipynb #c76d892f
 from argparse import ArgumentParser, Namespace
 
-from .options import SEED, STEPS, read_path
+from .options import FOLDER, SEED, STEPS
 
 SHORT = LONG = "make the lab model again, from nothing (about half an hour on two cores)"
 
 
 def takes(parser: ArgumentParser) -> None:
     "Where to, and the steps of each stage."
+    parser.add_argument("--output", **FOLDER, required=True, help="for the model; must be new or empty")
+    parser.add_argument("--eyes", **STEPS, default=3000, help="steps of the vision tower alone (default: 3000)")
     parser.add_argument(
-        "--output", type=read_path, required=True, metavar="FOLDER", help="for the model; must be new or empty"
+        "--questions", **STEPS, default=1200, help="steps on hard questions, done twice (default: 1200)"
     )
-    parser.add_argument(
-        "--eyes", type=STEPS, default=3000, metavar="N", help="steps of the vision tower alone (default: 3000)"
-    )
-    parser.add_argument(
-        "--questions",
-        type=STEPS,
-        default=1200,
-        metavar="N",
-        help="steps on hard questions, done twice (default: 1200)",
-    )
-    parser.add_argument(
-        "--words", type=STEPS, default=5000, metavar="N", help="steps of the whole model (default: 5000)"
-    )
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--words", **STEPS, default=5000, help="steps of the whole model (default: 5000)")
+    parser.add_argument("--seed", **SEED, default=0, help="(default: 0)")
 
 
 def run(given: Namespace) -> int:

@@ -8,7 +8,7 @@ __all__ = ['SHORT', 'LONG', 'takes', 'run']
 # %% ../../nbs/95_cli.rescue.ipynb #24ff17da
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
-from .options import add_flags, read_flags, read_path
+from .options import FOLDER, MODEL, add_flags, read_flags, read_path
 
 SHORT = "read the checkpoint of another script: what is in it, what is lost"
 LONG = """\
@@ -28,18 +28,9 @@ def takes(parser: ArgumentParser) -> None:
     "A folder, its base, and what is known of the run."
     parser.add_argument("folder", type=read_path, help="written by the other script")
     parser.add_argument(
-        "--base",
-        type=read_path,
-        required=True,
-        metavar="MODEL",
-        help='the model it was trained on: "lab", a folder, or owner/name on the hub',
+        "--base", **MODEL, required=True, help='the model it was trained on: "lab", a folder, or owner/name on the hub'
     )
-    parser.add_argument(
-        "--output",
-        type=read_path,
-        metavar="FOLDER",
-        help="for the adapter; must be new or empty (default: only look)",
-    )
+    parser.add_argument("--output", **FOLDER, help="for the adapter; must be new or empty (default: only look)")
     add_flags(parser, "the flags the run had, as name=value")
     parser.add_argument(
         "--four-bit",
