@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from ..errors import InputError, json_value, text_of
@@ -44,7 +44,7 @@ def model_config(
             "Give a Qwen-VL checkpoint",
         )
     if kind not in ours and (
-        kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping
+        kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     ):
         raise InputError(
             f"model_type is {kind!r}, which is no vision-language model known here",
@@ -93,7 +93,7 @@ def model_class(
         return MiniCPMV
     if isinstance(config, QwenVLConfig):
         return QwenVL
-    return AutoModelForImageTextToText._model_mapping[type(config)]
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
 # %% ../../nbs/16_models.published.ipynb #763bd34e
 @dataclass(frozen=True)
