@@ -20,6 +20,7 @@ FACTS = FACTS["DEFAULT"]
 # A module may import modules of a lower floor, and of its own room.
 FLOORS = {
     "errors": 0,
+    "compat": 0.5,  # stands on errors
     "show": 0,
     "families.base": 0.5,
     "settings": 1,

@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 
 from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base
 from .save import is_base, wrong_in
+from ..compat import no_false_warning
 from ..errors import InputError
 from ..models.files import account, stored_in
 from ..families.base import families, families_of, is_ours
 from ..models.parts import PARTS, count, layout_of, plain_name
 from ..models.load import stand_in
 from ..models.published import lab_folder, on_meta, read_json
-from ..plan.tuning import TuningPlan, full_modules, lora_layers, no_false_warning
+from ..plan.tuning import TuningPlan, full_modules, lora_layers
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #eb8b7edd
 LEVELS = ("error", "warning", "note")

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from ..compat import plain_kernel
 from ..errors import InputError
 from ..families.base import family_named, is_ours
 from .files import FLOATS, account, convert_pickles, has_pickles, model_names, no_bar_if_small
@@ -328,7 +329,7 @@ def load_vlm(
         else ()
     ):
         # see "Evaluated once, trained never" in chapter 14
-        model.get_submodule(layer).support_avx512bf16_for_cpu = False
+        plain_kernel(model.get_submodule(layer))
     return model.eval()
 
 # %% ../../nbs/14_models.load.ipynb #8c663e93

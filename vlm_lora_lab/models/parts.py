@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat import is_stored
 from ..errors import InputError
 from ..families.base import Family, families_of, register_family
 from .precision import precision_of
@@ -251,11 +252,7 @@ def stored_tensors(
     yield from ((n, p) for n, p in model.named_parameters() if ".original_module." not in n)
     for prefix, module in model.named_modules():
         for name, b in module.named_buffers(recurse=False):
-            if (
-                b.is_floating_point()
-                and name not in module._non_persistent_buffers_set
-                and "original_module" not in prefix.split(".")
-            ):
+            if b.is_floating_point() and is_stored(module, name) and "original_module" not in prefix.split("."):
                 yield f"{prefix}.{name}".lstrip("."), b
 
 

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'Rules', 'Rank', 'Alpha', 'Rate', 'VARIANTS', 'Rule', 'read_rules', 'TuningPlan', 'lora_layers',
-           'layer_pattern', 'packed_projections', 'full_modules', 'tied_embedding', 'apply_plan', 'no_false_warning',
-           'fold_lora', 'audit', 'experts_left', 'PlanTable']
+           'layer_pattern', 'packed_projections', 'full_modules', 'tied_embedding', 'apply_plan', 'fold_lora', 'audit',
+           'experts_left', 'PlanTable']
 
 # %% ../../nbs/32_plan.tuning.ipynb #4bc22416
 import html
 import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -23,6 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from ..compat import no_false_warning
 from ..errors import InputError
 from ..models.parts import PARTS, TIED, count, layout_of, linear_layers, numel, plain_name
 from ..settings import Metavar, OneOf, Settings, Within, shown
@@ -507,21 +506,6 @@ def _peft_config(model, plan, adapted, whole):
     )
 
 
-@contextmanager
-def no_false_warning() -> Iterator[None]:
-    """PEFT says of a rank for a parameter that it did not match any module and was ignored.
-
-    It matches, and counts; nothing else is kept quiet."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore",
-            message=r"The following (rank|alpha)_pattern keys did not match any targeted module.*: "
-            r"\[('[^',]*in_proj_weight',? ?)+\]",
-            category=RuntimeWarning,
-        )
-        yield
-
-
 def fold_lora(
     model: PeftModel,
 ) -> nn.Module:  # the base model, without any wrapper
@@ -564,6 +548,9 @@ def audit(
         raise RuntimeError(f"The model does not do what the plan says, in {len(wrong)} places: " + "; ".join(wrong[:8]))
 
 # %% ../../nbs/32_plan.tuning.ipynb #2bd814de
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
 def experts_left(
     model: nn.Module,  # plain or wrapped by PEFT, also on the meta device
     plan: TuningPlan,
@@ -581,7 +568,7 @@ def experts_left(
             and layout.part_of(plain) == "language"
             and plan.rule("language", plain).word != "full"
         ):
-            kernel = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
+            kernel = isinstance(model.get_submodule(name.rpartition(".")[0]), _CONVOLUTIONS)
             found[re.sub(r"(?<=\.)\d+(?=\.)", "*", plain)] += 0 if kernel else numel(p)
     found = +found
     if not found:
