@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base
 from .save import is_base, wrong_in
 from ..errors import InputError
+from ..lora.variants import title_of
 from ..models.files import account, stored_in
 from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
 from ..models.load import stand_in
@@ -644,12 +645,6 @@ def _holdings(seen, kind_of, layout, ranks):
     return tuple(rows)
 
 
-def _variant(config):
-    said = [n for flag, n in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(flag)]
-    start = config.get("init_lora_weights", True)
-    return " + ".join(said or ["LoRA"]) + (f", started by {start}" if isinstance(start, str) else "")
-
-
 def _json_or(path, findings, kinds=()):
     "A JSON object without what cannot be, and findings for that."
     if not path.is_file():
@@ -741,7 +736,7 @@ def _adapter(folder, base):
     about = (
         ("base", base.name or "not said"),
         ("family", layout.family if layout else "not known"),
-        ("variant", _variant(config) if config else "not known"),
+        ("variant", title_of(config) if config else "not known"),
         (
             "trained beside",
             {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known"),

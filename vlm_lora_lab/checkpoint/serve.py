@@ -22,6 +22,7 @@ from .merge import Adapter, Merged, _Shard, changes_nothing, merge_into
 from .save import _or_rescue, check_base, check_settings
 from ..data.native import NATIVE, QwenPictures, load_processor, picture_fields
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, explain_write_errors
+from ..lora.variants import variant_of
 from ..models.files import account, shape_of, stored_in
 from ..models.load import load_tokenizer, model_folder
 from ..models.minicpmv import MiniCPMV
@@ -158,16 +159,17 @@ def check_lora(
         return [Rule("adapter_config.json and adapter_model.safetensors can be read", False, str(e), _HELPER)]
     lacking = [k for k in ("r", "lora_alpha", "target_modules") if k not in config]
     patterns = [k for k in ("rank_pattern", "alpha_pattern") if config.get(k)]
+    variant = variant_of(config)
     rules = [
         Rule("r, lora_alpha and target_modules are there", not lacking, ", ".join(lacking), _HELPER),
         Rule(
             "modules_to_save is empty", not config.get("modules_to_save"), str(config.get("modules_to_save")), _HELPER
         ),
-        Rule("no DoRA", not config.get("use_dora"), "use_dora", _HELPER),
+        Rule("no DoRA", not variant.lengths, "use_dora", _HELPER),
         Rule("no biases", config.get("bias", "none") == "none", str(config.get("bias")), _HELPER),
         Rule(
             "no PiSSA or another start that changes the base",
-            config.get("init_lora_weights", True) in (True, False, "gaussian"),
+            not variant.moves_base,
             str(config.get("init_lora_weights")),
             _HELPER,
         ),
@@ -450,13 +452,14 @@ def export_adapter(
     if target not in TARGETS:
         raise InputError(f"{target!r} is no server known here", "export, --for", f"Write one of {', '.join(TARGETS)}")
     opened = Adapter(adapter, base)
+    variant = variant_of(opened.config)
     named = base or opened.provenance["base"]
     source, keep, merged = model_folder(named), [], None
     check_settings(adapter, source, opened.provenance)
     if target == "vllm":
-        if opened.config.use_dora:
+        if variant.lengths:
             raise InputError(
-                "this adapter is DoRA, which vLLM does not serve",
+                f"this adapter is {variant.title}, which vLLM does not serve",
                 adapter,
                 "Fold it in: export --for transformers; vLLM serves the merged model without an adapter",
             )
@@ -484,13 +487,7 @@ def export_adapter(
             )
     rounded = onto == "nf4" and opened.provenance["four_bit"]
     own_words = bool(opened.provenance.get("own_tokenizer"))  # they go where the server looks: beside the model
-    needed = (
-        rounded
-        or own_words
-        or opened.full
-        or len(keep) < len(opened.loras)
-        or opened.config.init_lora_weights == "pissa"
-    )
+    needed = rounded or own_words or opened.full or len(keep) < len(opened.loras) or variant.moves_base
     if not needed:  # merge_into looks at it otherwise
         check_base(adapter, source, opened.provenance, quick=quick)
     with complete_or_nothing(folder) as partial:

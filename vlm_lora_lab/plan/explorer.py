@@ -14,9 +14,10 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import InputError
+from ..lora.variants import VARIANTS
 from ..models.parts import PARTS, layout_of
 from ..models.published import PUBLISHED, on_meta
-from .tuning import VARIANTS, WORDS, TuningPlan
+from .tuning import WORDS, TuningPlan
 from .preview import Preview, readable_bytes
 
 # %% ../../nbs/36_plan.explorer.ipynb #cd0e161d
@@ -167,7 +168,7 @@ def _html(look):
         (part, html.escape(line), f"{weights:,}<br>{_paint(held)}", f"{learns:,}<br>{_paint(learned)}")
         for part, line, weights, learns, held, learned in _bars(look)
     ]
-    scale = plan.alpha / (plan.rank**0.5 if plan.variant == "rslora" else plan.rank)
+    scale = VARIANTS[plan.variant].scale(plan.alpha, plan.rank)
     notes = (
         [f"rank {plan.rank}, and LoRA is scaled by {scale:.3g}", *list(seen._notes())[1:]]
         if "lora" in plan.said

@@ -32,6 +32,7 @@ from transformers import TrainerCallback
 
 from ..data.batch import Samples
 from ..errors import InputError, complete_or_nothing, write_json
+from ..lora.variants import VARIANTS, check_embeddings, check_staged, folded
 from ..models.parts import PARTS, layout_of, linear_layers, mixed_precision, numel, plain_name
 from ..plan.tuning import WORDS, PlanTable, Rate, Rule, TuningPlan, apply_plan, full_modules, lora_layers
 from ..settings import OneOf, Settings, Within, inside, shown
@@ -233,12 +234,8 @@ def _refuse(model, modules, stages, where, plan, trained, full):
             where,
             "Leave it out of the targets, or write full",
         )
-    if plan.variant == "pissa" and len(stages) > 1:
-        raise InputError(
-            "PiSSA takes directions out of the base, and the next stage would meet another base",
-            where,
-            "Write variant: lora, rslora or dora",
-        )
+    if len(stages) > 1:
+        check_staged(VARIANTS[plan.variant], where)
     names = {}
     for n, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(n)
@@ -257,10 +254,8 @@ def _inside(modules, names):
 
 
 def _foldable(modules, folded, variant, where):
-    if variant == "dora" and (tables := [n for n in folded if isinstance(modules[n], nn.Embedding)]):
-        raise InputError(
-            f"DoRA beside the embeddings {tables[0]} cannot be merged", where, "Write lora: keep, or variant: lora"
-        )
+    for name in (n for n in folded if isinstance(modules[n], nn.Embedding)):
+        check_embeddings(VARIANTS[variant], name, where)
 
 # %% ../../nbs/54_train.stages.ipynb #83f2053b
 def _saved(model, modules, stages, turns, held, changed, four_bit):
@@ -474,18 +469,13 @@ def _fold(model, layers, lora, variant):
 
     They are in 32 bit afterwards: 16 would round much of a small update away, and 4 nearly all."""
     for name, rule in layers.items():
-        module, part = model.get_submodule(name), lambda kind: lora.get(f"{name}.lora_{kind}")
-        scale = rule.alpha / (math.sqrt(rule.rank) if variant == "rslora" else rule.rank)
-        down, up = (
-            (part("embedding_A"), part("embedding_B"))
-            if isinstance(module, nn.Embedding)
-            else (part("A.weight"), part("B.weight"))
-        )
-        weight, delta = _whole(module.weight), scale * (up @ down)
-        weight = weight + (delta.T if isinstance(module, nn.Embedding) else delta).to(weight)
-        # DoRA: LoRA turned the rows, and their lengths were learned apart
-        if (length := part("magnitude_vector.weight")) is not None:
-            weight *= (length.to(weight) / weight.norm(dim=1))[:, None]
+        module, config = model.get_submodule(name), VARIANTS[variant].config(rule.rank, rule.alpha)
+        learned = {
+            key.removeprefix(f"{name}.").removesuffix(".weight"): tensor
+            for key, tensor in lora.items()
+            if key.startswith(f"{name}.lora_")
+        }
+        weight = folded(_whole(module.weight), config, learned, isinstance(module, nn.Embedding))
         if numel(module.weight) != module.weight.numel():
             packed, module = module, nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device="meta")
             module.bias = packed.bias
@@ -500,7 +490,7 @@ def _whole(weight):
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(weight.data, weight.quant_state)
-    return weight.detach().float() if weight.dtype in (torch.float16, torch.bfloat16) else weight.detach().clone()
+    return weight.detach().float() if weight.dtype in (torch.float16, torch.bfloat16) else weight.detach()
 
 # %% ../../nbs/54_train.stages.ipynb #03c52f6e
 # how far a change of stage may move a logit that is computed in 32 bit, in standard deviations of all logits
@@ -548,7 +538,7 @@ def bound_of(
     Merging changes the order of a sum, and DoRA divides by a norm."""
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
         return BOUND_16
-    return BOUND if folded or variant == "dora" else 0.0
+    return BOUND if folded or VARIANTS[variant].lengths else 0.0
 
 # %% ../../nbs/54_train.stages.ipynb #6f83e6a1
 class Carry(TrainerCallback):
