@@ -206,9 +206,12 @@ def folded(
     tensors: Mapping[str, torch.Tensor],  # kind -> what was learned
     embedding: bool = False,
 ) -> torch.Tensor:  # in the type of the weight
-    "A weight that has taken in its LoRA. Raises `ValueError` where the sum is not finite."
+    "A weight that has taken in its LoRA. Raises `InputError` where the sum is not finite."
     layer = lora_layer(weight.clone(), config, embedding)
     for kind, tensor in tensors.items():
         tensor_of(layer, kind).data = tensor.to(weight.device)
-    layer.merge(safe_merge=True)
+    try:
+        layer.merge(safe_merge=True)
+    except ValueError:
+        raise InputError("LoRA holds a NaN or an infinite number", "folded", "Take an earlier checkpoint") from None
     return layer.get_base_layer().weight.data
