@@ -23,6 +23,7 @@ from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_s
 from .save import is_base, wrong_in
 from ..compat import no_false_warning
 from ..errors import InputError
+from ..lora.variants import title_of
 from ..models.files import account, stored_in
 from ..families.base import families, families_of, is_ours
 from ..models.parts import PARTS, count, layout_of, plain_name
@@ -646,12 +647,6 @@ def _holdings(seen, kind_of, layout, ranks):
     return tuple(rows)
 
 
-def _variant(config):
-    said = [n for flag, n in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(flag)]
-    start = config.get("init_lora_weights", True)
-    return " + ".join(said or ["LoRA"]) + (f", started by {start}" if isinstance(start, str) else "")
-
-
 def _json_or(path, findings, kinds=()):
     "A JSON object without what cannot be, and findings for that."
     if not path.is_file():
@@ -743,7 +738,7 @@ def _adapter(folder, base):
     about = (
         ("base", base.name or "not said"),
         ("family", layout.family if layout else "not known"),
-        ("variant", _variant(config) if config else "not known"),
+        ("variant", title_of(config) if config else "not known"),
         (
             "trained beside",
             {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known"),
