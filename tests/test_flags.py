@@ -8,12 +8,12 @@ from families import FAMILIES, tiny_config, tiny_model
 from vlm_lora_lab.checkpoint.save import save_adapter
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.flags import SCRIPTS, from_flags
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import count
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.plan.preview import Preview
+from vlm_lora_lab.scripts.known import SCRIPTS, from_flags
 
 TABLE = [  # script, flags, words for vision, connector, language, embeddings, head; or what the error must say
     ("minicpmv", {}, "full full full full full"),
@@ -57,8 +57,10 @@ def test_what_old_flags_amount_to(script, flags, expected):
 
 def test_every_combination_is_a_plan_or_one_sentence():
     tried = 0
-    for script, (_, defaults) in SCRIPTS.items():
-        switches = [n for n, v in defaults.items() if isinstance(v, bool)]
+    for script, known in SCRIPTS.items():
+        if not known.translate:
+            continue
+        switches = [n for n, v in known.flags.items() if isinstance(v, bool)]
         for values in itertools.product((False, True), repeat=len(switches)):
             tried += 1
             try:

@@ -19,6 +19,7 @@ logging.getLogger("transformers.utils.generic").addFilter(lambda record: "use_ca
 MOVED = {
     "compare": "evaluate.compare",
     "explorer": "plan.explorer",
+    "flags": "scripts.known",
     "preview": "plan.preview",
     "style": "show",
     "unfreeze": "plan.unfreeze",

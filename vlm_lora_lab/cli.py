@@ -363,7 +363,7 @@ def _parts(o):
 
 
 def _plan(o):
-    from vlm_lora_lab.flags import from_flags
+    from vlm_lora_lab.scripts.known import from_flags
     from vlm_lora_lab.models.load import check_stored
     from vlm_lora_lab.models.published import on_meta, packed_copy
     from vlm_lora_lab.plan.tuning import TuningPlan, full_modules
