@@ -164,7 +164,7 @@ def options_of(
         )
     return {"dropout": float(config.get("lora_dropout") or 0), "variant": variants[0] if variants else "lora"}
 
-
+# %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #c29d5c12
 def _alpha(config, names):
     "alpha of a layer: the first of PEFT's patterns that its name ends in, or the general one."
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():

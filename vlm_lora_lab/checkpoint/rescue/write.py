@@ -47,8 +47,9 @@ def rescue(
 
     Raises `InputError` for a folder of no known format, a pickle that was not allowed or holds more than tensors, a
     damaged file, another base, and for what no plan can say."""
+    found = recognise(folder)
     output = None if output is None else empty_folder(output)
-    found, model = recognise(folder), Base(base)
+    model = Base(base)
     got = read_contents(found, model, allow_pickle)
     if got.lora and found.config is None:
         raise InputError(
@@ -56,8 +57,12 @@ def rescue(
             found.folder,
             "Find that file, or write one with lora_alpha, r and target_modules",
         )
+    options = options_of(found.config, found.folder / "adapter_config.json") if got.lora else {}
+    sizes = sizes_of(got, found.config, options.get("variant", "lora"))
+    modules = modules_around(model.model, set(got.full))
     lost, suspicious = losses_of(found, model, got, flags), tuple(suspicious_in(found, model, got, flags))
-    rows, plan, completed, folded = _planned(found, model, got)
+    rows = tuple(rows_of(model, got, sizes))
+    plan, completed, folded = _planned(model, got, sizes, modules, options)
     near = list(elsewhere_of(found, model, allow_pickle)) if lost else []
     notes = [
         *notes_on(found, model, got, flags, four_bit, completed, folded),
@@ -75,19 +80,15 @@ def rescue(
     return _write(result, model, got, output, 4 in bits_in(found.settings) if four_bit is None else four_bit)
 
 
-def _planned(found, model, got):
-    "Rows of the report, the plan, tensors that come from the base, layers whose LoRA is added to their weights."
-    options = options_of(found.config, found.folder / "adapter_config.json") if got.lora else {}
-    variant = options.get("variant", "lora")
-    sizes, modules = sizes_of(got, found.config, variant), modules_around(model.model, set(got.full))
-    rows = tuple(rows_of(model, got, sizes))
+def _planned(model, got, sizes, modules, options):
+    "The plan; tensors in it that come from the base; layers whose LoRA was added to their weights."
     folded = [n for n in sizes if below(n, modules)]
     for layer in folded:
-        fold(got, model, layer, sizes.pop(layer), variant)
+        fold(got, model, layer, sizes.pop(layer), options["variant"])
     if not sizes:
-        return rows, None, [], folded
+        return None, [], folded
     completed = sorted(n for n in model.params if below(n, modules) and n not in got.full and n not in got.same)
-    return rows, plan_of(model, sizes, modules, options), completed, folded
+    return plan_of(model, sizes, modules, options), completed, folded
 
 # %% ../../../nbs/78_checkpoint.rescue.write.ipynb #65392587
 def _refuse_apart(found, model, got):
