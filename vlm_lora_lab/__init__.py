@@ -14,6 +14,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "ker
 MOVED = {
     "compare": "evaluate.compare",
     "explorer": "plan.explorer",
+    "flags": "scripts.known",
     "preview": "plan.preview",
     "style": "show",
     "unfreeze": "plan.unfreeze",

@@ -9,11 +9,12 @@ __all__ = ['modules_around', 'lora_rules', 'plan_of', 'options_of', 'sizes_of', 
 import re
 from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .read import below
+from .read import Base, Contents, below
 from ...errors import InputError
 from ...lora.variants import VARIANTS, folded, variant_of
 from ...models.parts import PARTS, layout_of
@@ -76,36 +77,42 @@ def _end(name, chosen, every):
     return ""
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #75943f1d
-def plan_of(model: Any, sizes: dict, modules: Collection[str], options: dict) -> TuningPlan:
+def plan_of(
+    model: Base,
+    sizes: dict[str, tuple[int, float]],  # layer with LoRA -> rank, alpha
+    modules: Collection[str],  # trained in full
+    options: dict[str, Any],  # dropout and variant
+) -> TuningPlan:
     "The plan that says what is there: LoRA of these sizes, and these modules in full."
     usual = Counter(sizes.values()).most_common(1)[0][0]
-    words: dict[str, Any] = {}
-    layers = model.adaptable
-    for part in PARTS:
-        mine = {n for n, p in model.part.items() if p == part}
-        if mine and all(below(n, modules) for n in mine):
-            words[part] = "full"
-            continue
-        here = {n: s for n, s in sizes.items() if layers[n] == part}
-        rules = (
-            lora_rules(here, [n for n, p in layers.items() if p == part and not below(n, modules)], usual)
-            if here
-            else []
-        )
-        rules += [Rule("full", on=m) for m in modules if any(below(n, [m]) for n in mine)]
-        words[part] = ", ".join(map(str, rules)) or "freeze"
+    words: dict[str, Any] = {part: _words_of(model, part, sizes, modules, usual) for part in PARTS}
     plan = TuningPlan(**words, rank=usual[0], alpha=usual[1], **options)
+    _refuse_another(plan, model, sizes, modules)
+    return plan
+
+
+def _words_of(model, part, sizes, modules, usual):
+    "What a plan says of one part."
+    mine = {n for n, p in model.part.items() if p == part}
+    if mine and all(below(n, modules) for n in mine):
+        return "full"
+    layers = [n for n, p in model.adaptable.items() if p == part]
+    here = {n: s for n, s in sizes.items() if n in layers}
+    rules = lora_rules(here, [n for n in layers if not below(n, modules)], usual) if here else []
+    rules += [Rule("full", on=m) for m in modules if any(below(n, [m]) for n in mine)]
+    return ", ".join(map(str, rules)) or "freeze"
+
+
+def _refuse_another(plan, model, sizes, modules):
+    "A plan that names other layers, sizes or modules than there are in the files is an error of this package."
     wanted = {n for n in model.params if below(n, modules)}
-    given = {n: (r.rank, r.alpha) for n, r in lora_layers(model.model, plan).items()}
     kept = {n for n in model.params if below(n, full_modules(model.model, plan))}
-    if {n: (r, a and float(a)) for n, (r, a) in given.items()} != {
-        n: (r, float(a)) for n, (r, a) in sizes.items()
-    } or kept != wanted:
+    given = {n: (r.rank, r.alpha and float(r.alpha)) for n, r in lora_layers(model.model, plan).items()}
+    if given != {n: (r, float(a)) for n, (r, a) in sizes.items()} or kept != wanted:
         raise RuntimeError(
             f"The plan {plan.words} does not say what is in the files: {sorted(set(given) ^ set(sizes))[:4]}, "
             f"{sorted(kept ^ wanted)[:4]}."
         )
-    return plan
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #7a459285
 _NOT_READ = (
@@ -127,26 +134,22 @@ _NOT_READ = (
 )
 
 
-def options_of(config, where):
+def options_of(
+    config: dict,  # adapter_config.json
+    where: Path,  # that file
+) -> dict[str, Any]:  # for `TuningPlan`
     "What adapter_config.json says beyond names: dropout and variant. Raises `InputError` for what a plan cannot say."
+    merge = "Merge it with the tool that trained it, and go on from the whole model"
     if (kind := str(config.get("peft_type", "LORA")).upper()) != "LORA":
-        raise InputError(
-            f"peft_type is {kind}, and only LORA is read",
-            where,
-            "Merge it with the tool that trained it, and go on from the whole model",
-        )
+        raise InputError(f"peft_type is {kind}, and only LORA is read", where, merge)
     for name in _NOT_READ:
         if config.get(name):
-            raise InputError(
-                f"{name} is {config[name]!r}, which no plan can say",
-                where,
-                "Merge it with the tool that trained it, and go on from the whole model",
-            )
+            raise InputError(f"{name} is {config[name]!r}, which no plan can say", where, merge)
     if (bias := config.get("bias", "none")) != "none":
         raise InputError(
             f"bias is {bias!r}: biases of the layers with LoRA were trained, too, and no plan can say that",
             where,
-            "Merge it with the tool that trained it, and go on from the whole model",
+            merge,
         )
     variant = variant_of(config)
     if not variant.name or variant.moves_base:
@@ -159,7 +162,7 @@ def options_of(config, where):
         )
     return {"dropout": float(config.get("lora_dropout") or 0), "variant": variant.name}
 
-
+# %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #c29d5c12
 def _alpha(config, names):
     "alpha of a layer: the first of PEFT's patterns that its name ends in, or the general one."
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
@@ -174,11 +177,15 @@ def _alpha(config, names):
     return config["lora_alpha"]
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #18abb8a0
-def sizes_of(got, config, options):
+def sizes_of(
+    got: Contents,
+    config: dict | None,  # adapter_config.json
+    variant: str,
+) -> dict[str, tuple[int, float]]:
     "Rank and alpha of every LoRA. Raises `InputError` for one that is not whole."
     sizes = {}
     for layer, kinds in got.lora.items():
-        wanted = VARIANTS[options["variant"]].kinds(embedding=any("embedding" in k for k in kinds))
+        wanted = VARIANTS[variant].kinds(embedding=any("embedding" in k for k in kinds))
         if set(kinds) != wanted:
             raise InputError(
                 f"LoRA beside {layer} has {', '.join(sorted(kinds))} and should have {', '.join(sorted(wanted))}",
@@ -197,7 +204,13 @@ def sizes_of(got, config, options):
     return sizes
 
 
-def fold(got, model, layer, size, variant):
+def fold(
+    got: Contents,
+    model: Base,
+    layer: str,
+    size: tuple[int, float],  # rank, alpha
+    variant: str,
+) -> None:
     "Add a LoRA to the weight beside it, which was trained in full as well: no plan can say both."
     if VARIANTS[variant].lengths:
         raise InputError(
