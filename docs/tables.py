@@ -133,7 +133,7 @@ def _first_line(module, name):
     nodes = (node for p in paths for node in ast.parse(p.read_text(encoding="utf-8")).body)
     kinds = (ast.FunctionDef, ast.ClassDef)
     found = next(node for node in nodes if isinstance(node, kinds) and node.name == name)
-    return " ".join(ast.get_docstring(found).partition("\n\n")[0].split())
+    return " ".join(re.split(r"(?<=\.)\s", ast.get_docstring(found))[0].split())
 
 
 def names(words, up):
