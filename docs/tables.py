@@ -128,11 +128,9 @@ def commands(words, up):
 
 def _first_line(module, name):
     "The first sentence of the docstring of a function or class."
-    path = PACKAGE / f"{module.replace('.', '/')}.py"
-    paths = [path] if path.exists() else sorted(path.with_suffix("").glob("*.py"))
-    nodes = (node for p in paths for node in ast.parse(p.read_text(encoding="utf-8")).body)
+    source = (PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     kinds = (ast.FunctionDef, ast.ClassDef)
-    found = next(node for node in nodes if isinstance(node, kinds) and node.name == name)
+    found = next(node for node in ast.parse(source).body if isinstance(node, kinds) and node.name == name)
     return " ".join(re.split(r"(?<=\.)\s", ast.get_docstring(found))[0].split())
 
 

@@ -303,7 +303,7 @@ def test_public_names_come_when_asked_for_and_are_what_their_modules_say():
     assert 12 <= len(vlm_lora_lab.PUBLIC) <= 20 and set(vlm_lora_lab.__all__) <= set(dir(vlm_lora_lab))
     for name, module in vlm_lora_lab.PUBLIC.items():
         there = import_module(f"vlm_lora_lab.{module}")
-        assert name in getattr(there, "__all__", [name]), f"{module} does not export {name}"
+        assert name in there.__all__ and getattr(there, name).__module__ == there.__name__, f"{module} defines no {name}"
         if name != "train":
             assert getattr(vlm_lora_lab, name) is getattr(there, name)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

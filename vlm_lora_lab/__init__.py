@@ -43,7 +43,7 @@ class _Moved(MetaPathFinder, Loader):
 
 sys.meta_path.append(_Moved())
 
-# The public surface: name -> the module that holds it, which is imported when the name is first asked for. Everything
+# The public surface: name -> the module that defines it, which is imported when the name is first asked for. Everything
 # else is internal: it may move or change from one version to the next.
 PUBLIC = {
     "load_vlm": "models.load",
@@ -63,7 +63,7 @@ PUBLIC = {
     "inspect_adapter": "checkpoint.inspect",
     "merge_adapter": "checkpoint.merge",
     "export_adapter": "checkpoint.serve",
-    "rescue": "checkpoint.rescue",
+    "rescue": "checkpoint.rescue.write",
     "InputError": "errors",
 }
 __all__ = [*PUBLIC]
