@@ -35,7 +35,7 @@ def links(name):
 
 def _in_english(page, link):
     if link.startswith("http"):
-        return link
+        return link.replace("/pages/zh/", "/pages/")
     path = os.path.normpath((ROOT / page).parent / link)
     path = Path(path).relative_to(ROOT).as_posix()
     return "the other language" if path in (page, TWINS.get(page), ENGLISH.get(page)) else TWINS.get(path, path)
