@@ -38,3 +38,42 @@ class _Moved(MetaPathFinder, Loader):
 
 
 sys.meta_path.append(_Moved())
+
+# The public surface: name -> the module that defines it, which is imported when the name is first asked for. Everything
+# else is internal: it may move or change from one version to the next.
+PUBLIC = {
+    "load_vlm": "models.load",
+    "load_processor": "data.native",
+    "read_conversations": "data.records",
+    "samples_folder": "data.records",
+    "ask": "data.records",
+    "generate_answers": "evaluate.scores",
+    "ExactMatch": "evaluate.scores",
+    "TuningPlan": "plan.tuning",
+    "apply_plan": "plan.tuning",
+    "Job": "job",
+    "Schedule": "train.run",
+    "train": "job",
+    "save_adapter": "checkpoint.save",
+    "load_adapter": "checkpoint.save",
+    "inspect_adapter": "checkpoint.inspect",
+    "merge_adapter": "checkpoint.merge",
+    "export_adapter": "checkpoint.serve",
+    "rescue": "checkpoint.rescue.write",
+    "InputError": "errors",
+}
+__all__ = [*PUBLIC]
+
+
+def __getattr__(name):
+    "A public name, imported when it is first asked for."
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "train":  # also the name of a room, which is what an import would put here; it can be called
+        return import_module(".train", __name__)
+    globals()[name] = getattr(import_module(f".{PUBLIC[name]}", __name__), name)
+    return globals()[name]
+
+
+def __dir__():
+    return sorted({*globals(), *PUBLIC})
