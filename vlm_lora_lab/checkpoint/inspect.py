@@ -7,7 +7,6 @@ __all__ = ['LEVELS', 'Finding', 'Holding', 'Inspection', 'Seen', 'inspect_adapte
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #4bee2b9b
 import html
-import re
 import textwrap
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -22,8 +21,9 @@ from tqdm.auto import tqdm
 from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base
 from .save import is_base, wrong_in
 from ..errors import InputError
-from ..models.files import account, stored_in
-from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
+from ..models.files import FLOATS, account, stored_in
+from ..models.names import StoredNames, TensorName, places_of, plain_name
+from ..models.parts import FAMILIES, PARTS, count, layout_of
 from ..models.load import stand_in
 from ..models.published import lab_folder, on_meta, read_json
 from ..plan.tuning import TuningPlan, full_modules, lora_layers, no_false_warning
@@ -142,8 +142,9 @@ class Seen:
 
 def _look(
     files: list[Path],
-    base: dict | None,  # plain name -> where the base stores it, from `stored_in`
+    base: dict | None,  # name -> where the base stores it, from `_stored`
     findings: list[Finding],
+    names: dict[str, str] | None = None,  # in these files -> in the model, where they differ
 ) -> dict[str, Seen]:
     "Every tensor of some safetensors files, one after the other."
     seen, sizes = {}, {f: f.stat().st_size for f in files}
@@ -155,7 +156,7 @@ def _look(
                 with safe_open(file, framework="pt") as f:
                     for name in f.keys():
                         t = f.get_tensor(name)
-                        seen[name] = _seen(t, _match(plain_name(name), tuple(t.shape), base) if base else None)
+                        seen[name] = _seen(t, _match((names or {}).get(name, name), base) if base else None)
                         bar.update(t.nbytes)
             except (SafetensorError, OSError, ValueError) as e:
                 findings.append(
@@ -222,35 +223,25 @@ class _Place:
 
 
 def _stored(base, findings):
-    "Where the base keeps its tensors."
+    "Where the base keeps its tensors, by their names in its files and in the model."
     if base.folder is None:
         return None
     try:
-        return {
-            n: _Place(s.file, n, s.shape)
-            for n, s in stored_in(base.folder).items()
-            if s.dtype in ("F64", "F32", "F16", "BF16")
+        stored = stored_in(base.folder)
+        there = {n: _Place(s.file, n, s.shape) for n, s in stored.items() if s.dtype in FLOATS}
+        return there | {
+            new: there[old] for old, new in StoredNames(base.empty, stored).in_model.items() if old in there
         }
     except InputError as e:
         findings.append(Finding("warning", f"the base could not be compared: {e.found}", e.remedy))
         return None
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #b73ba04c
-def _match(name, shape, stored):
-    """The base's tensor of a name. transformers stores some families under older names; then the longest common end
-    decides, if only one has it."""
-    if name in stored:
-        return stored[name]
-    parts, best, found = name.split(".")[::-1], 1, []
-    for place in stored.values():
-        if place.shape == shape and place.name.endswith(f".{parts[0]}"):
-            other = place.name.split(".")[::-1]
-            common = next((i for i, (a, b) in enumerate(zip(parts, other)) if a != b), min(len(parts), len(other)))
-            if common > best:
-                best, found = common, [place]
-            elif common == best:
-                found.append(place)
-    return found[0] if len(found) == 1 and best > 1 else None
+def _match(key, there):
+    "The base's tensor of a name; None: it has none, it cannot be told which, or the name is one of LoRA's."
+    said = TensorName.of(key)
+    found = [] if said.lora else places_of(said.plain, there)
+    return there[found[0]] if len(found) == 1 else None
 
 
 def _layout(names, model_type, base):
@@ -276,8 +267,6 @@ def _part(layout, name):
         return ".".join(plain_name(name).split(".")[:2])
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #1d8fe481
-_LORA = re.compile(r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?$")
-_NAMED = re.compile(r"\.lora_[AB]\.(?!weight$)([^.]+)\.weight$|\.modules_to_save\.([^.]+)\.")
 _UP = {"lora_B", "lora_embedding_A"}  # PEFT starts these at zero
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -292,10 +281,11 @@ def _check_lora(seen, config):
     "What LoRA's matrices tell: pairs, ranks, whether they ever moved."
     pairs, ranks = defaultdict(dict), {}
     for key in seen:
-        if m := _LORA.match(key):
-            pairs[m[1]][m[2]] = key
+        said = TensorName.of(key)
+        if said.lora and not said.adapter:
+            pairs[said.module][said.lora] = key
     zero, half, wrong = [], [], []
-    for module, keys in pairs.items():
+    for name, keys in pairs.items():
         down, up = (
             keys.get(k) or keys.get(e) for k, e in (("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B"))
         )
@@ -304,18 +294,17 @@ def _check_lora(seen, config):
             continue
         zero += [keys[k] for k in _UP & set(keys) if seen[keys[k]].zero]
         rank = seen[down].shape[0] if seen[down].shape else 0
-        name = plain_name(module)
         packed = f"{name}.in_proj_weight"  # a parameter without a layer of its own, chapter 32
-        name = packed if packed in (config.get("target_parameters") or ()) else name
-        said = [
-            config.get(p, {}).get(get_pattern_key(config.get(p, {}), name), config.get(v))
+        named = packed if packed in (config.get("target_parameters") or ()) else name
+        asked = [
+            config.get(p, {}).get(get_pattern_key(config.get(p, {}), named), config.get(v))
             for p, v in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         ]
-        ranks[module] = (rank, said[1])
-        if said[0] != rank:
-            wrong.append(f"{name} (rank {rank}, not {said[0]})")
+        ranks[name] = (rank, asked[1])
+        if asked[0] != rank:
+            wrong.append(f"{named} (rank {rank}, not {asked[0]})")
     found = []
-    if named := [k for k in seen if _NAMED.search(k)]:
+    if named := [k for k in seen if TensorName.of(k).adapter]:
         found.append(
             _say(
                 "error",
@@ -393,7 +382,7 @@ def _check_keys(seen, folder, base):
                 "What was trained there is lost; train again, and save with save_adapter",
             )
         )
-    if left := {k for k in seen if k not in places and not _NAMED.search(k)}:
+    if left := {k for k in seen if k not in places and not TensorName.of(k).adapter}:
         found.append(
             _say(
                 "error",
@@ -416,10 +405,10 @@ def _check_keys(seen, folder, base):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #5f361b13
 def _check_plan(seen, plan, base, layout):
     "Does the file hold what the plan promised?"
-    modules, full = {plain_name(k) for k in seen if ".lora_" in k}, {plain_name(k) for k in seen if ".lora_" not in k}
+    said = {k: TensorName.of(k) for k in seen}
     if base.empty is None:
         promised = {(p, r.word) for p in PARTS for r in plan.rules(p) if r.word != "freeze"}
-        there = {(_part(layout, k), "lora" if ".lora_" in k else "full") for k in seen}
+        there = {(_part(layout, k), "lora" if t.lora else "full") for k, t in said.items()}
         lost = {f"{p} ({word})" for p, word in promised - there}
         return (
             [
@@ -435,7 +424,8 @@ def _check_plan(seen, plan, base, layout):
         )
     # PEFT names the module of a packed projection
     beside = {n: n.removesuffix(".in_proj_weight") for n in lora_layers(base.empty, plan)}
-    lacking = {n for n, of in beside.items() if not any(m.startswith(f"{of}.lora_") or m == of for m in modules)}
+    modules, full = {t.module for t in said.values() if t.lora}, {t.plain for t in said.values() if not t.lora}
+    lacking = {n for n, of in beside.items() if of not in modules}
     wholes = full_modules(base.empty, plan)
     lacking |= {n for w in wholes for n, _ in base.empty.get_submodule(w).named_parameters(prefix=w) if n not in full}
     return (
@@ -463,16 +453,17 @@ def _copies(keys, config, layout):
     return [
         k
         for k in keys
-        if ".lora_" not in k
-        and config.get("ensure_weight_tying")
+        if config.get("ensure_weight_tying")
         and layout
-        and plain_name(k).rpartition(".")[0] in layout.head
+        and not TensorName.of(k).lora
+        and TensorName.of(k).module in layout.head
     ]
 
 
 def _check_full(seen, config, layout, provenance, base):
     "What is held in full: asked for or not, the base's own or not, the whole base or not."
-    full, saved = [k for k in seen if not _LORA.match(k) and not _NAMED.search(k)], config.get("modules_to_save") or []
+    said, saved = {k: TensorName.of(k) for k in seen}, config.get("modules_to_save") or []
+    full = [k for k, t in said.items() if not t.lora and not t.adapter]
 
     def inside(k, m):
         return f".{m}." in f".{plain_name(k)}."
@@ -633,7 +624,7 @@ def _holdings(seen, kind_of, layout, ranks):
     order = {p: i for i, p in enumerate(PARTS)}
     rows = []
     for (part, kind), keys in sorted(groups.items(), key=lambda g: (order.get(g[0][0], 9), g[0])):
-        mine = {ranks[m[1]] for k in keys if (m := _LORA.match(k)) and m[1] in ranks}
+        mine = {ranks[t.module] for t in map(TensorName.of, keys) if t.lora and t.module in ranks}
 
         def joined(i):
             return "+".join(f"{v:g}" for v in sorted({r[i] for r in mine if isinstance(r[i], (int, float))}))
@@ -728,7 +719,7 @@ def _adapter(folder, base):
     def kind_of(k):
         return (
             "LoRA"
-            if ".lora_" in k
+            if TensorName.of(k).lora
             else _COPY
             if k in copies
             else "table"
@@ -781,7 +772,8 @@ def _model(folder, base):
         findings.append(Finding("error", e.found, e.remedy))
         stored = {}
     there = _stored(base, findings)
-    seen = _look(sorted({s.file for s in stored.values()}), there, findings)
+    names = StoredNames(here.empty, stored).in_model if here.empty is not None else {}
+    seen = _look(sorted({s.file for s in stored.values()}), there, findings, names)
     findings += _check_values(seen) + _check_beside(folder, {}, base, adapter=False)
     compared = {k: s.same for k, s in seen.items() if s.same is not None}
     if compared and all(compared.values()):

@@ -9,7 +9,6 @@ __all__ = ['CHUNK', 'KINDS', 'TOLERANCE', 'Reader', 'Lora', 'Adapter', 'by_peft'
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #b0179667
 import json
-import re
 import struct
 import tempfile
 import zlib
@@ -24,20 +23,17 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 from .save import _or_rescue, check_base, check_seals, check_settings, fingerprint, lora_config
 from .save import read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
-from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in
+from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in
 from ..models.files import true_config, weight_files
 from ..models.load import load_vlm, model_folder
-from ..models.minicpmv import MiniCPMV
+from ..models.names import PREFIX, StoredNames, TensorName
 from ..models.parts import linear_layers, mixed_precision
 from ..models.published import on_meta, read_json
-from ..models.qwenvl import QwenVL
 from ..plan.tuning import TuningPlan, apply_plan
 from ..settings import Within, fitting
 from ..train.identity import located
@@ -155,7 +151,7 @@ class Lora:
         return "lora_embedding_A" in self.keys
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #ad4ad88e
-_LORA = r"(.+)\.(?:(lora_[AB])(?:\.weight)|(lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?)"
+_LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # of LoRA's matrices; what else PEFT offers changes the base in ways that cannot be repeated from the file
 _STARTS = (True, False, "gaussian", "pissa")
 
@@ -212,18 +208,18 @@ class Adapter:
     def _sort(self, layers, file):
         "Every key to its kind. Raises `InputError` for one that has none."
         for key in self.reader.places:
-            name = key.removeprefix("base_model.model.")
-            if m := re.fullmatch(_LORA, name):
-                # PEFT nests a layer inside an attention whose parameter has LoRA
-                layers.setdefault(m[1].replace(".base_layer.", "."), {})[m[2] or m[3]] = key
-            elif name == key or ".lora_" in name or "token_adapter" in name:
+            said = TensorName.of(key)
+            known = said.lora in _LORA and said.tensor == "weight" if said.lora else "token_adapter" not in key
+            if not key.startswith(PREFIX) or said.adapter or said.original or not known:
                 raise InputError(
                     f"the key {key} means nothing here", file, "Give an adapter of LoRA and modules_to_save"
                 )
-            elif name.endswith(".base_layer.weight"):
-                self.copies[name.replace(".base_layer.", ".")] = key
+            if said.lora:
+                layers.setdefault(said.module, {})[said.lora] = key
+            elif said.base_weight:
+                self.copies[said.plain] = key
             else:
-                self.full[name] = key
+                self.full[said.plain] = key
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #2fd80dac
 def _layer(adapter, module, keys):
@@ -328,25 +324,6 @@ class Change:
     def touched(self) -> bool:
         return bool(self.full or (self.lora and not self.keep))
 
-
-def _renamed(model, stored):
-    "Names in the model -> names in the files, as transformers renames when it loads."
-    if isinstance(model, (MiniCPMV, QwenVL)):
-        return {n: n for n in model.state_dict() if n in stored}, lambda name: name
-    state, steps = model.state_dict(), get_model_conversion_mapping(model)
-    renamings, converters = ([s for s in steps if isinstance(s, kind)] for kind in (WeightRenaming, WeightConverter))
-    # a tensor that is rebuilt can be copied, but not changed
-    found = {name: old for old, name in model_names(model, stored).items()}
-    back = [r.reverse_transform() for r in renamings[::-1] if not isinstance(r, PrefixChange)]
-
-    def as_stored(name):
-        old = name
-        for renaming in back:
-            old, _ = renaming.rename_source_key(old)
-        return old if rename_source_key(old, renamings, converters, model.base_model_prefix, state)[0] == name else name
-
-    return found, as_stored
-
 # %% ../../nbs/71_checkpoint.merge.ipynb #2a821fc5
 def _check_copies(adapter, source, names):
     "What PEFT copied from the base is the base's. Raises `InputError` where it was changed."
@@ -379,7 +356,8 @@ def changes(
 
     Raises `InputError` for what the adapter holds and the base has no place for."""
     stored, model = stored_in(source), on_meta(source)
-    names, as_stored = _renamed(model, stored)
+    known = StoredNames(model, stored)
+    names = known.in_files  # a tensor that is rebuilt is not in there: it can be copied, but not changed
     packed = {n for n, s in stored.items() if s.dtype in ("NF4", "FP4")}
     if packed and onto == "original":
         raise InputError(
@@ -400,7 +378,7 @@ def changes(
     for head, embeddings in tied.items():
         if not {head, embeddings} & set(wanted):
             continue
-        by_hand = {k.removeprefix("base_model.model.") for k in adapter.provenance.get("by_hand") or ()}
+        by_hand = {TensorName.of(k).plain for k in adapter.provenance.get("by_hand") or ()}
         # the two stayed one tensor, which PEFT stores twice
         if adapter.config.ensure_weight_tying or (embeddings in by_hand and head not in adapter.full):
             if any("lora" in wanted[n] for n in {head, embeddings} & set(wanted)):
@@ -414,7 +392,7 @@ def changes(
             if head not in names:
                 wanted.pop(head, None)
             continue
-        apart, names[head] = True, names.get(head) or as_stored(head)
+        apart, names[head] = True, names.get(head) or known.to_store(head)
         result[names[head]] = Change(names[embeddings], packed=result[names[embeddings]].packed)
     for name, what in wanted.items():
         if name not in names:

@@ -45,7 +45,8 @@ from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
 from ..models.files import copy_beside, stored_in
 from ..models.load import load_tokenizer, load_vlm, model_folder, stand_in
-from ..models.parts import layout_of, plain_name
+from ..models.names import TensorName, plain_name
+from ..models.parts import layout_of
 from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
@@ -283,9 +284,11 @@ def kept_tensors(
         model, state_dict=model.state_dict(keep_vars=True), adapter_name=adapter, save_embedding_layers=False
     )
     stored = {id(t) for t in state.values()}
-    others = re.compile("|".join(rf"\.{re.escape(a)}(\.|$)" for a in model.peft_config if a != adapter) or "(?!)")
+    others = set(model.peft_config) - {adapter}
     hand = {
-        n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in stored and not others.search(n)
+        n: p
+        for n, p in model.named_parameters()
+        if p.requires_grad and id(p) not in stored and TensorName.of(n).adapter not in others
     }
     return state | hand, list(hand)
 
@@ -915,12 +918,8 @@ def _or_rescue(folder, provenance):
 # %% ../../nbs/70_checkpoint.save.ipynb #d4eaaaf9
 def _kept_whole(weights):
     "The modules whose own weights an adapter holds, and which therefore cannot be in 4 bit."
-    plain = (
-        k.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        for k, t in weights.items()
-        if ".lora_" not in k and t.dim() == 2
-    )
-    return sorted({n.removesuffix(".weight") for n in plain if n.endswith(".weight")})
+    matrices = (TensorName.of(k) for k, t in weights.items() if t.dim() == 2)
+    return sorted({m.module for m in matrices if not m.lora and m.tensor == "weight"})
 
 
 def _places(adapted, weights, folder):
@@ -997,7 +996,7 @@ def load_adapter(
         raise InputError(
             f"a file is truncated or damaged ({e})", folder, "Copy the whole folder again from where it was trained"
         ) from None
-    if whole := [k for k, t in weights.items() if ".lora_" in k and not t.is_floating_point()]:
+    if whole := [k for k, t in weights.items() if TensorName.of(k).lora and not t.is_floating_point()]:
         raise InputError(
             f"{whole[0]} holds whole numbers ({str(weights[whole[0]].dtype).removeprefix('torch.')}), and LoRA's "
             "matrices are fractions",
@@ -1017,7 +1016,7 @@ def load_adapter(
     for key, t in weights.items():  # in the type of the file: PEFT would round it to the base's
         places[key].data = t.to(places[key].device, copy=True)  # out of the mapped file, whose bytes lie where they lie
     # PEFT writes an embedding's own weight beside its LoRA
-    copies = {k for k in weights if provenance.get("unsealed") and k.endswith(".base_layer.weight")}
+    copies = {k for k in weights if provenance.get("unsealed") and TensorName.of(k).base_weight}
     trained = {id(places[k]) for k in set(weights) - copies - set(provenance.get("not_trained", ()))}
     for p in adapted.parameters():
         if p.is_floating_point():
@@ -1172,11 +1171,12 @@ def start_from(
             f"this file is truncated or damaged ({e})", path, "Copy the whole folder again from where it was trained"
         ) from None
     # an embedding's own, which PEFT writes beside its LoRA
-    weights = {k: t for k, t in weights.items() if not k.endswith(".base_layer.weight")}
+    weights = {k: t for k, t in weights.items() if not TensorName.of(k).base_weight}
     places, _ = kept_tensors(model)
-    plain = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    named = ((TensorName.of(n), p) for n, p in model.named_parameters() if p.requires_grad)
+    full = {said.own: p for said, p in named if not said.lora}
     for key, tensor in weights.items():
-        place = places.get(key, plain.get(plain_name(key)))
+        place = places.get(key, full.get(TensorName.of(key).own))
         if place is None or place.shape != tensor.shape or not tensor.is_floating_point():
             raise InputError(f"{key} does not fit the plan's model", path, _merge_first(folder))
         place.copy_(tensor)

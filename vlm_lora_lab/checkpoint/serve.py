@@ -9,7 +9,6 @@ __all__ = ['RANKS', 'QWEN_PICTURES', 'TARGETS', 'lora_only', 'Rule', 'check_mode
 # %% ../../nbs/74_checkpoint.serve.ipynb #0e920c9d
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,15 @@ from ..errors import Finding, InputError, complete_or_nothing, empty_folder, exp
 from ..models.files import account, shape_of, stored_in
 from ..models.load import load_tokenizer, model_folder
 from ..models.minicpmv import MiniCPMV
+from ..models.names import TensorName
 from ..models.parts import layout_of, linear_layers
 from ..models.published import on_meta, read_json
 from ..models.qwenvl import QwenVL
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #8dd55154
+_MATRICES = ("lora_A", "lora_B")
+
+
 def lora_only(
     adapter: Adapter,
     modules: list[str],  # layers whose LoRA is taken along
@@ -43,14 +46,14 @@ def lora_only(
     ranks = {m: adapter.reader.places[x.keys["lora_A"]][2][0] for m, x in loras.items()}
     rank, scale = max(ranks.values()), Counter(x.scale for x in loras.values()).most_common(1)[0][0]
     shapes = {
-        f"base_model.model.{m}.{k}.weight": adapter.reader.places[x.keys[k]][2]
+        TensorName(m, "weight", k).saved: adapter.reader.places[x.keys[k]][2]
         for m, x in loras.items()
-        for k in ("lora_A", "lora_B")
+        for k in _MATRICES
     }
     entries = [(n, torch.float32, (rank, s[1]) if "lora_A" in n else (s[0], rank)) for n, s in shapes.items()]
     shard = _Shard(folder / "adapter_model.safetensors", entries)
     for module, lora in loras.items():
-        down, up = (adapter.reader.whole(lora.keys[k]).float() for k in ("lora_A", "lora_B"))
+        down, up = (adapter.reader.whole(lora.keys[k]).float() for k in _MATRICES)
         zeros = rank - ranks[module]
         shard.add(torch.nn.functional.pad(down, (0, 0, 0, zeros)))
         shard.add(torch.nn.functional.pad(up if lora.scale == scale else up * (lora.scale / scale), (0, zeros)))
@@ -179,8 +182,8 @@ def check_lora(
             f"{_VLLM}/config/lora.py",
         ),
     ]
-    form = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
-    odd = [n for n in shapes if not form.fullmatch(n)]
+    said = {n: TensorName.of(n) for n in shapes}
+    odd = [n for n, t in said.items() if TensorName(t.module, "weight", t.lora).saved != n or t.lora not in _MATRICES]
     rules.append(
         Rule(
             "every key is base_model.model.LAYER.lora_A.weight or lora_B",
@@ -190,9 +193,8 @@ def check_lora(
         )
     )
     pairs = {}
-    for n in shapes:
-        if m := form.fullmatch(n):
-            pairs.setdefault(m[1], {})[m[2]] = shapes[n]
+    for n in shapes.keys() - odd:
+        pairs.setdefault(said[n].module, {})[said[n].lora] = shapes[n]
     model = on_meta(base)
     modules, layers = dict(model.named_modules()), set(linear_layers(model)["language"])
     strange = sorted(set(pairs) - layers)
