@@ -31,7 +31,7 @@ from ..errors import Finding, InputError, complete_or_nothing, empty_folder, uni
 from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in
 from ..models.files import true_config, weight_files
 from ..models.load import load_vlm, model_folder
-from ..models.names import PREFIX, StoredNames, TensorName
+from ..models.names import LORA, PREFIX, StoredNames, TensorName
 from ..models.parts import linear_layers, mixed_precision
 from ..models.published import on_meta, read_json
 from ..plan.tuning import TuningPlan, apply_plan
@@ -151,7 +151,6 @@ class Lora:
         return "lora_embedding_A" in self.keys
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #ad4ad88e
-_LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # of LoRA's matrices; what else PEFT offers changes the base in ways that cannot be repeated from the file
 _STARTS = (True, False, "gaussian", "pissa")
 
@@ -209,7 +208,7 @@ class Adapter:
         "Every key to its kind. Raises `InputError` for one that has none."
         for key in self.reader.places:
             said = TensorName.of(key)
-            known = said.lora in _LORA and said.tensor == "weight" if said.lora else "token_adapter" not in key
+            known = said.lora in LORA and said.tensor == "weight" if said.lora else "token_adapter" not in key
             if not key.startswith(PREFIX) or said.adapter or said.original or not known:
                 raise InputError(
                     f"the key {key} means nothing here", file, "Give an adapter of LoRA and modules_to_save"
