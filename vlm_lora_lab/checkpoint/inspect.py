@@ -124,7 +124,8 @@ class Inspection:
         )
         return (
             f"<p><b>{html.escape(self.folder)}</b>: {self.kind}<br>{about}</p>"
-            f"<table><thead>{tag(head, 'th')}</thead><tbody>{''.join(tag(r, 'td') for r in body)}</tbody></table><ul>{said}</ul>"
+            f"<table><thead>{tag(head, 'th')}</thead><tbody>{''.join(tag(r, 'td') for r in body)}</tbody></table>"
+            f"<ul>{said}</ul>"
         )
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #13b8cee5
@@ -279,13 +280,9 @@ def _say(level, names, text, remedy=""):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #fef307a3
 def _check_lora(seen, config):
     "What LoRA's matrices tell: pairs, ranks, whether they ever moved."
-    pairs, ranks = defaultdict(dict), {}
-    for key in seen:
-        said = TensorName.of(key)
-        if said.lora and not said.adapter:
-            pairs[said.module][said.lora] = key
-    zero, half, wrong = [], [], []
-    for name, keys in pairs.items():
+    ranks, wrong = {}, []
+    zero, half = [], []
+    for name, keys in _pairs(seen).items():
         down, up = (
             keys.get(k) or keys.get(e) for k, e in (("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B"))
         )
@@ -294,15 +291,33 @@ def _check_lora(seen, config):
             continue
         zero += [keys[k] for k in _UP & set(keys) if seen[keys[k]].zero]
         rank = seen[down].shape[0] if seen[down].shape else 0
-        packed = f"{name}.in_proj_weight"  # a parameter without a layer of its own, chapter 32
-        named = packed if packed in (config.get("target_parameters") or ()) else name
-        asked = [
-            config.get(p, {}).get(get_pattern_key(config.get(p, {}), named), config.get(v))
-            for p, v in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        ]
-        ranks[name] = (rank, asked[1])
-        if asked[0] != rank:
-            wrong.append(f"{named} (rank {rank}, not {asked[0]})")
+        named, asked, alpha = _asked(name, config)
+        ranks[name] = (rank, alpha)
+        if asked != rank:
+            wrong.append(f"{named} (rank {rank}, not {asked})")
+    return ranks, list(_said_of_lora(seen, zero, half, wrong, len(ranks)))
+
+
+def _pairs(seen):
+    "Layer -> LoRA's matrices beside it -> key."
+    pairs = defaultdict(dict)
+    for key in seen:
+        said = TensorName.of(key)
+        if said.lora and not said.adapter:
+            pairs[said.module][said.lora] = key
+    return pairs
+
+
+def _asked(layer, config):
+    "The name under which adapter_config.json speaks of a layer, and the rank and alpha that it gives it."
+    packed = f"{layer}.in_proj_weight"  # a parameter without a layer of its own, chapter 32
+    name = packed if packed in (config.get("target_parameters") or ()) else layer
+    ranks, alphas = config.get("rank_pattern", {}), config.get("alpha_pattern", {})
+    rank = ranks.get(get_pattern_key(ranks, name), config.get("r"))
+    return name, rank, alphas.get(get_pattern_key(alphas, name), config.get("lora_alpha"))
+
+
+def _said_of_lora(seen, zero, half, wrong, layers):
     found = []
     if named := [k for k in seen if TensorName.of(k).adapter]:
         found.append(
@@ -313,7 +328,7 @@ def _check_lora(seen, config):
                 "Save with save_pretrained or save_adapter, not from state_dict()",
             )
         )
-    if zero and len(zero) == len(ranks):
+    if zero and len(zero) == layers:
         found.append(
             _say(
                 "error",
@@ -327,7 +342,7 @@ def _check_lora(seen, config):
             _say(
                 "warning",
                 zero,
-                f"layers that never learned, whose second matrix still is zero as at the start, out of {len(ranks)}",
+                f"layers that never learned, whose second matrix still is zero as at the start, out of {layers}",
                 "See chapter 60: gradients",
             )
         )
@@ -349,7 +364,7 @@ def _check_lora(seen, config):
                 "Configuration and weights belong to different trainings",
             )
         )
-    return ranks, found
+    return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #f8271e7c
 def _check_keys(seen, folder, base):
@@ -497,6 +512,12 @@ def _check_full(seen, config, layout, provenance, base):
                 "tensors in full that could not be compared with the base, which stores them under other names",
             )
         )
+    return by_hand, found + list(_check_by_hand(by_hand, seen, provenance, base))
+
+
+def _check_by_hand(by_hand, seen, provenance, base):
+    "What was put into the file outside of modules_to_save."
+    found = []
     if unsaid := [k for k in by_hand if k not in provenance.get("by_hand", by_hand if not provenance else ())]:
         found.append(
             _say(
@@ -522,10 +543,19 @@ def _check_full(seen, config, layout, provenance, base):
                     "Save what was trained: save_adapter",
                 )
             )
-    return by_hand, found
+    return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #dc047e39
 def _check_beside(folder, provenance, base, adapter=True):
+    found = _check_pickles(folder)
+    try:
+        found += _check_seal(folder, provenance, adapter)
+    except InputError as e:
+        return [*found, Finding("error", f"provenance.json cannot be read: {e.found}", "Copy the folder again")]
+    return found + _check_origin(provenance, base)
+
+
+def _check_pickles(folder):
     found = []
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
     if state := [n for n in pickles if _STATE.fullmatch(n)]:
@@ -540,11 +570,14 @@ def _check_beside(folder, provenance, base, adapter=True):
                 "Weights in them are missing from this account",
             )
         )
+    return found
+
+
+def _check_seal(folder, provenance, adapter):
+    "Raises `InputError` when provenance.json cannot be read."
+    found = []
     if (folder / "provenance.json").is_file():
-        try:
-            broken = broken_seals(folder)
-        except InputError as e:
-            return [*found, Finding("error", f"provenance.json cannot be read: {e.found}", "Copy the folder again")]
+        broken = broken_seals(folder)
         if broken is None:
             found.append(
                 Finding(
@@ -565,6 +598,12 @@ def _check_beside(folder, provenance, base, adapter=True):
                 "would go unnoticed",
             )
         )
+    return found
+
+
+def _check_origin(provenance, base):
+    "What provenance.json says of the base, of other adapters and of the training."
+    found = []
     if (
         (provenance.get("base_fingerprint") or provenance.get("base_sha256"))
         and base.folder is not None
@@ -659,10 +698,8 @@ def _json_or(path, findings, kinds=()):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #6d502aa2
 def _adapter(folder, base):
     findings = []
-    config, provenance = (
-        _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG),
-        _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE),
-    )
+    config = _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG)
+    provenance = _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE)
     provenance = {k: v for k, v in provenance.items() if k not in ("unsealed", "plan")}
     if not (folder / "provenance.json").is_file():
         try:
@@ -672,6 +709,44 @@ def _adapter(folder, base):
     said = provenance.get("base") or config.get("base_model_name_or_path")
     base = _base_of(base or (find_base(said, folder) if isinstance(said, str) else said))
     file = folder / "adapter_model.safetensors"
+    findings += _check_files(file, config, findings)
+    seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
+    layout = _layout(list(seen), provenance.get("model_type"), base)
+    ranks, said = _check_lora(seen, config)
+    tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
+    findings += [*_check_values(seen), *said, *more]
+    if seen and ((folder / "plan.json").is_file() or provenance.get("plan")):
+        findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
+    findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
+    findings += _not_known(base, layout, seen)
+    copies, by_hand = _copies(seen, config, layout), set(by_hand)
+
+    def kind_of(k):
+        if TensorName.of(k).lora:
+            return "LoRA"
+        said = ((_COPY, copies), ("table", tables), ("by hand", by_hand))
+        return next((kind for kind, keys in said if k in keys), "in full")
+
+    about = _about(config, provenance, base, layout)
+    return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
+
+
+def _about(config, provenance, base, layout):
+    "Labels and values above the table."
+    beside = {True: "a base in 4 bit", False: "a whole base"}
+    return (
+        ("base", base.name or "not said"),
+        ("family", layout.family if layout else "not known"),
+        ("variant", _variant(config) if config else "not known"),
+        ("trained beside", beside.get(provenance.get("four_bit"), "not known")),
+        ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
+        ("data", ", ".join(provenance.get("data") or ()) or "not known"),
+    )
+
+
+def _check_files(file, config, before):
+    "The two files of an adapter, as far as nothing was said of them before."
+    findings = []
     if not file.is_file():
         findings.append(
             Finding(
@@ -680,7 +755,7 @@ def _adapter(folder, base):
                 "Copy the whole folder; a pickle (adapter_model.bin) is not opened here",
             )
         )
-    if not config and not any(f.text.startswith("adapter_config") for f in findings):
+    if not config and not any(f.text.startswith("adapter_config") for f in before):
         findings.append(
             Finding(
                 "error",
@@ -694,14 +769,12 @@ def _adapter(folder, base):
                 "warning", f"this is PEFT's {config.get('peft_type')}, not LoRA; only names and values are looked at"
             )
         )
-    seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
-    layout = _layout(list(seen), provenance.get("model_type"), base)
-    ranks, said = _check_lora(seen, config)
-    tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
-    findings += [*_check_values(seen), *said, *more]
-    if seen and ((folder / "plan.json").is_file() or provenance.get("plan")):
-        findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
-    findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
+    return findings
+
+
+def _not_known(base, layout, seen):
+    "What could not be looked at, and why."
+    findings = []
     if base.why:
         findings.append(
             Finding(
@@ -714,33 +787,7 @@ def _adapter(folder, base):
         findings.append(
             Finding("note", "the family could not be told from the names; parts are shown as the beginnings of names")
         )
-    copies = _copies(seen, config, layout)
-
-    def kind_of(k):
-        return (
-            "LoRA"
-            if TensorName.of(k).lora
-            else _COPY
-            if k in copies
-            else "table"
-            if k in tables
-            else "by hand"
-            if k in set(by_hand)
-            else "in full"
-        )
-
-    about = (
-        ("base", base.name or "not said"),
-        ("family", layout.family if layout else "not known"),
-        ("variant", _variant(config) if config else "not known"),
-        (
-            "trained beside",
-            {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known"),
-        ),
-        ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
-        ("data", ", ".join(provenance.get("data") or ()) or "not known"),
-    )
-    return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
+    return findings
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #18b3d50f
 def _plan_findings(folder, plan, seen, base, layout):
@@ -775,24 +822,7 @@ def _model(folder, base):
     names = StoredNames(here.empty, stored).in_model if here.empty is not None else {}
     seen = _look(sorted({s.file for s in stored.values()}), there, findings, names)
     findings += _check_values(seen) + _check_beside(folder, {}, base, adapter=False)
-    compared = {k: s.same for k, s in seen.items() if s.same is not None}
-    if compared and all(compared.values()):
-        findings.append(
-            Finding(
-                "error",
-                f"all {len(compared)} tensors equal those of {base.name!r}: whatever was merged into it changed "
-                "nothing",
-                "Look into the adapter: vlm-lora-lab inspect",
-            )
-        )
-    elif compared:
-        findings.append(
-            Finding(
-                "note", f"{sum(not s for s in compared.values())} of {len(compared)} tensors differ from {base.name!r}"
-            )
-        )
-    elif base.why:
-        findings.append(Finding("warning", f"it could not be compared with a base ({base.why})"))
+    findings += _check_same(seen, base)
     if (folder / "adapter_config.json").exists():
         findings.append(
             Finding(
@@ -811,6 +841,29 @@ def _model(folder, base):
     return Inspection(
         folder.name, "whole model", about, _holdings(seen, lambda k: "weights", layout, {}), _sorted(findings)
     )
+
+
+def _check_same(seen, base):
+    "Does a whole model differ from its base at all?"
+    findings, compared = [], {k: s.same for k, s in seen.items() if s.same is not None}
+    if compared and all(compared.values()):
+        findings.append(
+            Finding(
+                "error",
+                f"all {len(compared)} tensors equal those of {base.name!r}: whatever was merged into it changed "
+                "nothing",
+                "Look into the adapter: vlm-lora-lab inspect",
+            )
+        )
+    elif compared:
+        findings.append(
+            Finding(
+                "note", f"{sum(not s for s in compared.values())} of {len(compared)} tensors differ from {base.name!r}"
+            )
+        )
+    elif base.why:
+        findings.append(Finding("warning", f"it could not be compared with a base ({base.why})"))
+    return findings
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #b1290c1d
 def inspect_adapter(

@@ -293,12 +293,14 @@ def kept_tensors(
     return state | hand, list(hand)
 
 # %% ../../nbs/70_checkpoint.save.ipynb #1f0fdffe
-def _collected(state, given, names):
+def _collected(live, given, model):
     """The tensors on the CPU, whole, each in memory of its own; and the keys of those that are not here.
 
     Every process must call it."""
-    found, empty, seen = {}, [], set()
-    for key, t in state.items():
+    names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()} if given is not None else {}
+    found, empty = {}, []
+    seen = set()
+    for key, t in live.items():
         if given is not None:
             t = given.get(names[id(t)])
         if t is None or t.numel() == 0:
@@ -420,20 +422,11 @@ def save_adapter(
     peft, folder = _unwrapped(model), Path(folder)
     if plan is not None:
         audit(peft, plan)
-    adapter = _adapter_name(peft, adapter)
-    live, by_hand = kept_tensors(peft, adapter)
+    live, by_hand = kept_tensors(peft, adapter := _adapter_name(peft, adapter))
     if not any(t.requires_grad for t in live.values()):
         warnings.warn(f"nothing of the adapter {adapter!r} asks for a gradient; it is saved as it is.", stacklevel=2)
-    tensors, empty = _collected(
-        live, state, {id(p): n for n, p in peft.state_dict(keep_vars=True).items()} if state is not None else None
-    )
-    if bad := not_finite(tensors):
-        raise InputError(
-            f"{len(bad)} of {len(tensors)} trained tensors hold NaN or infinity, such as {bad[0]}",
-            folder,
-            "Nothing was written: such an adapter is of no use. Take an earlier checkpoint, and train on with a lower "
-            "learning rate",
-        )
+    tensors, empty = _collected(live, state, peft)
+    _refuse_not_finite(tensors, folder)
     config = copy.deepcopy(peft.peft_config[adapter])
     config.base_model_name_or_path, config.inference_mode = located(base), True
     provenance = {
@@ -449,15 +442,21 @@ def save_adapter(
         "metrics": metrics or {},
         "max_pixels": max_pixels,
         "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+        **({"from_adapter": ancestor} if ancestor else {}),
+        "base_sha256": base_hash,
     }
-    if ancestor:
-        provenance["from_adapter"] = ancestor
-    _first_process_only(
-        lambda: _write(
-            folder, tensors, empty, config, plan, base, tokenizer, provenance | {"base_sha256": base_hash}, hash_base
-        )
-    )
+    _first_process_only(lambda: _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base))
     return folder
+
+
+def _refuse_not_finite(tensors, folder):
+    if bad := not_finite(tensors):
+        raise InputError(
+            f"{len(bad)} of {len(tensors)} trained tensors hold NaN or infinity, such as {bad[0]}",
+            folder,
+            "Nothing was written: such an adapter is of no use. Take an earlier checkpoint, and train on with a lower "
+            "learning rate",
+        )
 
 # %% ../../nbs/70_checkpoint.save.ipynb #4838840f
 def _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base):
@@ -495,7 +494,8 @@ _CARD = """---
 library_name: peft
 base_model: {base}
 ---
-An adapter of {count} tensors for `{base}`, in PEFT's format. `provenance.json` says what it belongs to and holds a hash of every file.
+An adapter of {count} tensors for `{base}`, in PEFT's format. \
+`provenance.json` says what it belongs to and holds a hash of every file.
 
 ```python
 from vlm_lora_lab.checkpoint.save import load_adapter
@@ -840,10 +840,9 @@ def _of_plain(folder, base):
             folder,
             "Copy the whole folder again from where it was trained",
         )
-    config = read_json(folder / "adapter_config.json")
-    for error in wrong_in(
-        config, SAYS_CONFIG | {"base_model_name_or_path": str | None}, str(folder / "adapter_config.json")
-    ).values():
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    for error in wrong_in(config, SAYS_CONFIG | {"base_model_name_or_path": str | None}, str(path)).values():
         raise error
     named = config.get("base_model_name_or_path")
     base = base or (find_base(named, folder) if named else None)
@@ -854,18 +853,7 @@ def _of_plain(folder, base):
             folder,
             f"See what can be kept of it: {command}",
         )
-    if others := sorted(
-        f.name
-        for f in folder.iterdir()
-        if f.suffix in (".safetensors", ".bin", ".pt", ".pth")
-        and f.name != "adapter_model.safetensors"
-        and not _STATE.fullmatch(f.name)
-    ):
-        raise InputError(
-            f"weights lie beside this adapter, which PEFT would not read ({', '.join(others[:3])})",
-            folder,
-            f"Another program wrote them. Take them along: {command}",
-        )
+    _refuse_others_beside(folder, command)
     if base is None:
         raise InputError(
             "adapter_config.json does not say which model this adapter belongs to",
@@ -891,6 +879,21 @@ def _of_plain(folder, base):
         "max_pixels": picture_limit(folder, model_folder(base, weights=False)),
         "unsealed": said,
     }
+
+
+def _refuse_others_beside(folder, command):
+    if others := sorted(
+        f.name
+        for f in folder.iterdir()
+        if f.suffix in (".safetensors", ".bin", ".pt", ".pth")
+        and f.name != "adapter_model.safetensors"
+        and not _STATE.fullmatch(f.name)
+    ):
+        raise InputError(
+            f"weights lie beside this adapter, which PEFT would not read ({', '.join(others[:3])})",
+            folder,
+            f"Another program wrote them. Take them along: {command}",
+        )
 
 
 def _at_hand(base):
@@ -920,6 +923,24 @@ def _kept_whole(weights):
     "The modules whose own weights an adapter holds, and which therefore cannot be in 4 bit."
     matrices = (TensorName.of(k) for k, t in weights.items() if t.dim() == 2)
     return sorted({m.module for m in matrices if not m.lora and m.tensor == "weight"})
+
+
+def _read_adapter(folder):
+    "Weights and configuration. Raises `InputError` for a file that is damaged, or holds what LoRA cannot be."
+    try:
+        weights, config = load_file(folder / "adapter_model.safetensors"), PeftConfig.from_pretrained(str(folder))
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
+        raise InputError(
+            f"a file is truncated or damaged ({e})", folder, "Copy the whole folder again from where it was trained"
+        ) from None
+    if whole := [k for k, t in weights.items() if TensorName.of(k).lora and not t.is_floating_point()]:
+        raise InputError(
+            f"{whole[0]} holds whole numbers ({str(weights[whole[0]].dtype).removeprefix('torch.')}), and LoRA's "
+            "matrices are fractions",
+            folder,
+            "Copy the whole folder again from where it was trained",
+        )
+    return weights, config
 
 
 def _places(adapted, weights, folder):
@@ -990,19 +1011,7 @@ def load_adapter(
     lora_config(folder)
     base = base or provenance["base"]
     check_base(folder, base, provenance, verify, quick)
-    try:
-        weights, config = load_file(folder / "adapter_model.safetensors"), PeftConfig.from_pretrained(str(folder))
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
-        raise InputError(
-            f"a file is truncated or damaged ({e})", folder, "Copy the whole folder again from where it was trained"
-        ) from None
-    if whole := [k for k, t in weights.items() if TensorName.of(k).lora and not t.is_floating_point()]:
-        raise InputError(
-            f"{whole[0]} holds whole numbers ({str(weights[whole[0]].dtype).removeprefix('torch.')}), and LoRA's "
-            "matrices are fractions",
-            folder,
-            "Copy the whole folder again from where it was trained",
-        )
+    weights, config = _read_adapter(folder)
     # PEFT would warn that the base lies elsewhere now
     config.inference_mode, config.base_model_name_or_path = not trainable, None
     if model is None:

@@ -237,7 +237,8 @@ def _convert(folder):
         bins = sorted({folder / f for f in weight_map.values()})
     if lost := [b.name for b in bins if not b.is_file()]:
         raise InputError(f"{', '.join(lost)} is missing", folder, "Fetch the missing file")
-    names, written, where = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))], [], {}
+    names = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))]
+    written, where = [], {}
     try:
         for source, name in zip(
             tqdm(
