@@ -44,6 +44,7 @@ from vlm_lora_lab.data.drawn import Drawn
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMVConfig
+from vlm_lora_lab.models.names import TensorName
 from vlm_lora_lab.models.parts import layout_of
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.cache import VisionCache
@@ -204,15 +205,12 @@ class Memory(TrainerCallback):
 def plain_peft(model, plan, like, weights=True):
     "The layers that `apply_plan` chose, named to PEFT as one would do without it; the same first matrices."
     config = next(iter(like.peft_config.values()))
-
-    def names(kind):
-        return [n.removeprefix("base_model.model.").partition(kind)[0] for n, _ in like.named_parameters() if kind in n]
-
+    names = [TensorName.of(n) for n, _ in like.named_parameters()]
     lora = LoraConfig(
         r=plan.rank,
         lora_alpha=plan.alpha,
         lora_dropout=0.0,
-        target_modules=sorted(set(names(".lora_A"))),
+        target_modules=sorted({n.module for n in names if n.lora == "lora_A"}),
         modules_to_save=config.modules_to_save,
     )
     wrapped = get_peft_model(model, lora)

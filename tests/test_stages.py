@@ -23,6 +23,7 @@ from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
+from vlm_lora_lab.models.names import TensorName
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan, audit, lora_layers
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint
@@ -40,7 +41,6 @@ from vlm_lora_lab.train.stages import (
     probe_logits,
     read_stages,
     route,
-    tensor_name,
     where_stopped,
 )
 
@@ -105,7 +105,9 @@ def few_steps(model, batch, n=2):
 
 
 def state(model):
-    return {tensor_name(n): p.detach().clone() for n, p in model.named_parameters() if ".original_module." not in n}
+    return {
+        TensorName.of(n).own: p.detach().clone() for n, p in model.named_parameters() if not TensorName.of(n).original
+    }
 
 
 @pytest.mark.parametrize("i, name", list(enumerate(PAIRS)), ids=list(PAIRS))
@@ -128,7 +130,7 @@ def test_a_change_of_stage_keeps_the_model_and_trains_what_the_plan_says(i, name
             ]
             # kept LoRA and weights, to the last bit
             assert all(torch.equal(was[n], after[n]) for n in same) and len(same) > 20
-            asks = {tensor_name(n) for n, p in model.named_parameters() if p.requires_grad}
+            asks = {TensorName.of(n).own for n, p in model.named_parameters() if p.requires_grad}
             assert {n for n in asks if ".lora_" not in n} == turn.full and {
                 n.partition(".lora_")[0] for n in asks if ".lora_" in n
             } == set(turn.trained)
@@ -166,7 +168,7 @@ def test_a_merge_is_peft_s():
             ours = state(enter_stage(bare, way.turns[1], lora))
             theirs = apply_plan(load_vlm("lab"), plan)
             for n, p in theirs.named_parameters():
-                p.data = lora.get(tensor_name(n), p.data)
+                p.data = lora.get(TensorName.of(n).own, p.data)
             for n, p in theirs.merge_and_unload(safe_merge=True).named_parameters():
                 torch.testing.assert_close(ours[n], p, rtol=1e-6, atol=1e-7)
 
@@ -433,14 +435,16 @@ def test_moments_are_carried_exactly_and_only_where_a_tensor_goes_on(tmp_path):
             self.number = number
 
         def note(self, when, model, optimizer):
-            names = {p: tensor_name(n) for n, p in model.named_parameters()}
+            names = {p: TensorName.of(n).own for n, p in model.named_parameters()}
             seen[self.number, when] = {
                 names[p]: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items() if s
             }
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             self.note("begin", model, optimizer)
-            seen[self.number, "trained"] = {tensor_name(n) for n, p in model.named_parameters() if p.requires_grad}
+            seen[self.number, "trained"] = {
+                TensorName.of(n).own for n, p in model.named_parameters() if p.requires_grad
+            }
 
         def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
             self.note("end", model, optimizer)
@@ -466,7 +470,7 @@ def test_the_first_step_after_a_change_is_adamw_s_own(tmp_path):
         def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
             noted.update(
                 {
-                    tensor_name(n): (
+                    TensorName.of(n).own: (
                         p.detach().clone(),
                         p.grad.clone(),
                         {k: v.clone() for k, v in optimizer.state[p].items()},

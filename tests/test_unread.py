@@ -242,7 +242,7 @@ def test_other_weights_are_refused(mark, root):
         parse_record(turns({"weight": 1, "loss": False}), Access(root))
 
 
-@pytest.mark.parametrize("name", ["lab", "2.0", "2.5", "2.6", "4.0", "4.5", "qwen"])
+@pytest.mark.parametrize("name", ["lab", "2.0", "2.5", "2.6", "4.0", "4.5", "qwenvl"])
 def test_labels_leave_out_a_whole_turn(name, root):
     "Word for word: what is learned is the other answer with its end, and the text is the same."
     if name == "lab":

@@ -7,7 +7,6 @@ __all__ = ['LEVELS', 'Finding', 'Holding', 'Inspection', 'Seen', 'inspect_adapte
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #4bee2b9b
 import html
-import re
 import textwrap
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -23,11 +22,12 @@ from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_s
 from .save import is_base, wrong_in
 from ..compat import no_false_warning
 from ..errors import InputError
-from ..lora.variants import title_of
-from ..models.files import account, stored_in
 from ..families.base import families, families_of, is_ours
-from ..models.parts import PARTS, count, layout_of, plain_name
+from ..lora.variants import title_of
+from ..models.files import FLOATS, account, stored_in
 from ..models.load import stand_in
+from ..models.names import StoredNames, TensorName, places_of, plain_name
+from ..models.parts import PARTS, count, layout_of
 from ..models.published import lab_folder, on_meta, read_json
 from ..plan.tuning import TuningPlan, full_modules, lora_layers
 
@@ -127,7 +127,8 @@ class Inspection:
         )
         return (
             f"<p><b>{html.escape(self.folder)}</b>: {self.kind}<br>{about}</p>"
-            f"<table><thead>{tag(head, 'th')}</thead><tbody>{''.join(tag(r, 'td') for r in body)}</tbody></table><ul>{said}</ul>"
+            f"<table><thead>{tag(head, 'th')}</thead><tbody>{''.join(tag(r, 'td') for r in body)}</tbody></table>"
+            f"<ul>{said}</ul>"
         )
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #13b8cee5
@@ -145,8 +146,9 @@ class Seen:
 
 def _look(
     files: list[Path],
-    base: dict | None,  # plain name -> where the base stores it, from `stored_in`
+    base: dict | None,  # name -> where the base stores it, from `_stored`
     findings: list[Finding],
+    names: dict[str, str] | None = None,  # in these files -> in the model, where they differ
 ) -> dict[str, Seen]:
     "Every tensor of some safetensors files, one after the other."
     seen, sizes = {}, {f: f.stat().st_size for f in files}
@@ -158,7 +160,7 @@ def _look(
                 with safe_open(file, framework="pt") as f:
                     for name in f.keys():
                         t = f.get_tensor(name)
-                        seen[name] = _seen(t, _match(plain_name(name), tuple(t.shape), base) if base else None)
+                        seen[name] = _seen(t, _match((names or {}).get(name, name), base) if base else None)
                         bar.update(t.nbytes)
             except (SafetensorError, OSError, ValueError) as e:
                 findings.append(
@@ -225,35 +227,25 @@ class _Place:
 
 
 def _stored(base, findings):
-    "Where the base keeps its tensors."
+    "Where the base keeps its tensors, by their names in its files and in the model."
     if base.folder is None:
         return None
     try:
-        return {
-            n: _Place(s.file, n, s.shape)
-            for n, s in stored_in(base.folder).items()
-            if s.dtype in ("F64", "F32", "F16", "BF16")
+        stored = stored_in(base.folder)
+        there = {n: _Place(s.file, n, s.shape) for n, s in stored.items() if s.dtype in FLOATS}
+        return there | {
+            new: there[old] for old, new in StoredNames(base.empty, stored).in_model.items() if old in there
         }
     except InputError as e:
         findings.append(Finding("warning", f"the base could not be compared: {e.found}", e.remedy))
         return None
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #b73ba04c
-def _match(name, shape, stored):
-    """The base's tensor of a name. transformers stores some families under older names; then the longest common end
-    decides, if only one has it."""
-    if name in stored:
-        return stored[name]
-    parts, best, found = name.split(".")[::-1], 1, []
-    for place in stored.values():
-        if place.shape == shape and place.name.endswith(f".{parts[0]}"):
-            other = place.name.split(".")[::-1]
-            common = next((i for i, (a, b) in enumerate(zip(parts, other)) if a != b), min(len(parts), len(other)))
-            if common > best:
-                best, found = common, [place]
-            elif common == best:
-                found.append(place)
-    return found[0] if len(found) == 1 and best > 1 else None
+def _match(key, there):
+    "The base's tensor of a name; None: it has none, it cannot be told which, or the name is one of LoRA's."
+    said = TensorName.of(key)
+    found = [] if said.lora else places_of(said.plain, there)
+    return there[found[0]] if len(found) == 1 else None
 
 
 def _layout(names, model_type, base):
@@ -279,8 +271,6 @@ def _part(layout, name):
         return ".".join(plain_name(name).split(".")[:2])
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #1d8fe481
-_LORA = re.compile(r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?$")
-_NAMED = re.compile(r"\.lora_[AB]\.(?!weight$)([^.]+)\.weight$|\.modules_to_save\.([^.]+)\.")
 _UP = {"lora_B", "lora_embedding_A"}  # PEFT starts these at zero
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -293,12 +283,9 @@ def _say(level, names, text, remedy=""):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #fef307a3
 def _check_lora(seen, config):
     "What LoRA's matrices tell: pairs, ranks, whether they ever moved."
-    pairs, ranks = defaultdict(dict), {}
-    for key in seen:
-        if m := _LORA.match(key):
-            pairs[m[1]][m[2]] = key
-    zero, half, wrong = [], [], []
-    for module, keys in pairs.items():
+    ranks, wrong = {}, []
+    zero, half = [], []
+    for name, keys in _pairs(seen).items():
         down, up = (
             keys.get(k) or keys.get(e) for k, e in (("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B"))
         )
@@ -307,18 +294,35 @@ def _check_lora(seen, config):
             continue
         zero += [keys[k] for k in _UP & set(keys) if seen[keys[k]].zero]
         rank = seen[down].shape[0] if seen[down].shape else 0
-        name = plain_name(module)
-        packed = f"{name}.in_proj_weight"  # a parameter without a layer of its own, chapter 32
-        name = packed if packed in (config.get("target_parameters") or ()) else name
-        said = [
-            config.get(p, {}).get(get_pattern_key(config.get(p, {}), name), config.get(v))
-            for p, v in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        ]
-        ranks[module] = (rank, said[1])
-        if said[0] != rank:
-            wrong.append(f"{name} (rank {rank}, not {said[0]})")
+        named, asked, alpha = _asked(name, config)
+        ranks[name] = (rank, alpha)
+        if asked != rank:
+            wrong.append(f"{named} (rank {rank}, not {asked})")
+    return ranks, list(_said_of_lora(seen, zero, half, wrong, len(ranks)))
+
+
+def _pairs(seen):
+    "Layer -> LoRA's matrices beside it -> key."
+    pairs = defaultdict(dict)
+    for key in seen:
+        said = TensorName.of(key)
+        if said.lora and not said.adapter:
+            pairs[said.module][said.lora] = key
+    return pairs
+
+
+def _asked(layer, config):
+    "The name under which adapter_config.json speaks of a layer, and the rank and alpha that it gives it."
+    packed = f"{layer}.in_proj_weight"  # a parameter without a layer of its own, chapter 32
+    name = packed if packed in (config.get("target_parameters") or ()) else layer
+    ranks, alphas = config.get("rank_pattern", {}), config.get("alpha_pattern", {})
+    rank = ranks.get(get_pattern_key(ranks, name), config.get("r"))
+    return name, rank, alphas.get(get_pattern_key(alphas, name), config.get("lora_alpha"))
+
+
+def _said_of_lora(seen, zero, half, wrong, layers):
     found = []
-    if named := [k for k in seen if _NAMED.search(k)]:
+    if named := [k for k in seen if TensorName.of(k).adapter]:
         found.append(
             _say(
                 "error",
@@ -327,7 +331,7 @@ def _check_lora(seen, config):
                 "Save with save_pretrained or save_adapter, not from state_dict()",
             )
         )
-    if zero and len(zero) == len(ranks):
+    if zero and len(zero) == layers:
         found.append(
             _say(
                 "error",
@@ -341,7 +345,7 @@ def _check_lora(seen, config):
             _say(
                 "warning",
                 zero,
-                f"layers that never learned, whose second matrix still is zero as at the start, out of {len(ranks)}",
+                f"layers that never learned, whose second matrix still is zero as at the start, out of {layers}",
                 "See chapter 60: gradients",
             )
         )
@@ -363,7 +367,7 @@ def _check_lora(seen, config):
                 "Configuration and weights belong to different trainings",
             )
         )
-    return ranks, found
+    return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #f8271e7c
 def _check_keys(seen, folder, base):
@@ -396,7 +400,7 @@ def _check_keys(seen, folder, base):
                 "What was trained there is lost; train again, and save with save_adapter",
             )
         )
-    if left := {k for k in seen if k not in places and not _NAMED.search(k)}:
+    if left := {k for k in seen if k not in places and not TensorName.of(k).adapter}:
         found.append(
             _say(
                 "error",
@@ -419,10 +423,10 @@ def _check_keys(seen, folder, base):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #5f361b13
 def _check_plan(seen, plan, base, layout):
     "Does the file hold what the plan promised?"
-    modules, full = {plain_name(k) for k in seen if ".lora_" in k}, {plain_name(k) for k in seen if ".lora_" not in k}
+    said = {k: TensorName.of(k) for k in seen}
     if base.empty is None:
         promised = {(p, r.word) for p in PARTS for r in plan.rules(p) if r.word != "freeze"}
-        there = {(_part(layout, k), "lora" if ".lora_" in k else "full") for k in seen}
+        there = {(_part(layout, k), "lora" if t.lora else "full") for k, t in said.items()}
         lost = {f"{p} ({word})" for p, word in promised - there}
         return (
             [
@@ -438,7 +442,8 @@ def _check_plan(seen, plan, base, layout):
         )
     # PEFT names the module of a packed projection
     beside = {n: n.removesuffix(".in_proj_weight") for n in lora_layers(base.empty, plan)}
-    lacking = {n for n, of in beside.items() if not any(m.startswith(f"{of}.lora_") or m == of for m in modules)}
+    modules, full = {t.module for t in said.values() if t.lora}, {t.plain for t in said.values() if not t.lora}
+    lacking = {n for n, of in beside.items() if of not in modules}
     wholes = full_modules(base.empty, plan)
     lacking |= {n for w in wholes for n, _ in base.empty.get_submodule(w).named_parameters(prefix=w) if n not in full}
     return (
@@ -466,16 +471,17 @@ def _copies(keys, config, layout):
     return [
         k
         for k in keys
-        if ".lora_" not in k
-        and config.get("ensure_weight_tying")
+        if config.get("ensure_weight_tying")
         and layout
-        and plain_name(k).rpartition(".")[0] in layout.head
+        and not TensorName.of(k).lora
+        and TensorName.of(k).module in layout.head
     ]
 
 
 def _check_full(seen, config, layout, provenance, base):
     "What is held in full: asked for or not, the base's own or not, the whole base or not."
-    full, saved = [k for k in seen if not _LORA.match(k) and not _NAMED.search(k)], config.get("modules_to_save") or []
+    said, saved = {k: TensorName.of(k) for k in seen}, config.get("modules_to_save") or []
+    full = [k for k, t in said.items() if not t.lora and not t.adapter]
 
     def inside(k, m):
         return f".{m}." in f".{plain_name(k)}."
@@ -509,6 +515,12 @@ def _check_full(seen, config, layout, provenance, base):
                 "tensors in full that could not be compared with the base, which stores them under other names",
             )
         )
+    return by_hand, found + list(_check_by_hand(by_hand, seen, provenance, base))
+
+
+def _check_by_hand(by_hand, seen, provenance, base):
+    "What was put into the file outside of modules_to_save."
+    found = []
     if unsaid := [k for k in by_hand if k not in provenance.get("by_hand", by_hand if not provenance else ())]:
         found.append(
             _say(
@@ -534,10 +546,19 @@ def _check_full(seen, config, layout, provenance, base):
                     "Save what was trained: save_adapter",
                 )
             )
-    return by_hand, found
+    return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #dc047e39
 def _check_beside(folder, provenance, base, adapter=True):
+    found = _check_pickles(folder)
+    try:
+        found += _check_seal(folder, provenance, adapter)
+    except InputError as e:
+        return [*found, Finding("error", f"provenance.json cannot be read: {e.found}", "Copy the folder again")]
+    return found + _check_origin(provenance, base)
+
+
+def _check_pickles(folder):
     found = []
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
     if state := [n for n in pickles if _STATE.fullmatch(n)]:
@@ -552,11 +573,14 @@ def _check_beside(folder, provenance, base, adapter=True):
                 "Weights in them are missing from this account",
             )
         )
+    return found
+
+
+def _check_seal(folder, provenance, adapter):
+    "Raises `InputError` when provenance.json cannot be read."
+    found = []
     if (folder / "provenance.json").is_file():
-        try:
-            broken = broken_seals(folder)
-        except InputError as e:
-            return [*found, Finding("error", f"provenance.json cannot be read: {e.found}", "Copy the folder again")]
+        broken = broken_seals(folder)
         if broken is None:
             found.append(
                 Finding(
@@ -577,6 +601,12 @@ def _check_beside(folder, provenance, base, adapter=True):
                 "would go unnoticed",
             )
         )
+    return found
+
+
+def _check_origin(provenance, base):
+    "What provenance.json says of the base, of other adapters and of the training."
+    found = []
     if (
         (provenance.get("base_fingerprint") or provenance.get("base_sha256"))
         and base.folder is not None
@@ -636,7 +666,7 @@ def _holdings(seen, kind_of, layout, ranks):
     order = {p: i for i, p in enumerate(PARTS)}
     rows = []
     for (part, kind), keys in sorted(groups.items(), key=lambda g: (order.get(g[0][0], 9), g[0])):
-        mine = {ranks[m[1]] for k in keys if (m := _LORA.match(k)) and m[1] in ranks}
+        mine = {ranks[t.module] for t in map(TensorName.of, keys) if t.lora and t.module in ranks}
 
         def joined(i):
             return "+".join(f"{v:g}" for v in sorted({r[i] for r in mine if isinstance(r[i], (int, float))}))
@@ -665,10 +695,8 @@ def _json_or(path, findings, kinds=()):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #6d502aa2
 def _adapter(folder, base):
     findings = []
-    config, provenance = (
-        _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG),
-        _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE),
-    )
+    config = _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG)
+    provenance = _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE)
     provenance = {k: v for k, v in provenance.items() if k not in ("unsealed", "plan")}
     if not (folder / "provenance.json").is_file():
         try:
@@ -678,6 +706,44 @@ def _adapter(folder, base):
     said = provenance.get("base") or config.get("base_model_name_or_path")
     base = _base_of(base or (find_base(said, folder) if isinstance(said, str) else said))
     file = folder / "adapter_model.safetensors"
+    findings += _check_files(file, config, findings)
+    seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
+    layout = _layout(list(seen), provenance.get("model_type"), base)
+    ranks, said = _check_lora(seen, config)
+    tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
+    findings += [*_check_values(seen), *said, *more]
+    if seen and ((folder / "plan.json").is_file() or provenance.get("plan")):
+        findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
+    findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
+    findings += _not_known(base, layout, seen)
+    copies, by_hand = _copies(seen, config, layout), set(by_hand)
+
+    def kind_of(k):
+        if TensorName.of(k).lora:
+            return "LoRA"
+        said = ((_COPY, copies), ("table", tables), ("by hand", by_hand))
+        return next((kind for kind, keys in said if k in keys), "in full")
+
+    about = _about(config, provenance, base, layout)
+    return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
+
+
+def _about(config, provenance, base, layout):
+    "Labels and values above the table."
+    beside = {True: "a base in 4 bit", False: "a whole base"}
+    return (
+        ("base", base.name or "not said"),
+        ("family", layout.family if layout else "not known"),
+        ("variant", title_of(config) if config else "not known"),
+        ("trained beside", beside.get(provenance.get("four_bit"), "not known")),
+        ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
+        ("data", ", ".join(provenance.get("data") or ()) or "not known"),
+    )
+
+
+def _check_files(file, config, before):
+    "The two files of an adapter, as far as nothing was said of them before."
+    findings = []
     if not file.is_file():
         findings.append(
             Finding(
@@ -686,7 +752,7 @@ def _adapter(folder, base):
                 "Copy the whole folder; a pickle (adapter_model.bin) is not opened here",
             )
         )
-    if not config and not any(f.text.startswith("adapter_config") for f in findings):
+    if not config and not any(f.text.startswith("adapter_config") for f in before):
         findings.append(
             Finding(
                 "error",
@@ -700,14 +766,12 @@ def _adapter(folder, base):
                 "warning", f"this is PEFT's {config.get('peft_type')}, not LoRA; only names and values are looked at"
             )
         )
-    seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
-    layout = _layout(list(seen), provenance.get("model_type"), base)
-    ranks, said = _check_lora(seen, config)
-    tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
-    findings += [*_check_values(seen), *said, *more]
-    if seen and ((folder / "plan.json").is_file() or provenance.get("plan")):
-        findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
-    findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
+    return findings
+
+
+def _not_known(base, layout, seen):
+    "What could not be looked at, and why."
+    findings = []
     if base.why:
         findings.append(
             Finding(
@@ -720,33 +784,7 @@ def _adapter(folder, base):
         findings.append(
             Finding("note", "the family could not be told from the names; parts are shown as the beginnings of names")
         )
-    copies = _copies(seen, config, layout)
-
-    def kind_of(k):
-        return (
-            "LoRA"
-            if ".lora_" in k
-            else _COPY
-            if k in copies
-            else "table"
-            if k in tables
-            else "by hand"
-            if k in set(by_hand)
-            else "in full"
-        )
-
-    about = (
-        ("base", base.name or "not said"),
-        ("family", layout.family if layout else "not known"),
-        ("variant", title_of(config) if config else "not known"),
-        (
-            "trained beside",
-            {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known"),
-        ),
-        ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
-        ("data", ", ".join(provenance.get("data") or ()) or "not known"),
-    )
-    return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
+    return findings
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #18b3d50f
 def _plan_findings(folder, plan, seen, base, layout):
@@ -774,26 +812,10 @@ def _model(folder, base):
         findings.append(Finding("error", e.found, e.remedy))
         stored = {}
     there = _stored(base, findings)
-    seen = _look(sorted({s.file for s in stored.values()}), there, findings)
+    names = StoredNames(here.empty, stored).in_model if here.empty is not None else {}
+    seen = _look(sorted({s.file for s in stored.values()}), there, findings, names)
     findings += _check_values(seen) + _check_beside(folder, {}, base, adapter=False)
-    compared = {k: s.same for k, s in seen.items() if s.same is not None}
-    if compared and all(compared.values()):
-        findings.append(
-            Finding(
-                "error",
-                f"all {len(compared)} tensors equal those of {base.name!r}: whatever was merged into it changed "
-                "nothing",
-                "Look into the adapter: vlm-lora-lab inspect",
-            )
-        )
-    elif compared:
-        findings.append(
-            Finding(
-                "note", f"{sum(not s for s in compared.values())} of {len(compared)} tensors differ from {base.name!r}"
-            )
-        )
-    elif base.why:
-        findings.append(Finding("warning", f"it could not be compared with a base ({base.why})"))
+    findings += _check_same(seen, base)
     if (folder / "adapter_config.json").exists():
         findings.append(
             Finding(
@@ -812,6 +834,29 @@ def _model(folder, base):
     return Inspection(
         folder.name, "whole model", about, _holdings(seen, lambda k: "weights", layout, {}), _sorted(findings)
     )
+
+
+def _check_same(seen, base):
+    "Does a whole model differ from its base at all?"
+    findings, compared = [], {k: s.same for k, s in seen.items() if s.same is not None}
+    if compared and all(compared.values()):
+        findings.append(
+            Finding(
+                "error",
+                f"all {len(compared)} tensors equal those of {base.name!r}: whatever was merged into it changed "
+                "nothing",
+                "Look into the adapter: vlm-lora-lab inspect",
+            )
+        )
+    elif compared:
+        findings.append(
+            Finding(
+                "note", f"{sum(not s for s in compared.values())} of {len(compared)} tensors differ from {base.name!r}"
+            )
+        )
+    elif base.why:
+        findings.append(Finding("warning", f"it could not be compared with a base ({base.why})"))
+    return findings
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #b1290c1d
 def inspect_adapter(

@@ -9,7 +9,6 @@ __all__ = ['RANKS', 'TARGETS', 'lora_only', 'Rule', 'check_model', 'check_lora',
 # %% ../../nbs/74_checkpoint.serve.ipynb #0e920c9d
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +25,14 @@ from ..families.base import is_ours, resolved, served_of
 from ..lora.variants import variant_of
 from ..models.files import account, shape_of, stored_in
 from ..models.load import load_tokenizer, model_folder
+from ..models.names import TensorName
 from ..models.parts import layout_of, linear_layers
 from ..models.published import on_meta, read_json
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #8dd55154
+_MATRICES = ("lora_A", "lora_B")
+
+
 def lora_only(
     adapter: Adapter,
     modules: list[str],  # layers whose LoRA is taken along
@@ -43,14 +46,14 @@ def lora_only(
     ranks = {m: adapter.reader.places[x.keys["lora_A"]][2][0] for m, x in loras.items()}
     rank, scale = max(ranks.values()), Counter(x.scale for x in loras.values()).most_common(1)[0][0]
     shapes = {
-        f"base_model.model.{m}.{k}.weight": adapter.reader.places[x.keys[k]][2]
+        TensorName(m, "weight", k).saved: adapter.reader.places[x.keys[k]][2]
         for m, x in loras.items()
-        for k in ("lora_A", "lora_B")
+        for k in _MATRICES
     }
     entries = [(n, torch.float32, (rank, s[1]) if "lora_A" in n else (s[0], rank)) for n, s in shapes.items()]
     shard = _Shard(folder / "adapter_model.safetensors", entries)
     for module, lora in loras.items():
-        down, up = (adapter.reader.whole(lora.keys[k]).float() for k in ("lora_A", "lora_B"))
+        down, up = (adapter.reader.whole(lora.keys[k]).float() for k in _MATRICES)
         zeros = rank - ranks[module]
         shard.add(torch.nn.functional.pad(down, (0, 0, 0, zeros)))
         shard.add(torch.nn.functional.pad(up if lora.scale == scale else up * (lora.scale / scale), (0, zeros)))
@@ -165,15 +168,14 @@ def _config_rules(config):
 
 def _layer_rules(shapes, rank, model):
     "What vLLM asks of the tensors: their names, and their shapes beside those of the base."
-    form = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
-    odd = [n for n in shapes if not form.fullmatch(n)]
+    said = {n: TensorName.of(n) for n in shapes}
+    odd = [n for n, t in said.items() if TensorName(t.module, "weight", t.lora).saved != n or t.lora not in _MATRICES]
     found = odd[0] if odd else "there are none"
     keys = "every key is base_model.model.LAYER.lora_A.weight or lora_B"
     yield Rule(keys, bool(shapes) and not odd, found, _MODEL)
     pairs = {}
-    for n in shapes:
-        if m := form.fullmatch(n):
-            pairs.setdefault(m[1], {})[m[2]] = shapes[n]
+    for n in shapes.keys() - odd:
+        pairs.setdefault(said[n].module, {})[said[n].lora] = shapes[n]
     modules, layers = dict(model.named_modules()), set(linear_layers(model)["language"])
     strange = sorted(set(pairs) - layers)
     where = f"{_VLLM}/lora/model_manager.py"

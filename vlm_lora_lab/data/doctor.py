@@ -22,8 +22,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .batch import BaseProcessor
-from .files import Inline, Remote, Rows, parse_json
 from .dialects import DIALECTS, dialect_of
+from .files import Inline, Remote, Rows, parse_json
 from .media import MENTION, RecordError, Unread, load_image, numbered, opened, picture_size
 from .records import Access, parse_record
 from .tokens import IGNORE

@@ -35,8 +35,8 @@ from .specimens import weight_norms
 from .trace import Event, trace
 from ..errors import InputError, complete_or_nothing, empty_folder
 from ..families.base import is_ours
-from ..models.parts import PARTS, layout_of
 from ..models.load import load_vlm
+from ..models.parts import PARTS, layout_of
 from ..models.precision import not_finite
 from ..models.published import model_class, model_config
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..models.names import TensorName
 
 # %% ../../nbs/30_lora.linear.ipynb #8d70e12d
 @torch.no_grad()
@@ -201,7 +202,7 @@ def load_adapter_state(
 def _lora_parameters(model):
     "PEFT's name of each LoRA weight, and the weight."
     found = {
-        f"base_model.model.{n}.{theirs}.weight": getattr(m, mine).weight
+        TensorName(n, "weight", theirs).saved: getattr(m, mine).weight
         for n, m in model.named_modules()
         if isinstance(m, LoRALinear)
         for mine, theirs in _NAMES.items()

@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..lora.variants import VARIANTS
 from ..models.parts import PARTS, layout_of
 from ..models.published import PUBLISHED, on_meta
-from .tuning import WORDS, TuningPlan
 from .preview import Preview, readable_bytes
+from .tuning import WORDS, TuningPlan
 
 # %% ../../nbs/36_plan.explorer.ipynb #cd0e161d
 @lru_cache(maxsize=16)

@@ -24,7 +24,8 @@ from torch import nn
 from ..compat import no_false_warning
 from ..errors import InputError
 from ..lora.variants import VARIANTS, check_packed, named
-from ..models.parts import PARTS, TIED, count, layout_of, linear_layers, numel, plain_name
+from ..models.names import TensorName
+from ..models.parts import PARTS, TIED, count, layout_of, linear_layers, numel
 from ..settings import Metavar, OneOf, Settings, Within, shown
 
 # %% ../../nbs/32_plan.tuning.ipynb #5e3c1cb8
@@ -207,8 +208,9 @@ class TuningPlan(Settings):
     ) -> float:
         """The peak learning rate of a parameter: its rule's own or the schedule's; LoRA+ raises that of LoRA's second
         matrix."""
-        own = self.rule(part, plain_name(name)).lr or (lora if ".lora_" in name else full)
-        return own * (self.lora_plus or 1) if ".lora_B." in name or ".lora_embedding_B." in name else own
+        said = TensorName.of(name)
+        own = self.rule(part, said.plain).lr or (lora if said.lora else full)
+        return own * (self.lora_plus or 1) if said.lora in ("lora_B", "lora_embedding_B") else own
 
 
 @cache
@@ -473,14 +475,11 @@ def apply_plan(
         with no_false_warning():
             model = get_peft_model(model, _peft_config(model, plan, adapted, whole), autocast_adapter_dtype=False)
     for name, p in model.named_parameters():
-        if (
-            plan.rule(layout.part_of(name), plain_name(name)).word == "full"
-            and ".original_module." not in name
-            and numel(p) == p.numel()
-        ):
+        said = TensorName.of(name)
+        full = plan.rule(layout.part_of(name), said.plain).word == "full"
+        if full and not said.original and numel(p) == p.numel():
             p.requires_grad_(True)
-    for name, p in model.named_parameters():
-        if kept and ".lora_" in name and plain_name(name.partition(".lora_")[0]) in kept:
+        if kept and said.lora and said.module in kept:
             p.requires_grad_(False)
     for p in model.parameters():
         if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
@@ -532,24 +531,21 @@ def audit(
     wrong, layout, trained = [], layout_of(model), set()
     for name, p in model.named_parameters():
         part = layout.part_of(name)
-        rule = plan.rule(part, plain_name(name))
-        is_lora, is_copy = ".lora_" in name, ".original_module." in name
-        should = (
-            is_lora and plain_name(name.partition(".lora_")[0]) not in kept
-            if rule.word == "lora"
-            else rule.word == "full" and not is_copy
-        )
+        said = TensorName.of(name)
+        rule = plan.rule(part, said.plain)
+        if rule.word == "lora":
+            should = bool(said.lora) and said.module not in kept
+        else:
+            should = rule.word == "full" and not said.original
         if p.requires_grad != should:
-            wrong.append(
-                f"{plain_name(name)} is {'trained' if p.requires_grad else 'frozen'} under the word {rule.word!r}"
-            )
+            wrong.append(f"{said.plain} is {'trained' if p.requires_grad else 'frozen'} under the word {rule.word!r}")
         if p.requires_grad and p.dtype != torch.float32:
-            wrong.append(f"{plain_name(name)} is trained in {p.dtype}")
+            wrong.append(f"{said.plain} is trained in {p.dtype}")
         if p.requires_grad:
             trained.add((part, rule))
-    said = {(part, r) for part in PARTS for r in plan.rules(part) if r.word != "freeze"}
+    asked = {(part, r) for part in PARTS for r in plan.rules(part) if r.word != "freeze"}
     wrong += [
-        f"nothing in the part {part!r} is trained under '{rule}'" for part, rule in sorted(said - trained, key=str)
+        f"nothing in the part {part!r} is trained under '{rule}'" for part, rule in sorted(asked - trained, key=str)
     ]
     if wrong:
         raise RuntimeError(f"The model does not do what the plan says, in {len(wrong)} places: " + "; ".join(wrong[:8]))
@@ -566,17 +562,12 @@ def experts_left(
     of three dimensions, which is no linear layer."""
     layout, found, total = layout_of(model), Counter(), 0
     for name, p in model.named_parameters():
-        plain = plain_name(name)
-        total += numel(p) if ".lora_" not in name else 0
-        if (
-            p.dim() > 2
-            and ".lora_" not in name
-            and ".original_module." not in name
-            and layout.part_of(plain) == "language"
-            and plan.rule("language", plain).word != "full"
-        ):
+        said = TensorName.of(name)
+        total += 0 if said.lora else numel(p)
+        bare = p.dim() > 2 and not said.lora and not said.original and layout.part_of(name) == "language"
+        if bare and plan.rule("language", said.plain).word != "full":
             kernel = isinstance(model.get_submodule(name.rpartition(".")[0]), _CONVOLUTIONS)
-            found[re.sub(r"(?<=\.)\d+(?=\.)", "*", plain)] += 0 if kernel else numel(p)
+            found[re.sub(r"(?<=\.)\d+(?=\.)", "*", said.plain)] += 0 if kernel else numel(p)
     found = +found
     if not found:
         return ""
@@ -606,9 +597,10 @@ class PlanTable:
             layout_of(model),
         )
         for name, p in model.named_parameters():
-            if ".original_module." not in name:
+            said = TensorName.of(name)
+            if not said.original:
                 kind = "nf4" if hasattr(p, "quant_state") else str(p.dtype).removeprefix("torch.")
-                key = f"{kind} (lora)" if ".lora_" in name else kind
+                key = f"{kind} (lora)" if said.lora else kind
                 part = dtypes[layout.part_of(name)]
                 part[key] = part.get(key, 0) + numel(p)
 

@@ -34,6 +34,7 @@ from ..compat import checkpointing_arguments, on_one_gpu, open_trainer, set_rate
 from ..compat import without_cache_note
 from ..data.batch import ByLength, Samples
 from ..errors import InputError, explain_write_errors
+from ..models.names import TensorName
 from ..models.parts import layout_of
 from ..models.precision import not_finite, precision_of
 from ..plan.tuning import Rate, TuningPlan
@@ -167,7 +168,7 @@ class PartTrainer(Trainer):
             self.plan.rate(part, name, lora, self.full_rate)
             if self.plan
             else lora
-            if ".lora_" in name
+            if TensorName.of(name).lora
             else self.full_rate
         )
 
