@@ -6,7 +6,6 @@
 __all__ = ['SCRIPTS', 'Translation', 'from_flags']
 
 # %% ../nbs/34_flags.ipynb #8207da37
-import html
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from .errors import InputError, nearest
 from .models.parts import PARTS
 from .plan.tuning import TuningPlan
+from .show import Html, html_list, html_table
 
 # %% ../nbs/34_flags.ipynb #aab6f51a
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Translation:
         )
 
     def _repr_html_(self):
-        cells = "".join(f"<td><b>{p}</b><br>{w}</td>" for p, w in self.plan.words.items())
-        return f"<table><tr>{cells}</tr></table><ul>{''.join(f'<li>{html.escape(n)}</li>' for n in self.notes)}</ul>"
+        cells = [Html(f"<b>{p}</b><br>{w}") for p, w in self.plan.words.items()]
+        return html_table([cells], head=False) + html_list(self.notes)
 
 
 def _plan(words, **options):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,10 @@ from ..data.native import load_processor
 from ..data.records import Conversation, Conversations
 from ..errors import InputError, claimed, explain_write_errors, write_json
 from .scores import RESAMPLES, Metric, Score, ScoreTable, answer_all, bootstrap, check_truths
-from .scores import html_table, metric_of, middle, text_table
+from .scores import metric_of, middle
 from ..models.load import load_vlm, model_folder
 from ..models.published import read_json
-from ..show import COLORS, figure, save_figure
+from ..show import COLORS, figure, html_table, package_versions, save_figure, text_table
 from ..train.identity import located
 
 # %% ../../nbs/81_evaluate.compare.ipynb #1acc3b33
@@ -327,7 +326,7 @@ class Checkpoint:
             "four_bit": self.four_bit,
             "max_pixels": self.max_pixels,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+            "versions": package_versions(),
         }
 
 # %% ../../nbs/81_evaluate.compare.ipynb #3f457d49

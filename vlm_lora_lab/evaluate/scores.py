@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['ANLS_THRESHOLD', 'Box', 'METRICS', 'RESAMPLES', 'Answer', 'why_not_together', 'answer_all', 'generate_answers',
            'Mark', 'Metric', 'edit_distance', 'read_boxes', 'iou', 'metric_of', 'check_truths', 'ExactMatch',
-           'bootstrap', 'middle', 'Score', 'text_table', 'html_table', 'ScoreTable', 'gallery']
+           'bootstrap', 'middle', 'Score', 'ScoreTable', 'gallery']
 
 # %% ../../nbs/80_evaluate.scores.ipynb #28edc1cc
-import html
 import math
 import re
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,7 +31,7 @@ from ..data.tokens import control_tokens, end_ids
 from ..errors import InputError
 from ..models.parts import mixed_precision
 from ..models.qwenvl import ntk_alpha
-from ..show import COLORS, figure
+from ..show import COLORS, figure, html_table, text_table
 
 # %% ../../nbs/80_evaluate.scores.ipynb #2fdddc4e
 @dataclass(frozen=True)
@@ -444,26 +443,6 @@ def _sentence(score):
     )
     unread = "; not read: " + ", ".join(f"{n} × {note}" for note, n in score.notes.items()) if score.notes else ""
     return f"{score.metric.title} {score.value:.1%} (n = {len(score.marks)}; {between}){unread}"
-
-# %% ../../nbs/80_evaluate.scores.ipynb #5059663f
-def text_table(rows: Iterable[Sequence[str]]) -> str:
-    "Rows of cells as text, the first column to the left, the others to the right."
-    table = list(rows)
-    widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip()
-        for r in table
-    )
-
-
-def html_table(rows: Iterable[Sequence[str]]) -> str:
-    "The same for a notebook; the first row is the head."
-    head, *body = rows
-
-    def row(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
 
 # %% ../../nbs/80_evaluate.scores.ipynb #24dca5c4
 @dataclass(frozen=True)

@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 from ..errors import InputError, write_json
-from ..show import COLORS, figure
+from ..show import COLORS, figure, package_versions
 from . import evidence
 from .experiments import EXPERIMENTS, RESULTS, Mean, Results, _command, results
 
@@ -958,7 +957,7 @@ def measure(
         numbers = c.numbers(read)
         facts = {
             "date": date.today().isoformat(),
-            "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+            "versions": package_versions(),
             "threads": torch.get_num_threads(),
             "seconds": round(time.perf_counter() - started, 1),
             "experiments": {n: read(n).facts["date"] for n in c.experiments},
