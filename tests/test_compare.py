@@ -29,7 +29,9 @@ from vlm_lora_lab.evaluate.compare import (
 from vlm_lora_lab.data.batch import Processor
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import METRICS, Mark, Score, generate_answers
+from vlm_lora_lab.evaluate.ask import generate_answers
+from vlm_lora_lab.evaluate.metrics import METRICS, Mark
+from vlm_lora_lab.evaluate.scores import Score
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 

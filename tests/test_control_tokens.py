@@ -14,7 +14,9 @@ from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.data.records import Conversation, Message, ask
 from vlm_lora_lab.data.tokens import IGNORE, control_tokens, encode, end_ids
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import Score, _read, generate_answers, read_boxes
+from vlm_lora_lab.evaluate.ask import _read, generate_answers
+from vlm_lora_lab.evaluate.boxes import read_boxes
+from vlm_lora_lab.evaluate.scores import Score
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 
 PICTURE = {"<image>", "</image>", "<slice>", "</slice>", "<unk>"}

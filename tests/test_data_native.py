@@ -29,7 +29,7 @@ from vlm_lora_lab.data.tokens import IGNORE
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.debug.nan import rows_of
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import _one_batch
+from vlm_lora_lab.evaluate.ask import _one_batch
 from vlm_lora_lab.models.load import lab_folder, load_vlm
 
 UPSTREAM = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from vlm_lora_lab.data.batch import Processor
 from vlm_lora_lab.data.drawn import draw
-from vlm_lora_lab.evaluate.scores import generate_answers
+from vlm_lora_lab.evaluate.ask import generate_answers
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMOConfig, MiniCPMV, MiniCPMVConfig
 from vlm_lora_lab.models.published import model_class, model_config, on_meta

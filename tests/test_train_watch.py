@@ -14,7 +14,8 @@ from vlm_lora_lab.data.batch import Processor, Samples
 from vlm_lora_lab.data.drawn import HELD_OUT, Drawn
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import ExactMatch, generate_answers
+from vlm_lora_lab.evaluate.ask import generate_answers
+from vlm_lora_lab.evaluate.scores import ExactMatch
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint

@@ -18,7 +18,7 @@ from vlm_lora_lab.data.records import DIALECTS, Access, Conversations, RecordErr
 from vlm_lora_lab.data.tokens import FAMILIES, IGNORE, encode
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import check_truths, metric_of
+from vlm_lora_lab.evaluate.metrics import check_truths, metric_of
 from vlm_lora_lab.models.load import lab_folder
 
 

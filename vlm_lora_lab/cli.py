@@ -434,7 +434,7 @@ def _ask(o):
     from vlm_lora_lab.checkpoint.save import adapter_processor, load_adapter, read_provenance
     from vlm_lora_lab.data.native import load_processor
     from vlm_lora_lab.data.records import ask
-    from vlm_lora_lab.evaluate.scores import generate_answers
+    from vlm_lora_lab.evaluate.ask import generate_answers
     from vlm_lora_lab.models.load import load_vlm, model_folder
 
     known = read_provenance(o.adapter, o.model) if o.adapter else {}
@@ -522,7 +522,8 @@ def _export(o):
 def _pretrain(o):
     from vlm_lora_lab.data.batch import Processor
     from vlm_lora_lab.data.drawn import HELD_OUT, Drawn
-    from vlm_lora_lab.evaluate.scores import ExactMatch, generate_answers
+    from vlm_lora_lab.evaluate.ask import generate_answers
+    from vlm_lora_lab.evaluate.scores import ExactMatch
     from vlm_lora_lab.models.load import load_vlm, load_tokenizer
     from vlm_lora_lab.train.pretrain import pretrain
 

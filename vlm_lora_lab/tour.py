@@ -20,7 +20,9 @@ from .data.batch import Collator, Processor, Samples
 from .data.drawn import HELD_OUT, Drawn
 from .data.records import read_conversations, samples_folder
 from .errors import empty_folder, explain_write_errors, write_json
-from .evaluate.scores import ExactMatch, gallery, generate_answers
+from .evaluate.ask import generate_answers
+from .evaluate.gallery import gallery
+from .evaluate.scores import ExactMatch
 from .models.load import load_vlm, load_tokenizer
 from .plan.tuning import PlanTable, TuningPlan, apply_plan
 from .show import package_versions, peak_memory, save_figure

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from ..data.batch import Processor, Samples
 from ..data.drawn import Drawn
 from ..errors import InputError, write_json
-from ..evaluate.scores import ExactMatch, generate_answers
+from ..evaluate.ask import generate_answers
+from ..evaluate.scores import ExactMatch
 from ..lora.targets import CHOICES, rank_for
 from ..models.load import load_tokenizer, load_vlm
 from ..models.parts import layout_of
