@@ -4,9 +4,11 @@ python benchmarks/data.py [--rows 240] [--rounds 3] [--workers 2] [--step 0.25] 
 
 Three ways, interleaved, each in a process of its own:
 
-  upstream's way   as OpenBMB/MiniCPM-V's finetune/dataset.py is described: the whole JSON in memory, every picture cut in the training process,
-                   batches in random order, padded to their longest row. The cutting itself is this package's, so that only the design differs.
-  lazy             records read when they are asked for, one process, batches of similar length (lengths measured beforehand, and that time counted)
+  upstream's way   as OpenBMB/MiniCPM-V's finetune/dataset.py is described: the whole JSON in memory, every picture cut
+                   in the training process, batches in random order, padded to their longest row. The cutting itself is
+                   this package's, so that only the design differs.
+  lazy             records read when they are asked for, one process, batches of similar length (lengths measured
+                   beforehand, and that time counted)
   lazy, N workers  the same, with rows prepared in N processes
 
 Between batches the program sleeps for --step seconds, as a program waits whose accelerator computes. Ratios are of the

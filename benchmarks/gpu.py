@@ -1,9 +1,9 @@
 """Published shapes with random weights on one CUDA card, in NF4: tokens a second, share of the card's peak arithmetic,
 and peak memory against `estimate`.
 
-    python benchmarks/gpu.py                      all models and arms, each arm in a process of its own; about 8 minutes on an H100
+    python benchmarks/gpu.py           all models and arms, each arm in a process of its own; about 8 minutes on an H100
     python benchmarks/gpu.py --only minicpmv-2.6 --steps 6
-    python benchmarks/gpu.py --tiny               scaled down, on any machine: shows that the script runs, and nothing else
+    python benchmarks/gpu.py --tiny    scaled down, on any machine: shows that the script runs, and nothing else
 
 On a bare machine without a network: carry the wheels of what it lacks (`pip download bitsandbytes peft accelerate`, and
 `trl==1.16.0 datasets` for TRL's arm), install them with `pip install --no-index --find-links FOLDER`, and run `python

@@ -1,8 +1,8 @@
 """Install the wheel in fresh environments and use it there: each Python of settings.ini that is found, with the lowest
 and the newest releases it admits.
 
-    python tests/matrix.py                          all of it; writes tests/MATRIX.md
-    python tests/matrix.py --only 3.11              one Python, or one row: --only 3.11-lowest; the other rows of the table stay
+    python tests/matrix.py                all of it; writes tests/MATRIX.md
+    python tests/matrix.py --only 3.11    one Python, or one row: --only 3.11-lowest; the other rows of the table stay
 
 lowest       the bounds themselves of torch, transformers and peft in settings.ini; everything else as pip resolves it
 newest       what `pip install` takes today

@@ -18,7 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage".split()
+FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --disable-dev-shm-usage""".split()
 CHAPTERS = sorted(
     p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
     for p in (ROOT / "nbs").rglob("*.ipynb")
@@ -195,7 +196,10 @@ def tab(browser, address):
     assert complaints == []
 
 
-LUMINANCE = """e => { const [r, g, b] = getComputedStyle(e).{what}.match(/[\\d.]+/g).map(Number); return (r * 299 + g * 587 + b * 114) / 255000 }"""
+LUMINANCE = """e => {
+    const [r, g, b] = getComputedStyle(e).{what}.match(/[\\d.]+/g).map(Number);
+    return (r * 299 + g * 587 + b * 114) / 255000
+}"""
 
 
 @browser_needed
@@ -206,8 +210,10 @@ def test_three_pages_fit_and_can_be_read(tab, width, scheme, tmp_path):
     for name in LOOKED_AT:
         page = tab(f"{name}.html", width, scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the window"
-        outside = """w => [...document.querySelectorAll('article h1, article p, article li, article .cell, article table, article img, article pre')]
-            .filter(e => !e.parentElement.closest('.output, table, pre, .highlight') && e.getBoundingClientRect().right > w + 1).map(e => e.outerHTML.slice(0, 80))"""
+        outside = """w => [...document.querySelectorAll('article :is(h1, p, li, .cell, table, img, pre)')]
+            .filter(e => !e.parentElement.closest('.output, table, pre, .highlight'))
+            .filter(e => e.getBoundingClientRect().right > w + 1)
+            .map(e => e.outerHTML.slice(0, 80))"""
         assert page.evaluate(outside, width) == [], name
         assert (
             page.evaluate(

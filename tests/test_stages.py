@@ -380,7 +380,8 @@ def test_a_run_that_was_killed_goes_on_from_the_last_complete_state(stage, step,
 import os, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_stages import At, staged
-staged({str(tmp_path)!r}, callbacks=lambda number: [At({step}, lambda: os.kill(os.getpid(), signal.SIGKILL))] if number == {stage} else [])
+kill = At({step}, lambda: os.kill(os.getpid(), signal.SIGKILL))
+staged({str(tmp_path)!r}, callbacks=lambda number: [kill] if number == {stage} else [])
 """
     died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The vision cache: what it serves is what the tower would say; when anything that matters changes, it serves nothing."""
+"""The vision cache serves what the tower would say; when anything that matters changes, it serves nothing."""
 
 import copy
 import json
@@ -525,7 +525,8 @@ def test_a_job(rows, tmp_path, capsys, monkeypatch):
     assert cache_folder() == tmp_path / "cache"
     data = str(samples_folder() / "mixed.json")
     (tmp_path / "job.yaml").write_text(
-        f"data: {data}\noutput: {tmp_path / 'a'}\nvision_cache: disk\nfour_bit: false\nschedule: {{max_steps: 8, batch_size: 2}}\n"
+        f"data: {data}\noutput: {tmp_path / 'a'}\nvision_cache: disk\nfour_bit: false\n"
+        "schedule: {max_steps: 8, batch_size: 2}\n"
     )
     assert main(["train", str(tmp_path / "job.yaml")]) == 0
     assert "pictures from the cache" in capsys.readouterr().out and list((tmp_path / "cache").glob("*/*.safetensors"))
