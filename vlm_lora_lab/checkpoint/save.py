@@ -492,7 +492,8 @@ _CARD = """---
 library_name: peft
 base_model: {base}
 ---
-An adapter of {count} tensors for `{base}`, in PEFT's format. `provenance.json` says what it belongs to and holds a hash of every file.
+An adapter of {count} tensors for `{base}`, in PEFT's format. \
+`provenance.json` says what it belongs to and holds a hash of every file.
 
 ```python
 from vlm_lora_lab.checkpoint.save import load_adapter

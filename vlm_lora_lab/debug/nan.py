@@ -520,7 +520,8 @@ sys.path.insert(0, "")  # your own modules, from where you are
 
 from vlm_lora_lab.debug.nan import replay
 
-print(replay(Path(__file__).parent) or "The step is healthy here: it depends on the machine. See case.json for the one it was seen on.")
+print(replay(Path(__file__).parent) or "The step is healthy here: it depends on the machine. \
+See case.json for the one it was seen on.")
 '''
 
 

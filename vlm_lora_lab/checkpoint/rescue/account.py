@@ -23,6 +23,7 @@ from ...flags import SCRIPTS, from_flags
 from ...models.parts import PARTS
 from ...models.tokenizer import picture_file
 from ...plan.tuning import TuningPlan
+from ...show import Html, html_list, html_table, text_table
 
 # %% ../../../nbs/77_checkpoint.rescue.account.ipynb #f8f0c933
 @dataclass(frozen=True)
@@ -359,17 +360,7 @@ class Rescue:
             yield part, what, f"{tensors:,}", f"{weights:,}"
 
     def __repr__(self):
-        cells = list(self._cells())
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        lines = [
-            repr(self.found),
-            "",
-            *(
-                "  ".join(c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-                for row in cells
-            ),
-            "",
-        ]
+        lines = [repr(self.found), "", text_table(self._cells(), "<<>"), ""]
         kinds = Counter(f.partition(":")[0] for f in self.fates.values())
         lines += [
             f"{len(self.fates)} tensors in the files: " + ", ".join(f"{n} {k}" for k, n in kinds.most_common()) + "."
@@ -385,18 +376,10 @@ class Rescue:
         )
 
     def _repr_html_(self):
-        head, *body = self._cells()
-
-        def row(cells, tag):
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
         said = (
             [("lost", str(x)) for x in self.lost]
             + [("suspicious", s) for s in self.suspicious]
             + [("note", n) for n in self.notes]
         )
-        return (
-            f"<table><caption>{html.escape(FORMATS[self.found.format].title)}</caption><thead>{row(head, 'th')}</thead>"
-            f"<tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
-            f"<ul>{''.join(f'<li><b>{k}</b>: {html.escape(s)}</li>' for k, s in said)}</ul>"
-        )
+        table = html_table(self._cells(), caption=FORMATS[self.found.format].title)
+        return table + html_list(Html(f"<b>{kind}</b>: {html.escape(s)}") for kind, s in said)

@@ -9,7 +9,6 @@ __all__ = ['rescue']
 import shutil
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from ...models.files import save_vlm, shape_of
 from ...models.load import load_vlm
 from ...models.published import on_meta
 from ...plan.tuning import apply_plan
+from ...show import package_versions
 from ...train.identity import located
 
 # %% ../../../nbs/78_checkpoint.rescue.write.ipynb #9805a37f
@@ -140,7 +140,6 @@ def _write(result, model, got, output, four_bit):
         if processor:
             keep_limits(partial, processor)
         write_json(partial / "plan.json", result.plan.to_dict())
-        packages = ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")
         write_json(
             partial / "rescue.json",
             {
@@ -159,7 +158,7 @@ def _write(result, model, got, output, four_bit):
                 "base_sha256": base_sha256(model.name),
                 "four_bit": four_bit,
                 "max_pixels": pixels,
-                "versions": {p: version(p) for p in packages},
+                "versions": package_versions(),
                 "rescued_from": result.found.format,
             },
         )
