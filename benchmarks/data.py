@@ -64,7 +64,9 @@ def child(way, folder, batch_size, workers, step):
     from vlm_lora_lab.data.batch import Samples, loader
     from vlm_lora_lab.data.records import Conversations, read_conversations
 
-    process, before, start = processor(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    process = processor()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
     if way == "upstream":
         samples = Samples(read_conversations(folder / "data.json"), process)
         lengths = None
@@ -72,13 +74,12 @@ def child(way, folder, batch_size, workers, step):
         conversations = Conversations.open(folder / "data.json")
         lengths = [len(process.measure(c).input_ids) for c in conversations]
         samples = Samples(conversations, process, workers if way == "workers" else 0, lengths)
-    planned, tokens, real, rows = time.perf_counter() - start, 0, 0, 0
+    planned = time.perf_counter() - start
+    tokens = real = rows = 0
     for batch in loader(samples, batch_size):
-        tokens, real, rows = (
-            tokens + batch["attention_mask"].numel(),
-            real + int(batch["attention_mask"].sum()),
-            rows + len(batch["labels"]),
-        )
+        tokens += batch["attention_mask"].numel()
+        real += int(batch["attention_mask"].sum())
+        rows += len(batch["labels"])
         time.sleep(step)
     seconds = time.perf_counter() - start
     own, worker = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -108,7 +109,10 @@ def long_file(way, folder, rows):
     "Read all records of a long file once; the most memory held above that before."
     from vlm_lora_lab.data.records import Conversations
 
-    before, start, most, count = resident(), time.perf_counter(), 0.0, 0
+    before = resident()
+    start = time.perf_counter()
+    most = 0.0
+    count = 0
     records = (
         json.loads((folder / "long.json").read_text())
         if way == "upstream"

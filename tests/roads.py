@@ -111,7 +111,9 @@ class Road:
     "One checkpoint, the files made of it, and what each step came to."
 
     def __init__(self, name, folder, small):
-        self.name, self.folder, self.cells = name, folder, {}
+        self.name = name
+        self.folder = folder
+        self.cells = {}
         self.base = stand_in(name, folder / "base", small=small)
         values = json.loads((self.base / "config.json").read_text())
         self.kind = values["model_type"]

@@ -198,7 +198,9 @@ def _language(section, full):
         or full.hidden_size // full.num_attention_heads
     ) * full.num_attention_heads
     # as wide together as the model, wider, or less
-    head = 16 if width == full.hidden_size else 32 if width > full.hidden_size else 8
+    head = 16
+    if width != full.hidden_size:
+        head = 32 if width > full.hidden_size else 8
     new = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": LAYERS.get(full.model_type, 2)}
     new["intermediate_size"] = max(16, round(hidden * full.intermediate_size / full.hidden_size / 16) * 16)
     kv = getattr(full, "num_key_value_heads", None)
@@ -626,7 +628,9 @@ def _renumber(values, ids, rows):
             return [new(key, v) for v in value]
         if value is None or key not in IDS:
             return value
-        return rows if "vocab_size" in key else ids.get(value, value if value < rows else 0)
+        if "vocab_size" in key:
+            return rows
+        return ids.get(value, value if value < rows else 0)
 
     return {
         k: _renumber(v, ids, rows) if isinstance(v, dict) and k not in ("audio_config",) else new(k, v)
@@ -637,63 +641,59 @@ def _renumber(values, ids, rows):
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
+def _minicpm_pictures(values):
+    version = {"2.5": "2.5"}.get(str(values["version"]), 2.6)
+    cls = "MiniCPMV" if values["model_type"] == "minicpmv" else "MiniCPMO"
+    return {
+        "image_processor_type": "MiniCPMVImageProcessor",
+        "processor_class": f"{cls}Processor",
+        "max_slice_nums": 9,
+        "scale_resolution": 448,
+        "patch_size": 14,
+        "image_feature_size": values["query_num"],
+        "im_start": "<image>",
+        "im_end": "</image>",
+        "slice_start": "<slice>",
+        "slice_end": "</slice>",
+        "unk": "<unk>",
+        "im_id_start": "<image_id>",
+        "im_id_end": "</image_id>",
+        "slice_mode": True,
+        "norm_mean": [0.5] * 3,
+        "norm_std": [0.5] * 3,
+        "version": version,
+        "use_image_id": version == 2.6,
+        "auto_map": {
+            "AutoProcessor": "processing_minicpmv.MiniCPMVProcessor",
+            "AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor",
+        },
+    }
+
+
+def _qwen_pictures(kind):
+    newer = kind == "qwen3_vl"
+    limits = {"min_pixels": 3136, "max_pixels": 12845056}
+    if newer:
+        limits = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
+    processor = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}.get(kind, "Qwen3VLProcessor")
+    return limits | {
+        "patch_size": 16 if newer else 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3 if newer else CLIP_MEAN,
+        "image_std": [0.5] * 3 if newer else CLIP_STD,
+        "image_processor_type": "Qwen2VLImageProcessorFast" if newer else "Qwen2VLImageProcessor",
+        "processor_class": processor,
+    }
+
+
 def _picture_files(values, folder):
     "What the published preprocessor_config.json says, for the families whose pictures are prepared here."
     kind = values["model_type"]
     if kind in ("minicpmv", "minicpmo") and values.get("version"):
-        version = {"2.5": "2.5"}.get(str(values["version"]), 2.6)
-        cls = "MiniCPMV" if kind == "minicpmv" else "MiniCPMO"
-        _write(
-            folder,
-            "preprocessor_config.json",
-            {
-                "image_processor_type": "MiniCPMVImageProcessor",
-                "processor_class": f"{cls}Processor",
-                "max_slice_nums": 9,
-                "scale_resolution": 448,
-                "patch_size": 14,
-                "image_feature_size": values["query_num"],
-                "im_start": "<image>",
-                "im_end": "</image>",
-                "slice_start": "<slice>",
-                "slice_end": "</slice>",
-                "unk": "<unk>",
-                "im_id_start": "<image_id>",
-                "im_id_end": "</image_id>",
-                "slice_mode": True,
-                "norm_mean": [0.5] * 3,
-                "norm_std": [0.5] * 3,
-                "version": version,
-                "use_image_id": version == 2.6,
-                "auto_map": {
-                    "AutoProcessor": "processing_minicpmv.MiniCPMVProcessor",
-                    "AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor",
-                },
-            },
-        )
+        _write(folder, "preprocessor_config.json", _minicpm_pictures(values))
     if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        newer = kind == "qwen3_vl"
-        limits = (
-            {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
-            if newer
-            else {"min_pixels": 3136, "max_pixels": 12845056}
-        )
-        _write(
-            folder,
-            "preprocessor_config.json",
-            limits
-            | {
-                "patch_size": 16 if newer else 14,
-                "temporal_patch_size": 2,
-                "merge_size": 2,
-                "image_mean": [0.5] * 3 if newer else CLIP_MEAN,
-                "image_std": [0.5] * 3 if newer else CLIP_STD,
-                "image_processor_type": "Qwen2VLImageProcessorFast" if newer else "Qwen2VLImageProcessor",
-                "processor_class": {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}.get(
-                    kind, "Qwen3VLProcessor"
-                ),
-            },
-        )
+        _write(folder, "preprocessor_config.json", _qwen_pictures(kind))
     if kind in ("minicpmv4_6", "minicpmv4_7"):
         MiniCPMV4_6ImageProcessorPil(patch_size=14).save_pretrained(folder)
 

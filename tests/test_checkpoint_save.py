@@ -112,7 +112,9 @@ CHILD = """
 
 def train_and_save(family, i, generator, place):
     "A random plan, or LoRA and parameters unfrozen by hand; two steps; saved, with what a fresh process should find."
-    base, four_bit, hand = base_folder(family, place), i % 3 == 1, i % 3 == 2
+    base = base_folder(family, place)
+    four_bit = i % 3 == 1
+    hand = i % 3 == 2
     empty = on_meta(base)
     while True:
         plan = TuningPlan() if hand else random_plan(empty, generator)

@@ -319,7 +319,9 @@ def test_changing_places_changes_the_sign(pairs):
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng, hits, true = np.random.default_rng(5), 0, 0.3 * 0.5 - 0.7 * 0.1
+    rng = np.random.default_rng(5)
+    hits = 0
+    true = 0.3 * 0.5 - 0.7 * 0.1
     for seed in range(200):
         first = rng.random(150) < 0.7
         second = np.where(first, rng.random(150) >= 0.1, rng.random(150) < 0.5)

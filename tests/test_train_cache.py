@@ -152,7 +152,9 @@ def changed_type(m, b):
 def changed_setting(m, b):
     m.config.vision_config.num_attention_heads = 2
     for layer in m.vpm.encoder.layers:
-        layer.self_attn.num_heads, layer.self_attn.head_dim, layer.self_attn.scale = 2, 24, 24**-0.5
+        layer.self_attn.num_heads = 2
+        layer.self_attn.head_dim = 24
+        layer.self_attn.scale = 24**-0.5
 
 
 def changed_kernel(m, b):
@@ -450,7 +452,9 @@ def test_who_decides(rows):
 
 def test_a_training_with_the_cache_is_the_training_without(rows, tmp_path):
     "Pictures of one size: bit for bit, with the connector trained, evaluation and a resume included."
-    schedule, losses, weights = Schedule(epochs=3, batch_size=4, learning_rate=1e-3, save_every=4), {}, {}
+    schedule = Schedule(epochs=3, batch_size=4, learning_rate=1e-3, save_every=4)
+    losses = {}
+    weights = {}
     for name in ("without", "memory", "disk", "resumed"):
         model = lab().float()
         samples = Samples([r for r in rows], Processor.of(model.config, load_tokenizer("lab")))

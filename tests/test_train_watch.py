@@ -23,7 +23,9 @@ from vlm_lora_lab.train.watch import LivePlot, Watch, tensorboard, training_curv
 
 
 def test_a_run_learns_the_same_whether_it_is_asked_or_not(tmp_path):
-    few, ends, asked = [Drawn(HELD_OUT, 8)[i] for i in range(8)], [], []
+    few = [Drawn(HELD_OUT, 8)[i] for i in range(8)]
+    ends = []
+    asked = []
     for way in ("silent", "asked"):
         torch.manual_seed(0)
         model = apply_plan(load_vlm("lab", four_bit=True), TuningPlan(dropout=0.1))
