@@ -12,14 +12,20 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from peft import get_peft_model_state_dict
 from real import real
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import MiniCPMV4_6ImageProcessorPil
 
+from vlm_lora_lab.checkpoint.merge import _Shard
+from vlm_lora_lab.checkpoint.save import fingerprint
+from vlm_lora_lab.errors import write_json
+from vlm_lora_lab.models.files import INDEX
 from vlm_lora_lab.models.load import lab_folder
-from vlm_lora_lab.models.published import PUBLISHED, model_class, model_config
+from vlm_lora_lab.models.published import PUBLISHED, model_class, model_config, on_meta
 from vlm_lora_lab.models.tokenizer import PUBLISHED_TOKENS, QWEN_SPECIAL, version_of
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 TOKENIZERS = Path(__file__).parent / "golden" / "tokenizer"
 # What may differ from the published config.json; * stands for the whole of a list.
@@ -811,3 +817,50 @@ def weights_besides_embeddings(folder):
                     torch.Size(f.get_slice(n).get_shape()).numel()
                 )
     return count["other"]
+
+
+def noise_checkpoint(
+    folder: str | Path,  # must exist
+    values: dict,  # of a config.json
+    plan: TuningPlan,
+    four_bit: bool = True,  # what the adapter says of its training
+    shards: int = 4,
+) -> tuple[Path, Path]:  # folder of a base, folder of an adapter for it
+    "Weights of noise in the shapes of a configuration, for measuring; nothing of that size is held."
+    base, adapter, noise = Path(folder) / "base", Path(folder) / "adapter", 0.02 * torch.randn(2**20)
+    base.mkdir()
+    adapter.mkdir()
+    write_json(base / "config.json", values)
+    state = {n: (torch.bfloat16, tuple(t.shape)) for n, t in on_meta(values).state_dict().items()}
+    room, weight_map = sum(torch.Size(s).numel() for _, s in state.values()) / shards, {}
+    for i, n in enumerate(state):
+        weight_map[n] = min(shards - 1, int(sum(torch.Size(s).numel() for _, s in list(state.values())[:i]) / room))
+    model = apply_plan(on_meta(values), plan)
+    model.active_peft_config.save_pretrained(adapter)
+    learned = {
+        n: (torch.float32, tuple(t.shape))
+        for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    files = {
+        base / f"model-{i + 1:05}-of-{shards:05}.safetensors": {n: state[n] for n, k in weight_map.items() if k == i}
+        for i in range(shards)
+    }
+    for file, entries in {**files, adapter / "adapter_model.safetensors": learned}.items():
+        shard = _Shard(file, [(n, *e) for n, e in entries.items()])
+        for kind, shape in entries.values():
+            for left in range(torch.Size(shape).numel(), 0, -len(noise)):
+                shard.add(noise[:left].to(kind))
+        shard.close()
+    write_json(
+        base / INDEX,
+        {
+            "metadata": {},
+            "weight_map": {n: f"model-{k + 1:05}-of-{shards:05}.safetensors" for n, k in weight_map.items()},
+        },
+    )
+    write_json(adapter / "plan.json", plan.to_dict())
+    write_json(
+        adapter / "provenance.json",
+        {"base": str(base), "base_fingerprint": fingerprint(base), "four_bit": four_bit, "versions": {}},
+    )
+    return base, adapter

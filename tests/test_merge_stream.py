@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import FAMILIES, batch_of, tiny_model
 from safetensors.torch import load_file, save_file
+from standins import noise_checkpoint
 
 from vlm_lora_lab.checkpoint import merge
 from vlm_lora_lab.checkpoint.merge import (
@@ -22,7 +23,6 @@ from vlm_lora_lab.checkpoint.merge import (
     merge_adapter,
     merge_into,
     merge_memory,
-    noise_checkpoint,
     save_merged,
 )
 from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance, save_adapter, seal

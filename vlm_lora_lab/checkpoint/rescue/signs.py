@@ -29,7 +29,6 @@ class Format:
 
 
 _ISSUE = "https://github.com/OpenBMB/MiniCPM-V/issues"
-_FULL = {"vision": "full", "connector": "full", "embeddings": "full"}
 _LORA = {"language": ("lora", "adapter")}
 
 
