@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.batch import BaseProcessor
-from ..data.records import Conversation
+from ..data.media import Conversation
 from ..data.tokens import control_tokens, end_ids
 from ..models.parts import mixed_precision
 from ..models.qwenvl import ntk_alpha

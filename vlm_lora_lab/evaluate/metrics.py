@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.records import Conversation
+from ..data.media import Conversation
 from ..errors import InputError
 from .boxes import overlaps, read_boxes
 

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..data.records import Conversation
+from ..data.media import Conversation
 from .metrics import Mark, Metric, check_truths, metric_of
 from ..show import html_table, text_table
 
