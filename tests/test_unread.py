@@ -19,7 +19,7 @@ from vlm_lora_lab.data.tokens import IGNORE, encode
 from vlm_lora_lab.families.base import family_named
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import check_truths, metric_of
+from vlm_lora_lab.evaluate.metrics import check_truths, metric_of
 from vlm_lora_lab.models.load import lab_folder
 
 

@@ -6,7 +6,6 @@
 __all__ = ['LEVELS', 'Finding', 'Holding', 'Inspection', 'Seen', 'inspect_adapter']
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #4bee2b9b
-import html
 import textwrap
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from ..models.names import StoredNames, TensorName, places_of, plain_name
 from ..models.parts import PARTS, count, layout_of
 from ..models.published import lab_folder, on_meta, read_json
 from ..plan.tuning import TuningPlan, full_modules, lora_layers
+from ..show import Html, element, html_list, html_table, readable_file_size, text_lines
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #eb8b7edd
 LEVELS = ("error", "warning", "note")
@@ -61,14 +61,6 @@ class Holding:
     rank: str = ""  # of its LoRA
     alpha: str = ""
 
-
-def _size(n):
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:,.0f} {unit}" if unit in ("B", "kB") else f"{n:,.1f} {unit}"
-        n /= 1000
-    return None
-
 # %% ../../nbs/72_checkpoint.inspect.ipynb #d86c88f7
 @dataclass(frozen=True)
 class Inspection:
@@ -90,7 +82,7 @@ class Inspection:
     def _cells(self):
         yield ("part", "what", "tensors", "weights", "rank", "alpha", "on disk")
         for r in self.rows:
-            yield r.part, r.kind, f"{r.tensors:,}", f"{r.weights:,}", r.rank, r.alpha, _size(r.nbytes)
+            yield r.part, r.kind, f"{r.tensors:,}", f"{r.weights:,}", r.rank, r.alpha, readable_file_size(r.nbytes)
         yield (
             "all",
             "",
@@ -98,17 +90,12 @@ class Inspection:
             f"{sum(r.weights for r in self.rows):,}",
             "",
             "",
-            _size(sum(r.nbytes for r in self.rows)),
+            readable_file_size(sum(r.nbytes for r in self.rows)),
         )
 
     def __repr__(self):
-        cells, wide = list(self._cells()), max((len(label) for label, _ in self.about), default=0)
-        widths = [max(len(row[i]) for row in cells) for i in range(7)]
-        lines = [f"{self.folder}: {self.kind}", *(f"  {label.ljust(wide)}  {value}" for label, value in self.about), ""]
-        lines += [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-            for row in cells
-        ]
+        lines = [f"{self.folder}: {self.kind}", *(f"  {line}" for line in text_lines(self.about, "<")), ""]
+        lines += text_lines(self._cells(), "<<>")
         said = [
             textwrap.fill(str(f), 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
             for f in self.findings
@@ -116,20 +103,10 @@ class Inspection:
         return "\n".join([*lines, "", *(said or ["Nothing suspicious was found."])])
 
     def _repr_html_(self):
-        def tag(cells, t):
-            return "<tr>" + "".join(f"<{t}>{html.escape(c)}</{t}>" for c in cells) + "</tr>"
-
-        head, *body = self._cells()
-        about = " · ".join(f"{html.escape(label)}: {html.escape(value)}" for label, value in self.about)
-        said = (
-            "".join(f"<li>{html.escape(str(f))}</li>" for f in self.findings)
-            or "<li>Nothing suspicious was found.</li>"
-        )
-        return (
-            f"<p><b>{html.escape(self.folder)}</b>: {self.kind}<br>{about}</p>"
-            f"<table><thead>{tag(head, 'th')}</thead><tbody>{''.join(tag(r, 'td') for r in body)}</tbody></table>"
-            f"<ul>{said}</ul>"
-        )
+        about = " · ".join(f"{label}: {value}" for label, value in self.about)
+        said = [str(f) for f in self.findings] or ["Nothing suspicious was found."]
+        title = element("p", element("b", self.folder), f": {self.kind}", Html("<br>"), about)
+        return title + html_table(self._cells()) + html_list(said)
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #13b8cee5
 @dataclass(frozen=True)

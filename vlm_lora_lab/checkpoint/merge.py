@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'KINDS', 'TOLERANCE', 'Reader', 'Lora', 'Adapter', 'by_peft', 'nf4_and_back', 'Change', 'changes', 'Merged',
-           'merge_into', 'changes_nothing', 'merge_adapter', 'save_merged', 'SameModel', 'same_model', 'merge_memory',
-           'noise_checkpoint']
+           'merge_into', 'changes_nothing', 'merge_adapter', 'save_merged', 'SameModel', 'same_model', 'merge_memory']
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #b0179667
 import json
@@ -18,13 +17,13 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from .save import _or_rescue, check_base, check_seals, check_settings, fingerprint, lora_config
+from .save import _or_rescue, check_base, check_seals, check_settings, lora_config
 from .save import read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
@@ -35,7 +34,6 @@ from ..models.load import load_vlm, model_folder
 from ..models.names import LORA, PREFIX, StoredNames, TensorName
 from ..models.parts import linear_layers, mixed_precision
 from ..models.published import on_meta, read_json
-from ..plan.tuning import TuningPlan, apply_plan
 from ..settings import Within, fitting
 from ..train.identity import located
 
@@ -765,51 +763,3 @@ def merge_memory(
     "The most that `merge_into` holds at a time, predicted."
     largest = max(model.get_submodule(n).weight.numel() for n in linear_layers(model)["language"])
     return 4 * (7 * min(largest, CHUNK) + (2 * largest + largest // 8 if four_bit else 0)) + 4 * CHUNK
-
-
-def noise_checkpoint(
-    folder: str | Path,  # must exist
-    values: dict,  # of a config.json
-    plan: TuningPlan,
-    four_bit: bool = True,  # what the adapter says of its training
-    shards: int = 4,
-) -> tuple[Path, Path]:  # folder of a base, folder of an adapter for it
-    "Weights of noise in the shapes of a configuration, for measuring; nothing of that size is held."
-    base, adapter = Path(folder) / "base", Path(folder) / "adapter"
-    noise = 0.02 * torch.randn(2**20)
-    base.mkdir()
-    adapter.mkdir()
-    write_json(base / "config.json", values)
-    state = {n: (torch.bfloat16, tuple(t.shape)) for n, t in on_meta(values).state_dict().items()}
-    room, weight_map = sum(torch.Size(s).numel() for _, s in state.values()) / shards, {}
-    for i, n in enumerate(state):
-        weight_map[n] = min(shards - 1, int(sum(torch.Size(s).numel() for _, s in list(state.values())[:i]) / room))
-    model = apply_plan(on_meta(values), plan)
-    model.active_peft_config.save_pretrained(adapter)
-    learned = {
-        n: (torch.float32, tuple(t.shape))
-        for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    files = {
-        base / f"model-{i + 1:05}-of-{shards:05}.safetensors": {n: state[n] for n, k in weight_map.items() if k == i}
-        for i in range(shards)
-    }
-    for file, entries in {**files, adapter / "adapter_model.safetensors": learned}.items():
-        shard = _Shard(file, [(n, *e) for n, e in entries.items()])
-        for kind, shape in entries.values():
-            for left in range(torch.Size(shape).numel(), 0, -len(noise)):
-                shard.add(noise[:left].to(kind))
-        shard.close()
-    write_json(
-        base / INDEX,
-        {
-            "metadata": {},
-            "weight_map": {n: f"model-{k + 1:05}-of-{shards:05}.safetensors" for n, k in weight_map.items()},
-        },
-    )
-    write_json(adapter / "plan.json", plan.to_dict())
-    write_json(
-        adapter / "provenance.json",
-        {"base": str(base), "base_fingerprint": fingerprint(base), "four_bit": four_bit, "versions": {}},
-    )
-    return base, adapter

@@ -24,7 +24,6 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +54,7 @@ from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
 from ..plan.tuning import TuningPlan, audit, lora_layers
 from ..settings import FilePath, Within, fitting
+from ..show import package_versions
 from ..train.identity import STARTED, file_sha256, located
 from ..train.run import last_checkpoint
 
@@ -444,7 +444,7 @@ def save_adapter(
         "data": data or {},
         "metrics": metrics or {},
         "max_pixels": max_pixels,
-        "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+        "versions": package_versions(),
         **({"from_adapter": ancestor} if ancestor else {}),
         "base_sha256": base_hash,
     }

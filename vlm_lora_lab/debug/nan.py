@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from ..models.load import load_vlm
 from ..models.parts import PARTS, layout_of
 from ..models.precision import not_finite
 from ..models.published import model_class, model_config
+from ..show import PACKAGES, package_versions
 
 # %% ../../nbs/61_debug.nan.ipynb #cede18c9
 CAUSES = {  # cause -> what it means, what to do
@@ -522,7 +522,8 @@ sys.path.insert(0, "")  # your own modules, from where you are
 
 from vlm_lora_lab.debug.nan import replay
 
-print(replay(Path(__file__).parent) or "The step is healthy here: it depends on the machine. See case.json for the one it was seen on.")
+print(replay(Path(__file__).parent) or "The step is healthy here: it depends on the machine. \
+See case.json for the one it was seen on.")
 '''
 
 
@@ -566,7 +567,7 @@ def save_case(
         "settings": {k: v for k, v in batch.items() if isinstance(v, (bool, int, float, str)) or v is None},
         "facts": dict(facts or {}),
         "gpu": gpu,
-        "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft")},
+        "versions": package_versions(*PACKAGES[:4]),
         "diagnosis": {k: v for k, v in asdict(diagnosis).items() if k != "event"},
     }
     folder = empty_folder(folder)

@@ -193,7 +193,9 @@ def position_buckets(
     n: int,  # patches along one side of the picture
     side: int,  # positions along one side of the learned table
 ) -> torch.Tensor:  # (n,) int: the position of each patch
-    """Spread `n` patches over `side` learned positions, in upstream's 32-bit arithmetic (`modeling_navit_siglip.py`)."""
+    """Spread `n` patches over `side` learned positions, in upstream's 32-bit arithmetic.
+
+    Source: `modeling_navit_siglip.py`."""
     step = 1 / torch.tensor(n)  # float32, because n is an integer tensor upstream
     fractions = torch.arange(0, 1 - 1e-6, step)
     edges = torch.arange(1 / side, 1.0, 1 / side)

@@ -7,7 +7,6 @@ __all__ = ['PARTS', 'Names', 'TIED', 'NARROW', 'Layout', 'register', 'native_lay
            'stored_tensors', 'count', 'linear_layers', 'PartsTable', 'mixed_precision']
 
 # %% ../../nbs/10_models.parts.ipynb #d54266e1
-import html
 import math
 import textwrap
 from collections import Counter
@@ -24,6 +23,7 @@ from ..errors import InputError
 from ..families.base import Family, families_of, register_family
 from .names import TensorName, plain_name
 from .precision import precision_of
+from ..show import column_widths, html_table, text_lines
 
 # %% ../../nbs/10_models.parts.ipynb #4d50ad98
 PARTS = ("vision", "connector", "language", "embeddings", "head")  # in the order in which a picture meets them
@@ -324,32 +324,16 @@ class PartsTable:
         yield "all", "", f"{total:,}", "100.0%", ""
 
     def __repr__(self):
-        lines = [self.title]
         cells = list(self._cells())
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        for row in cells:
-            lines.append(
-                "  ".join(
-                    c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row[:4], widths))
-                ).rstrip()
-            )
+        lines = [self.title, *text_lines([row[:4] for row in cells], "<<>>")]
         lines += ["", "linear layers, which LoRA can adapt (input→output ×count)"]
-        wrap = dict(width=110, subsequent_indent=" " * (widths[0] + 2), break_long_words=False)
-        lines += [
-            textwrap.fill(
-                f"{row[0].ljust(widths[0])}  {row[4].replace(' ', NARROW).replace(',' + NARROW, ', ')}", **wrap
-            ).replace(NARROW, " ")
-            for row in cells[1:-1]
-        ]
+        wrap = dict(width=110, subsequent_indent=" " * (column_widths(cells)[0] + 2), break_long_words=False)
+        inside = [(row[0], row[4].replace(" ", NARROW).replace("," + NARROW, ", ")) for row in cells[1:-1]]
+        lines += [textwrap.fill(line, **wrap).replace(NARROW, " ") for line in text_lines(inside, "<")]
         return "\n".join(lines)
 
     def _repr_html_(self):
-        head, *body = self._cells()
-
-        def row(cells, tag):
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-        return f"<table><caption>{html.escape(self.title)}</caption><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
+        return html_table(self._cells(), caption=self.title)
 
 # %% ../../nbs/10_models.parts.ipynb #9087725f
 def mixed_precision(

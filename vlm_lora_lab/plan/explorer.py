@@ -17,8 +17,9 @@ from ..errors import InputError
 from ..lora.variants import VARIANTS
 from ..models.parts import PARTS, layout_of
 from ..models.published import PUBLISHED, on_meta
-from .preview import Preview, readable_bytes
+from .preview import Preview
 from .tuning import WORDS, TuningPlan
+from ..show import Html, element, html_items, html_table, readable_bytes
 
 # %% ../../nbs/36_plan.explorer.ipynb #cd0e161d
 @lru_cache(maxsize=16)
@@ -126,12 +127,12 @@ def _paint(shares, length=130):
         "border-radius:1px"
     )
 
-    def block(word, share):
+    def bar(word, share):
         mark, paint = MARKS[word]
-        width = f"width:{max(3, length * share):.0f}px;background:{paint}"
-        return f'<span title="{word}: {share:.2%}" style="{style};{width}">{mark * max(1, round(24 * share))}</span>'
+        own = f"{style};width:{max(3, length * share):.0f}px;background:{paint}"
+        return element("span", mark * max(1, round(24 * share)), title=f"{word}: {share:.2%}", style=own)
 
-    return "".join(block(w, s) for w, s in shares.items() if s)
+    return "".join(bar(word, share) for word, share in shares.items() if share)
 
 # %% ../../nbs/36_plan.explorer.ipynb #db0ecedd
 def _text_lines(look):
@@ -146,19 +147,11 @@ def _text_lines(look):
     yield f"{'':12}{'  '.join(f'{m} {w}' for w, (m, _) in MARKS.items())}"
 
 
-def _table(head, rows):
-    "Rows of cells that are HTML already. It scrolls by itself where it is too wide."
+def _table(rows):
+    "Rows of cells. It scrolls by itself where it is too wide."
     style = "text-align:left;padding:2px 14px 2px 0;vertical-align:top;background:none"
-
-    def row(tag, cells):
-        return "<tr>" + "".join(f'<{tag} style="{style}">{c}</{tag}>' for c in cells) + "</tr>"
-
-    body = "".join(row("td", r) for r in rows)
-    table = (
-        '<table style="border-collapse:collapse;margin:0;line-height:1.3">'
-        f"<thead>{row('th', head)}</thead><tbody>{body}</tbody></table>"
-    )
-    return f'<div style="overflow-x:auto;width:0;min-width:100%">{table}</div>'
+    table = html_table(rows, style="border-collapse:collapse;margin:0;line-height:1.3", cell_style=style)
+    return element("div", table, style="overflow-x:auto;width:0;min-width:100%")
 
 
 def _html(look):
@@ -170,7 +163,7 @@ def _html(look):
         )
     seen, plan = look.preview, look.preview.plan
     bars = [
-        (part, html.escape(line), f"{weights:,}<br>{_paint(held)}", f"{learns:,}<br>{_paint(learned)}")
+        (part, line, Html(f"{weights:,}<br>{_paint(held)}"), Html(f"{learns:,}<br>{_paint(learned)}"))
         for part, line, weights, learns, held, learned in _bars(look)
     ]
     scale = VARIANTS[plan.variant].scale(plan.alpha, plan.rank)
@@ -179,8 +172,7 @@ def _html(look):
         if "lora" in plan.said
         else list(seen._notes())[1:]
     )
-    items = [f"<b>{part}</b>: {html.escape(matched)}" for part, _, _, _, matched in seen.rows if matched]
-    items += [html.escape(n) for n in notes]
+    matches = [Html(f"<b>{part}</b>: {html.escape(matched)}") for part, _, _, _, matched in seen.rows if matched]
     lines = "".join(
         '<pre style="user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;margin:2px '
         f'0">{html.escape(line)}</pre>'
@@ -191,10 +183,9 @@ def _html(look):
         f"weights trained ({seen.trained / sum(r[2] for r in seen.rows):.2%}) · "
         f'adapter on disk <b class="adapter">{readable_bytes(seen.adapter_bytes)}</b> · trained weights, gradients and '
         f'AdamW <b class="memory">{readable_bytes(seen.training_bytes)}</b></p>'
-        + _table(("part", "word", "weights", "trained"), bars)
-        + "<ul style='line-height:1.4;overflow-wrap:anywhere'>"
-        + "".join(f"<li>{i}</li>" for i in items)
-        + f"</ul><p>Copy me:</p>{lines}"
+        + _table([("part", "word", "weights", "trained"), *bars])
+        + f"<ul style='line-height:1.4;overflow-wrap:anywhere'>{html_items([*matches, *notes])}</ul>"
+        + f"<p>Copy me:</p>{lines}"
     )
 
 # %% ../../nbs/36_plan.explorer.ipynb #9e47af3f

@@ -8,7 +8,6 @@ __all__ = ['WORDS', 'Rules', 'Rank', 'Alpha', 'Rate', 'Rule', 'read_rules', 'Tun
            'experts_left', 'PlanTable']
 
 # %% ../../nbs/32_plan.tuning.ipynb #4bc22416
-import html
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -27,6 +26,7 @@ from ..lora.variants import VARIANTS, check_packed, named
 from ..models.names import TensorName
 from ..models.parts import PARTS, TIED, count, layout_of, linear_layers, numel
 from ..settings import Metavar, OneOf, Settings, Within, shown
+from ..show import element, html_table, text_table
 
 # %% ../../nbs/32_plan.tuning.ipynb #5e3c1cb8
 WORDS = ("freeze", "lora", "full")
@@ -622,30 +622,7 @@ class PlanTable:
                 yield part, word, "–", "–", "–", TIED
 
     def __repr__(self):
-        cells = list(self._cells())
-        widths = [max(len(row[i]) for row in cells) for i in range(6)]
-
-        def line(row):
-            return "  ".join(
-                c.rjust(w) if 2 <= i <= 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))
-            ).rstrip()
-
-        return "\n".join(
-            [
-                line(cells[0]),
-                "  ".join("─" * w for w in widths),
-                *map(line, cells[1:]),
-                *([f"  · {self.left}"] if self.left else []),
-            ]
-        )
+        return text_table(self._cells(), "<<>>><", ruled=True) + (f"\n  · {self.left}" if self.left else "")
 
     def _repr_html_(self):
-        head, *body = self._cells()
-
-        def row(cells, tag):
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-        return (
-            f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
-            + (f"<p>{html.escape(self.left)}</p>" if self.left else "")
-        )
+        return html_table(self._cells()) + (element("p", self.left) if self.left else "")

@@ -7,7 +7,6 @@ __all__ = ['WHY', 'BARE', 'IN_FULL', 'PAINT', 'read_bare', 'Packing', 'four_bit_
            'upcast_bytes']
 
 # %% ../../nbs/41_quant.policy.ipynb #ba3e67c4
-import html
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from ..lora.variants import VARIANTS, check_packed
 from ..models.load import packable
 from ..models.parts import PARTS, count, layout_of, linear_layers, mixed_precision
 from ..plan.tuning import TuningPlan, full_modules, lora_layers, lora_sizes
+from ..show import html_table, text_table
 
 # %% ../../nbs/41_quant.policy.ipynb #38ad6f0c
 class _Used(TorchFunctionMode):
@@ -167,21 +167,6 @@ def _added(tensors):
         row[0], row[1] = row[0] + n, row[1] + size
     return tuple((part, kind, n, b) for part in PARTS for (q, kind), (n, b) in sorted(rows.items()) if q == part)
 
-
-def _as_text(cells):
-    widths = [max(len(row[i]) for row in cells) for i in range(5)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-        for row in cells
-    )
-
-
-def _as_html(head, *body):
-    def row(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
-
 # %% ../../nbs/41_quant.policy.ipynb #2eebbfd3
 @dataclass(frozen=True)
 class Weights:
@@ -217,10 +202,10 @@ class Weights:
             yield part, kind, f"{n:,}", f"{size / 2**20:,.2f}", f"{8 * size / max(n, 1):.3f}"
 
     def __repr__(self):
-        return _as_text(list(self._cells()))
+        return text_table(self._cells(), "<<>")
 
     def _repr_html_(self):
-        return _as_html(*self._cells())
+        return html_table(self._cells())
 
 # %% ../../nbs/41_quant.policy.ipynb #2b64f1aa
 # kind -> colour, pattern

@@ -36,7 +36,8 @@ from transformers import (
 from ..checkpoint.save import load_adapter, save_adapter
 from ..compat import switch_checkpointing, without_cache_note
 from ..data.batch import Collator, Processor, Samples
-from ..evaluate.scores import ExactMatch, generate_answers
+from ..evaluate.ask import generate_answers
+from ..evaluate.scores import ExactMatch
 from ..lora.targets import CHOICES, lora_size
 from ..models.load import lab_folder, load_tokenizer, load_vlm
 from ..models.minicpmv import MiniCPMV
