@@ -198,7 +198,8 @@ def test_an_exclamation_mark_has_a_label_and_padding_has_none(folders):
     ]
     for side in ("right", "left"):
         batch = processor.collate(rows, side)
-        ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+        ids, labels = batch["input_ids"], batch["labels"]
+        mask = batch["attention_mask"]
         assert ((ids == pad) & (mask == 0)).sum() == (mask == 0).sum() > 0 and (labels[mask == 0] == IGNORE).all()
         assert ((ids == pad) & (mask == 1)).sum() == 5 and (labels == pad).sum() == 3  # the answers' own
 

@@ -83,11 +83,13 @@ def upstream(family, ours):
 
     Its constructor asks for a video processor, and that for torchvision; what it does with pictures needs neither."""
     p, t = UPSTREAM[family].__new__(UPSTREAM[family]), ours.tokenizer
-    p.image_processor, p.tokenizer, p.chat_template = ours.images, t, t.chat_template
+    p.image_processor = ours.images
+    p.tokenizer, p.chat_template = t, t.chat_template
     p.video_processor = SimpleNamespace(model_input_names=[], merge_size=2, downsample_mode="16x", slice_mode=False)
     p.image_token, p.video_token = "<|image_pad|>", "<|video_pad|>"
     p.image_token_id, p.video_token_id = t.convert_tokens_to_ids([p.image_token, p.video_token])
-    p.slice_mode, p.default_use_image_id, p.image_token_divisor = True, True, 16
+    p.slice_mode, p.default_use_image_id = True, True
+    p.image_token_divisor = 16
     for n in ("image", "slice", "image_id"):
         setattr(p, f"{n}_start_token", f"<{n}>"), setattr(p, f"{n}_end_token", f"</{n}>")
     return p
@@ -384,7 +386,8 @@ def test_a_template_beside_the_weights_of_an_older_layout(folders, tmp_path):
 def test_pixels_and_tokens_follow_the_picture_processors_file(folders, tmp_path, family):
     "Another mean, deviation and bound; in the older notation for Qwen."
     folder, image = copy_of(folders[family], tmp_path), picture(300, 200)
-    path, mean, std = folder / "preprocessor_config.json", [0.1, 0.2, 0.3], [0.25, 0.5, 0.75]
+    path = folder / "preprocessor_config.json"
+    mean, std = [0.1, 0.2, 0.3], [0.25, 0.5, 0.75]
     values, before = json.loads(path.read_text()), load_processor(folder)
     path.write_text(json.dumps(values | {"image_mean": mean, "image_std": std}))
     a, b = (p([ask("What?", "1", image)][0]) for p in (before, load_processor(folder)))
@@ -472,47 +475,16 @@ def test_fewer_pixels_are_fewer_tokens_and_the_adapter_remembers(folders, family
         "conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "one"}],
     }
     (tmp_path / "d.json").write_text(json.dumps([record]))
-    pixels, data = str(112 * 112 if family in SLICED else 64 * 64), str(tmp_path / "d.json")
-    assert (
-        main(
-            [
-                "train",
-                "--model",
-                str(folders[family]),
-                "--data",
-                data,
-                "--output",
-                str(tmp_path / "run"),
-                "--max-steps",
-                "1",
-                "--max-pixels",
-                pixels,
-            ]
-        )
-        == 0
-    )
+    pixels = str(112 * 112 if family in SLICED else 64 * 64)
+    train = ["train", "--model", str(folders[family]), "--data", str(tmp_path / "d.json"), "--output"]
+    assert main([*train, str(tmp_path / "run"), "--max-steps", "1", "--max-pixels", pixels]) == 0
     assert json.loads((tmp_path / "run" / "adapter" / "provenance.json").read_text())["max_pixels"] == int(pixels)
     assert Checkpoint.of(tmp_path / "run" / "adapter").processor().images.to_dict() == few.images.to_dict()
     assert (
         Checkpoint.of(tmp_path / "run" / "adapter", max_pixels=300 * 300).processor().images.to_dict()
         != few.images.to_dict()
     )
-    assert (
-        main(
-            [
-                "train",
-                "--model",
-                str(folders[family]),
-                "--data",
-                data,
-                "--output",
-                str(tmp_path / "other"),
-                "--max-pixels",
-                "3",
-            ]
-        )
-        == 2
-    )
+    assert main([*train, str(tmp_path / "other"), "--max-pixels", "3"]) == 2
     assert "max_pixels is 3" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 

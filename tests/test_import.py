@@ -27,10 +27,15 @@ from vlm_lora_lab.cli import main
 
 model = load_vlm("lab")
 assert type(model) is MiniCPMV and isinstance(model.config, MiniCPMVConfig)
-for name, ours, config in (("openbmb/MiniCPM-V-2_6", MiniCPMV, MiniCPMVConfig), ("openbmb/MiniCPM-o-2_6", MiniCPMV, MiniCPMOConfig), ("Qwen/Qwen-VL-Chat", QwenVL, QwenVLConfig)):
+for name, ours, config in (
+    ("openbmb/MiniCPM-V-2_6", MiniCPMV, MiniCPMVConfig),
+    ("openbmb/MiniCPM-o-2_6", MiniCPMV, MiniCPMOConfig),
+    ("Qwen/Qwen-VL-Chat", QwenVL, QwenVLConfig),
+):
     built = on_meta(name)
     assert type(built) is ours and isinstance(built.config, config), name
-assert generate_answers(model, Processor.of(model.config, load_tokenizer("lab")), [draw(0, "number")]) == [draw(0, "number").answer]
+processor, seven = Processor.of(model.config, load_tokenizer("lab")), draw(0, "number")
+assert generate_answers(model, processor, [seven]) == [seven.answer]
 out = Path(sys.argv[1])
 assert main(["train", "--data", sys.argv[2], "--output", str(out), "--max-steps", "3"]) == 0
 assert main(["merge", str(out / "adapter"), "--output", str(out.parent / "merged")]) == 0
