@@ -18,9 +18,11 @@ from test_golden_minicpmv import CASES as GOLDEN
 from test_golden_minicpmv import FORWARD, checkpoints  # noqa: F401
 from test_golden_minicpmv import batch_of as golden_batch
 
-import vlm_lora_lab.checkpoint.rescue as module
+from vlm_lora_lab.checkpoint.rescue import write
 from vlm_lora_lab.checkpoint.merge import merge_adapter
 from vlm_lora_lab.checkpoint.rescue import FORMATS, lora_rules, modules_around, place, plain_key, recognise, rescue
+from vlm_lora_lab.checkpoint.rescue.plan import plan_of
+from vlm_lora_lab.checkpoint.rescue.read import Base
 from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
@@ -453,7 +455,7 @@ def test_a_full_disk_leaves_nothing(written, tmp_path, monkeypatch):
 
     with_text = Path(shutil.copytree(base, tmp_path / "with-text"))
     (with_text / "tokenizer.json").write_text("{}")
-    for target, name in ((module, "save_file"), (module.shutil, "copyfile"), (module, "write_json")):
+    for target, name in ((write, "save_file"), (write.shutil, "copyfile"), (write, "write_json")):
         with monkeypatch.context() as m:
             m.setattr(target, name, full)
             with pytest.raises(InputError, match="disk is full"):
@@ -466,7 +468,7 @@ def test_a_full_disk_leaves_nothing(written, tmp_path, monkeypatch):
 def test_rules_give_lora_to_exactly_the_layers_that_have_it(seed, bases):
     "Random layers, ranks and alphas; the plan is read back by another road than it was written."
     dice, family = random.Random(seed), ["minicpmv-2.6", "qwen", "qwen3_vl", "minicpmv-4.5"][seed % 4]
-    m = module._Model(bases(family))
+    m = Base(bases(family))
     layers = sorted(m.adaptable)
     chosen = (
         dice.sample(layers, dice.randint(1, len(layers)))
@@ -474,7 +476,7 @@ def test_rules_give_lora_to_exactly_the_layers_that_have_it(seed, bases):
         else [n for n in layers if n.endswith(dice.choice(["proj", "c_proj", "attn", "1"]))] or layers[:1]
     )
     sizes = {n: dice.choice([(4, 8.0), (8, 8.0)] if seed % 2 else [(4, 8.0)]) for n in chosen}
-    plan = module._plan_of(m, sizes, [], {"dropout": 0.0, "variant": "lora"})
+    plan = plan_of(m, sizes, [], {"dropout": 0.0, "variant": "lora"})
     plan = TuningPlan.of(json.loads(json.dumps(plan.to_dict())))
     assert {n: (r.rank, float(r.alpha)) for n, r in lora_layers(m.model, plan).items()} == sizes
 

@@ -24,7 +24,8 @@ from .save import is_base, wrong_in
 from ..compat import no_false_warning
 from ..errors import InputError
 from ..models.files import account, stored_in
-from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
+from ..families.base import families, families_of, is_ours
+from ..models.parts import PARTS, count, layout_of, plain_name
 from ..models.load import stand_in
 from ..models.published import lab_folder, on_meta, read_json
 from ..plan.tuning import TuningPlan, full_modules, lora_layers
@@ -258,10 +259,10 @@ def _layout(names, model_type, base):
     "Which family keeps its parts so; None if several or none do."
     if base.empty is not None:
         return layout_of(base.empty)
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    if known := families_of(model_type):
+        return known[0].layout
     fits = []
-    for layout in dict.fromkeys(FAMILIES.values()):
+    for layout in dict.fromkeys(f.layout for f in families()):
         try:
             fits.append((layout, [layout.part_of(n) for n in names]))
         except KeyError:
@@ -772,11 +773,7 @@ def _model(folder, base):
         findings.append(Finding("error", f"config.json cannot be used: {here.why}", "Copy the folder again"))
     try:
         stored = stored_in(folder)
-        if (
-            here.empty is not None
-            and layout_of(here.empty).family.startswith(("MiniCPM-V", "MiniCPM-o", "Qwen-VL"))
-            and config.get("model_type") in ("minicpmv", "minicpmo", "qwen")
-        ):
+        if here.empty is not None and is_ours(config):
             account(stored, here.empty, folder)
     except InputError as e:
         findings.append(Finding("error", e.found, e.remedy))

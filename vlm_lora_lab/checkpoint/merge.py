@@ -31,13 +31,12 @@ from .save import _or_rescue, check_base, check_seals, check_settings, fingerpri
 from .save import read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
+from ..families.base import is_ours
 from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in
 from ..models.files import true_config, weight_files
 from ..models.load import load_vlm, model_folder
-from ..models.minicpmv import MiniCPMV
 from ..models.parts import linear_layers, mixed_precision
 from ..models.published import on_meta, read_json
-from ..models.qwenvl import QwenVL
 from ..plan.tuning import TuningPlan, apply_plan
 from ..settings import Within, fitting
 from ..train.identity import located
@@ -331,7 +330,7 @@ class Change:
 
 def _renamed(model, stored):
     "Names in the model -> names in the files, as transformers renames when it loads."
-    if isinstance(model, (MiniCPMV, QwenVL)):
+    if is_ours(model.config):
         return {n: n for n in model.state_dict() if n in stored}, lambda name: name
     state, steps = model.state_dict(), get_model_conversion_mapping(model)
     renamings, converters = ([s for s in steps if isinstance(s, kind)] for kind in (WeightRenaming, WeightConverter))

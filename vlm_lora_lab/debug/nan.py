@@ -34,6 +34,7 @@ from .gradients import loss_of, undisturbed
 from .specimens import weight_norms
 from .trace import Event, trace
 from ..errors import InputError, complete_or_nothing, empty_folder
+from ..families.base import is_ours
 from ..models.parts import PARTS, layout_of
 from ..models.load import load_vlm
 from ..models.precision import not_finite
@@ -651,11 +652,7 @@ def _rebuild(folder, case):
         model = load_vlm(case["base"], four_bit=True)
     elif case["rebuild"] == "config":
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = (
-            model_config(values)
-            if values["model_type"] in ("minicpmv", "minicpmo", "qwen")
-            else AutoConfig.for_model(**values)
-        )
+        config = model_config(values) if is_ours(values) else AutoConfig.for_model(**values)
         set_attention(config, case["attention"])
         model = (getattr(transformers, case["class"], None) or model_class(config))(config)
     else:

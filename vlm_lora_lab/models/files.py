@@ -26,10 +26,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging as hf_logging
 
 from ..errors import InputError, claimed, complete_or_nothing, empty_folder, explain_write_errors, write_json
+from ..families.base import is_ours
 from .parts import Layout, layout_of
-from .minicpmv import MiniCPMV
 from .published import on_meta, read_json
-from .qwenvl import QwenVL
 
 # %% ../../nbs/17_models.files.ipynb #4b27eb66
 INDEX = "model.safetensors.index.json"
@@ -319,7 +318,7 @@ def model_names(
 
     What is rebuilt of several, or of another shape, is left out."""
     state = model.state_dict()
-    if isinstance(model, (MiniCPMV, QwenVL)):
+    if is_ours(model.config):
         return {n: n for n in stored if n in state}
     steps = get_model_conversion_mapping(model)
     renamings, converters = ([s for s in steps if isinstance(s, kind)] for kind in (WeightRenaming, WeightConverter))

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from ..compat import dispatch_mode, other_loss, set_attention
 from ..compat import switch_checkpointing, tensors_in, without_cache_note
 from ..errors import InputError
-from ..models.minicpmv import MiniCPMV
+from ..families.base import family_of, resolved
 from ..models.parts import PARTS, count, layout_of
 from ..models.precision import precision_for
 from ..models.published import on_meta
@@ -319,10 +319,12 @@ def shapes_of_batch(
 ) -> tuple[dict, bool]:  # a batch on the meta device; whether its pictures go through the vision tower
     """A batch without content.
 
-    Pictures are in it for MiniCPM-V's own classes; for other families the text alone, embedded."""
+    Pictures are in it for families that describe them (`Family.seen`); for others the text alone, embedded."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     labels = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-    if not isinstance(inner, MiniCPMV) or not pictures:
+    family = family_of(inner.config)
+    seen = resolved(family.seen) if family else None
+    if seen is None or not pictures:
         width = inner.config.get_text_config().hidden_size
         position = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
         return {
@@ -330,23 +332,7 @@ def shapes_of_batch(
             "position_ids": position,
             "labels": labels,
         }, False
-    vision, queries = inner.config.vision_config, inner.config.query_num
-    side, n = min(32, vision.image_size // vision.patch_size), rows * pictures  # a slice has 448 x 448 pixels
-    if pictures * queries > tokens:
-        raise InputError(
-            f"{pictures} pictures are {pictures * queries} tokens, and a row has {tokens}",
-            "estimate",
-            "Lower pictures, or raise max_length",
-        )
-    bound = torch.tensor([[i // pictures, (i % pictures) * queries, (i % pictures + 1) * queries] for i in range(n)])
-    pixels = torch.empty(n, 3, vision.patch_size, side * side * vision.patch_size, dtype=dtype, device="meta")
-    return {
-        "input_ids": labels,
-        "pixel_values": pixels,
-        "tgt_sizes": torch.tensor([[side, side]] * n),
-        "image_bound": bound,
-        "labels": labels,
-    }, True
+    return {"input_ids": labels, **seen(inner.config, rows, pictures, tokens, dtype), "labels": labels}, True
 
 # %% ../../nbs/42_quant.memory.ipynb #b8bd60b7
 def _rows(model, weights, peak, logits, stored):
