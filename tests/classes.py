@@ -26,7 +26,10 @@ GIVEN = {  # model_type -> what its defaults leave out
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False}},
     "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
 }
-WORKS, LOAD, REFUSED, BROKEN = "taken apart", "registered", "refused", "not built"
+WORKS = "taken apart"
+LOAD = "registered"
+REFUSED = "refused"
+BROKEN = "not built"
 
 
 def kinds():

@@ -25,6 +25,7 @@ FACTS = FACTS["DEFAULT"]
 # A module may import modules of a lower floor, and of its own room.
 FLOORS = {
     "errors": 0,
+    "compat": 0.5,  # stands on errors
     "show": 0,
     "families.base": 0.5,
     "settings": 1,
@@ -33,8 +34,8 @@ FLOORS = {
     "families": 3,
     "lora": 3,
     "plan": 4,
-    "flags": 5,
     "quant": 5,
+    "scripts": 5,
     "train": 6,
     "debug": 7,
     "checkpoint": 7,

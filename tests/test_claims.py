@@ -12,7 +12,9 @@ from vlm_lora_lab.study.claims import CLAIMS, LEDGER, WORDS, Ledger, Verdict, di
 from vlm_lora_lab.study.experiments import results
 
 ROOT = Path(__file__).parent.parent
-NO, UP, DOWN = [-0.01, 0.01, 0.0, 0.02, -0.02], [0.3, 0.31, 0.29, 0.3, 0.32], [-0.3, -0.31, -0.29, -0.3, -0.32]
+NO = [-0.01, 0.01, 0.0, 0.02, -0.02]
+UP = [0.3, 0.31, 0.29, 0.3, 0.32]
+DOWN = [-0.3, -0.31, -0.29, -0.3, -0.32]
 OTHER = {  # numbers that nobody has measured, and the word that they would give
     "C1": ({"moved": 13}, "refuted"),
     "C2": ({"back": 0}, "refuted"),

@@ -14,7 +14,9 @@ from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.data.records import Conversation, Message, ask
 from vlm_lora_lab.data.tokens import IGNORE, control_tokens, encode, end_ids
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import Score, _read, generate_answers, read_boxes
+from vlm_lora_lab.evaluate.ask import _read, generate_answers
+from vlm_lora_lab.evaluate.boxes import read_boxes
+from vlm_lora_lab.evaluate.scores import Score
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 
 PICTURE = {"<image>", "</image>", "<slice>", "</slice>", "<unk>"}
@@ -198,7 +200,9 @@ def test_an_exclamation_mark_has_a_label_and_padding_has_none(folders):
     ]
     for side in ("right", "left"):
         batch = processor.collate(rows, side)
-        ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+        ids = batch["input_ids"]
+        labels = batch["labels"]
+        mask = batch["attention_mask"]
         assert ((ids == pad) & (mask == 0)).sum() == (mask == 0).sum() > 0 and (labels[mask == 0] == IGNORE).all()
         assert ((ids == pad) & (mask == 1)).sum() == 5 and (labels == pad).sum() == 3  # the answers' own
 

@@ -65,7 +65,9 @@ def logits(model, batch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_has_one_part_and_every_part_is_where_it_should_be(family):
     model = tiny_model(family)
-    layout, total, modules = layout_of(model), count(model), dict(model.named_modules())
+    layout = layout_of(model)
+    total = count(model)
+    modules = dict(model.named_modules())
     assert not layout.inferred
     assert sum(total.values()) == sum(t.numel() for _, t in stored_tensors(model))
     assert all(total[part] > 0 for part in PARTS if part != "head") and (total["head"] > 0) != bool(

@@ -65,7 +65,11 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.loads, self.names, self.code, self.depth = [], [], set(), "", 0
+        self.links = []
+        self.loads = []
+        self.names = set()
+        self.code = ""
+        self.depth = 0
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):

@@ -452,7 +452,7 @@ def published():
 
 def test_published_ids_are_as_published():
     "UPSTREAM's table and the files it was read from, written here a second time."
-    p = {f.key: f.ids for f in families()}
+    p = {f.key: f.ids for f in families() if f.ids}
     assert {
         v: (t["<unk>"], t["<image>"], t["</image>"], t["<slice>"], t["</slice>"]) for v, t in p.items() if v != "qwenvl"
     } == {

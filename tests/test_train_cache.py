@@ -1,4 +1,4 @@
-"""The vision cache: what it serves is what the tower would say; when anything that matters changes, it serves nothing."""
+"""The vision cache serves what the tower would say; when anything that matters changes, it serves nothing."""
 
 import copy
 import json
@@ -153,7 +153,9 @@ def changed_type(m, b):
 def changed_setting(m, b):
     m.config.vision_config.num_attention_heads = 2
     for layer in m.vpm.encoder.layers:
-        layer.self_attn.num_heads, layer.self_attn.head_dim, layer.self_attn.scale = 2, 24, 24**-0.5
+        layer.self_attn.num_heads = 2
+        layer.self_attn.head_dim = 24
+        layer.self_attn.scale = 24**-0.5
 
 
 def changed_kernel(m, b):
@@ -451,7 +453,9 @@ def test_who_decides(rows):
 
 def test_a_training_with_the_cache_is_the_training_without(rows, tmp_path):
     "Pictures of one size: bit for bit, with the connector trained, evaluation and a resume included."
-    schedule, losses, weights = Schedule(epochs=3, batch_size=4, learning_rate=1e-3, save_every=4), {}, {}
+    schedule = Schedule(epochs=3, batch_size=4, learning_rate=1e-3, save_every=4)
+    losses = {}
+    weights = {}
     for name in ("without", "memory", "disk", "resumed"):
         model = lab().float()
         samples = Samples([r for r in rows], Processor.of(model.config, load_tokenizer("lab")))
@@ -526,7 +530,8 @@ def test_a_job(rows, tmp_path, capsys, monkeypatch):
     assert cache_folder() == tmp_path / "cache"
     data = str(samples_folder() / "mixed.json")
     (tmp_path / "job.yaml").write_text(
-        f"data: {data}\noutput: {tmp_path / 'a'}\nvision_cache: disk\nfour_bit: false\nschedule: {{max_steps: 8, batch_size: 2}}\n"
+        f"data: {data}\noutput: {tmp_path / 'a'}\nvision_cache: disk\nfour_bit: false\n"
+        "schedule: {max_steps: 8, batch_size: 2}\n"
     )
     assert main(["train", str(tmp_path / "job.yaml")]) == 0
     assert "pictures from the cache" in capsys.readouterr().out and list((tmp_path / "cache").glob("*/*.safetensors"))

@@ -19,7 +19,7 @@ from vlm_lora_lab.data.tokens import IGNORE, encode
 from vlm_lora_lab.families.base import family_named
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import check_truths, metric_of
+from vlm_lora_lab.evaluate.metrics import check_truths, metric_of
 from vlm_lora_lab.models.load import lab_folder
 
 
@@ -242,7 +242,7 @@ def test_other_weights_are_refused(mark, root):
         parse_record(turns({"weight": 1, "loss": False}), Access(root))
 
 
-@pytest.mark.parametrize("name", ["lab", "2.0", "2.5", "2.6", "4.0", "4.5", "qwen"])
+@pytest.mark.parametrize("name", ["lab", "2.0", "2.5", "2.6", "4.0", "4.5", "qwenvl"])
 def test_labels_leave_out_a_whole_turn(name, root):
     "Word for word: what is learned is the other answer with its end, and the text is the same."
     if name == "lab":

@@ -2,23 +2,19 @@ __version__ = "0.1.0"
 
 import logging
 import sys
-import warnings
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
-# Messages of our dependencies that need no action and would only make a reader wonder.
-# On a CPU, bitsandbytes 0.50 says on import that optional `kernels` are missing; its own code serves.
+# On a CPU, bitsandbytes 0.50 says on import that optional `kernels` are missing; its own code serves. Nothing else is
+# said under this name. What else would be said for no reason is answered where it arises: see `compat`.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
-# PEFT 0.21 uses names that transformers 5.23 is about to rename.
-warnings.filterwarnings("ignore", message=r".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-# With gradient checkpointing, transformers leaves its cache of keys and values out of training by itself, and says so.
-logging.getLogger("transformers.utils.generic").addFilter(lambda record: "use_cache=True" not in record.getMessage())
 
 # Modules that have moved, and where to: an import under the old name gives the new module.
 MOVED = {
     "compare": "evaluate.compare",
     "explorer": "plan.explorer",
+    "flags": "scripts.known",
     "preview": "plan.preview",
     "style": "show",
     "unfreeze": "plan.unfreeze",

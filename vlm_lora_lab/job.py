@@ -30,7 +30,9 @@ from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
 from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors
 from .errors import unknown_keys, write_json
-from .evaluate.scores import ExactMatch, Score, check_truths, generate_answers, metric_of
+from .evaluate.ask import generate_answers
+from .evaluate.metrics import check_truths, metric_of
+from .evaluate.scores import ExactMatch, Score
 from .models.files import save_vlm
 from .models.load import load_vlm, model_folder
 from .models.published import on_meta, read_json

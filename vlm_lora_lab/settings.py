@@ -11,9 +11,9 @@ import io
 import math
 import os
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType
@@ -47,9 +47,9 @@ class Within:
 
 @dataclass(frozen=True)
 class OneOf:
-    "Words to choose from."
+    "Words to choose from. A table of them may grow: it is read when a value is checked."
 
-    words: tuple[str, ...]
+    words: Collection[str] = field(hash=False)
 
     def __str__(self):
         return f"Write one of {', '.join(self.words)}"

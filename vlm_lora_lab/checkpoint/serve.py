@@ -9,7 +9,6 @@ __all__ = ['RANKS', 'TARGETS', 'lora_only', 'Rule', 'check_model', 'check_lora',
 # %% ../../nbs/74_checkpoint.serve.ipynb #0e920c9d
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +22,17 @@ from .save import _or_rescue, check_base, check_settings
 from ..data.native import load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, explain_write_errors
 from ..families.base import is_ours, resolved, served_of
+from ..lora.variants import variant_of
 from ..models.files import account, shape_of, stored_in
 from ..models.load import load_tokenizer, model_folder
+from ..models.names import TensorName
 from ..models.parts import layout_of, linear_layers
 from ..models.published import on_meta, read_json
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #8dd55154
+_MATRICES = ("lora_A", "lora_B")
+
+
 def lora_only(
     adapter: Adapter,
     modules: list[str],  # layers whose LoRA is taken along
@@ -42,14 +46,14 @@ def lora_only(
     ranks = {m: adapter.reader.places[x.keys["lora_A"]][2][0] for m, x in loras.items()}
     rank, scale = max(ranks.values()), Counter(x.scale for x in loras.values()).most_common(1)[0][0]
     shapes = {
-        f"base_model.model.{m}.{k}.weight": adapter.reader.places[x.keys[k]][2]
+        TensorName(m, "weight", k).saved: adapter.reader.places[x.keys[k]][2]
         for m, x in loras.items()
-        for k in ("lora_A", "lora_B")
+        for k in _MATRICES
     }
     entries = [(n, torch.float32, (rank, s[1]) if "lora_A" in n else (s[0], rank)) for n, s in shapes.items()]
     shard = _Shard(folder / "adapter_model.safetensors", entries)
     for module, lora in loras.items():
-        down, up = (adapter.reader.whole(lora.keys[k]).float() for k in ("lora_A", "lora_B"))
+        down, up = (adapter.reader.whole(lora.keys[k]).float() for k in _MATRICES)
         zeros = rank - ranks[module]
         shard.add(torch.nn.functional.pad(down, (0, 0, 0, zeros)))
         shard.add(torch.nn.functional.pad(up if lora.scale == scale else up * (lora.scale / scale), (0, zeros)))
@@ -144,6 +148,47 @@ def _remote_code(folder, who):
     ]
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #3bed90fb
+def _config_rules(config):
+    "What vLLM asks of adapter_config.json."
+    lacking = [k for k in ("r", "lora_alpha", "target_modules") if k not in config]
+    patterns = [k for k in ("rank_pattern", "alpha_pattern") if config.get(k)]
+    saved, bias = config.get("modules_to_save"), config.get("bias", "none")
+    rank = config.get("r", 0)
+    variant, start = variant_of(config), str(config.get("init_lora_weights"))
+    return [
+        Rule("r, lora_alpha and target_modules are there", not lacking, ", ".join(lacking), _HELPER),
+        Rule("modules_to_save is empty", not saved, str(saved), _HELPER),
+        Rule("no DoRA", not variant.lengths, "use_dora", _HELPER),
+        Rule("no biases", bias == "none", str(bias), _HELPER),
+        Rule("no PiSSA or another start that changes the base", not variant.moves_base, start, _HELPER),
+        Rule("one rank and one scale for all layers", not patterns, ", ".join(patterns), _HELPER),
+        Rule(f"the rank is at most {RANKS[-1]}", 0 < rank <= RANKS[-1], str(rank), f"{_VLLM}/config/lora.py"),
+    ]
+
+
+def _layer_rules(shapes, rank, model):
+    "What vLLM asks of the tensors: their names, and their shapes beside those of the base."
+    said = {n: TensorName.of(n) for n in shapes}
+    odd = [n for n, t in said.items() if TensorName(t.module, "weight", t.lora).saved != n or t.lora not in _MATRICES]
+    found = odd[0] if odd else "there are none"
+    keys = "every key is base_model.model.LAYER.lora_A.weight or lora_B"
+    yield Rule(keys, bool(shapes) and not odd, found, _MODEL)
+    pairs = {}
+    for n in shapes.keys() - odd:
+        pairs.setdefault(said[n].module, {})[said[n].lora] = shapes[n]
+    modules, layers = dict(model.named_modules()), set(linear_layers(model)["language"])
+    strange = sorted(set(pairs) - layers)
+    where = f"{_VLLM}/lora/model_manager.py"
+    yield Rule("LoRA sits on linear layers of the language model alone", not strange, ", ".join(strange[:3]), where)
+    wrong = [
+        m
+        for m, p in sorted(pairs.items())
+        if m in layers and p != {"lora_A": (rank, modules[m].in_features), "lora_B": (modules[m].out_features, rank)}
+    ]
+    found = ", ".join(f"{m}: {pairs[m]}" for m in wrong[:2])
+    yield Rule("both matrices of each pair have the shapes of their layer", not wrong, found, _MODEL)
+
+
 def check_lora(
     folder: Path,  # an adapter for vLLM
     base: Path,  # the model it belongs to
@@ -155,69 +200,7 @@ def check_lora(
             shapes = {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}
     except (OSError, SafetensorError, InputError) as e:
         return [Rule("adapter_config.json and adapter_model.safetensors can be read", False, str(e), _HELPER)]
-    lacking = [k for k in ("r", "lora_alpha", "target_modules") if k not in config]
-    patterns = [k for k in ("rank_pattern", "alpha_pattern") if config.get(k)]
-    rules = [
-        Rule("r, lora_alpha and target_modules are there", not lacking, ", ".join(lacking), _HELPER),
-        Rule(
-            "modules_to_save is empty", not config.get("modules_to_save"), str(config.get("modules_to_save")), _HELPER
-        ),
-        Rule("no DoRA", not config.get("use_dora"), "use_dora", _HELPER),
-        Rule("no biases", config.get("bias", "none") == "none", str(config.get("bias")), _HELPER),
-        Rule(
-            "no PiSSA or another start that changes the base",
-            config.get("init_lora_weights", True) in (True, False, "gaussian"),
-            str(config.get("init_lora_weights")),
-            _HELPER,
-        ),
-        Rule("one rank and one scale for all layers", not patterns, ", ".join(patterns), _HELPER),
-        Rule(
-            f"the rank is at most {RANKS[-1]}",
-            0 < config.get("r", 0) <= RANKS[-1],
-            str(config.get("r")),
-            f"{_VLLM}/config/lora.py",
-        ),
-    ]
-    form = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
-    odd = [n for n in shapes if not form.fullmatch(n)]
-    rules.append(
-        Rule(
-            "every key is base_model.model.LAYER.lora_A.weight or lora_B",
-            bool(shapes) and not odd,
-            odd[0] if odd else "there are none",
-            _MODEL,
-        )
-    )
-    pairs = {}
-    for n in shapes:
-        if m := form.fullmatch(n):
-            pairs.setdefault(m[1], {})[m[2]] = shapes[n]
-    model = on_meta(base)
-    modules, layers = dict(model.named_modules()), set(linear_layers(model)["language"])
-    strange = sorted(set(pairs) - layers)
-    rules.append(
-        Rule(
-            "LoRA sits on linear layers of the language model alone",
-            not strange,
-            ", ".join(strange[:3]),
-            f"{_VLLM}/lora/model_manager.py",
-        )
-    )
-    r = config.get("r")
-    wrong = [
-        m
-        for m, p in sorted(pairs.items())
-        if m in layers and p != {"lora_A": (r, modules[m].in_features), "lora_B": (modules[m].out_features, r)}
-    ]
-    rules.append(
-        Rule(
-            "both matrices of each pair have the shapes of their layer",
-            not wrong,
-            ", ".join(f"{m}: {pairs[m]}" for m in wrong[:2]),
-            _MODEL,
-        )
-    )
-    return rules
+    return [*_config_rules(config), *_layer_rules(shapes, config.get("r"), on_meta(base))]
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #a08ffa57
 def check_vllm(
@@ -277,6 +260,57 @@ def _nine_slices(folder):
         asks, slices == 9, f"this model looks at {slices}; serve it with vLLM, or make pictures smaller yourself", where
     )
 
+# %% ../../nbs/74_checkpoint.serve.ipynb #5c1b7e02
+def _tower_rules(stored, values):
+    "The script builds a tower from config.json, with numbers of its own where config.json is silent."
+    vision = _ASSUMED | {k: v for k, v in (values.get("vision_config") or {}).items() if k in _ASSUMED}
+    width, depth = vision["hidden_size"], vision["num_hidden_layers"]
+    patch = vision["patch_size"]
+    side = vision["image_size"] // patch
+    wanted = {
+        "vpm.embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        "vpm.embeddings.position_embedding.weight": (side * side, width),
+        f"vpm.encoder.layers.{depth - 1}.mlp.fc1.weight": (vision["intermediate_size"], width),
+        "vpm.post_layernorm.weight": (width,),
+    }
+    wrong = [
+        f"{n} is {shape_of(stored[n].shape) if n in stored else 'missing'}, it builds {shape_of(s)}"
+        for n, s in wanted.items()
+        if n not in stored or stored[n].shape != s
+    ]
+    more = [n for n in stored if n.startswith(f"vpm.encoder.layers.{depth}.")]
+    tower = "the tower that the script builds from config.json is the one in the files"
+    yield Rule(tower, not wrong and not more, "; ".join([*wrong, *more[:1]]), _ENCODER)
+    query, shape = stored.get("resampler.query"), (values.get("query_num", 0), values.get("hidden_size", 1536))
+    same = query is not None and query.shape == shape
+    yield Rule("query_num and hidden_size are those of the resampler", same, f"{shape}", _ENCODER)
+    yield Rule("positions are on a grid of 70 × 70", side == 70, f"{side} × {side}", _ENCODER)
+
+
+def _converter_rules(folder, values):
+    "What convert_hf_to_gguf.py asks, which reads all families but MiniCPM-V up to 4.5."
+    if served_of(values).llama_slices:
+        yield _nine_slices(folder)
+    asks, found = (
+        "the architecture has converters for words and for pictures",
+        (values.get("architectures") or ["none"])[0],
+    )
+    yield Rule(asks, found in _GGUF, found, f"{_LLAMA}/conversion/__init__.py")
+
+
+def _surgery_rules(folder, values):
+    "What the scripts for MiniCPM-V up to 4.5 ask: they take the model apart by the names of its tensors."
+    version = f"{values.get('model_type')} {values.get('version')}"
+    yield Rule(
+        "the script has a number for this version", served_of(values).llama_number is not None, version, _ENCODER
+    )
+    yield _nine_slices(folder)
+    yield from _remote_code(folder, "minicpmv-surgery.py")
+    stored, aside = stored_in(folder), layout_of(on_meta(folder)).aside
+    strange = [n for n in stored if n.split(".")[0] not in ("llm", "vpm", "resampler", *aside)]
+    yield Rule("every tensor is below llm, vpm or resampler", not strange, ", ".join(strange[:3]), _SURGERY)
+    yield from _tower_rules(stored, values)
+
 # %% ../../nbs/74_checkpoint.serve.ipynb #a93d666f
 def check_llama_cpp(
     folder: Path,  # a whole model
@@ -286,71 +320,8 @@ def check_llama_cpp(
     if not any(r.asks.startswith("every file") for r in rules):
         return rules
     values = read_json(folder / "config.json")
-    served = served_of(values)
-    if not served.llama_script:
-        found = (values.get("architectures") or ["none"])[0]
-        if served.llama_slices:
-            rules.append(_nine_slices(folder))
-        return [
-            *rules,
-            Rule(
-                "the architecture has converters for words and for pictures",
-                found in _GGUF,
-                found,
-                f"{_LLAMA}/conversion/__init__.py",
-            ),
-        ]
-    number = served.llama_number
-    rules.append(
-        Rule(
-            "the script has a number for this version",
-            number is not None,
-            f"{values.get('model_type')} {values.get('version')}",
-            _ENCODER,
-        )
-    )
-    rules.append(_nine_slices(folder))
-    rules += _remote_code(folder, "minicpmv-surgery.py")
-    stored, vision = (
-        stored_in(folder),
-        {**_ASSUMED, **{k: v for k, v in (values.get("vision_config") or {}).items() if k in _ASSUMED}},
-    )
-    aside = layout_of(on_meta(folder)).aside
-    strange = [n for n in stored if n.split(".")[0] not in ("llm", "vpm", "resampler", *aside)]
-    rules.append(Rule("every tensor is below llm, vpm or resampler", not strange, ", ".join(strange[:3]), _SURGERY))
-    width, side = vision["hidden_size"], vision["image_size"] // vision["patch_size"]
-    wanted = {
-        "vpm.embeddings.patch_embedding.weight": (width, 3, vision["patch_size"], vision["patch_size"]),
-        "vpm.embeddings.position_embedding.weight": (side * side, width),
-        f"vpm.encoder.layers.{vision['num_hidden_layers'] - 1}.mlp.fc1.weight": (vision["intermediate_size"], width),
-        "vpm.post_layernorm.weight": (width,),
-    }
-    wrong = [
-        f"{n} is {shape_of(stored[n].shape) if n in stored else 'missing'}, it builds {shape_of(s)}"
-        for n, s in wanted.items()
-        if n not in stored or stored[n].shape != s
-    ]
-    more = [n for n in stored if n.startswith(f"vpm.encoder.layers.{vision['num_hidden_layers']}.")]
-    rules.append(
-        Rule(
-            "the tower that the script builds from config.json is the one in the files",
-            not wrong and not more,
-            "; ".join([*wrong, *more[:1]]),
-            _ENCODER,
-        )
-    )
-    hidden, resampler = values.get("hidden_size", 1536), stored.get("resampler.query")
-    shape = (values.get("query_num", 0), hidden)
-    rules.append(
-        Rule(
-            "query_num and hidden_size are those of the resampler",
-            resampler is not None and resampler.shape == shape,
-            f"{shape}",
-            _ENCODER,
-        )
-    )
-    rules.append(Rule("positions are on a grid of 70 × 70", side == 70, f"{side} × {side}", _ENCODER))
-    return rules
+    scripts = served_of(values).llama_script
+    return [*rules, *(_surgery_rules if scripts else _converter_rules)(folder, values)]
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #181a5281
 TARGETS = ("vllm", "llama.cpp", "transformers")
@@ -383,14 +354,18 @@ class Export:
         )
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #05a361f6
+def _check_target(target):
+    if target not in TARGETS:
+        raise InputError(f"{target!r} is no server known here", "export, --for", f"Write one of {', '.join(TARGETS)}")
+
+
 def check_export(
     folder: str | Path,  # written by `export_adapter`
     target: str,  # vllm, llama.cpp or transformers
 ) -> list[Rule]:
     "Look again at an export. Raises `InputError` for a folder that is none."
     folder = Path(folder)
-    if target not in TARGETS:
-        raise InputError(f"{target!r} is no server known here", "export, --for", f"Write one of {', '.join(TARGETS)}")
+    _check_target(target)
     if not (folder / "model").is_dir() and not (folder / "adapter").is_dir():
         raise InputError(
             "there is neither model nor adapter in this folder",
@@ -407,6 +382,42 @@ def check_export(
     adapter = (folder / "adapter").is_dir()
     return [*(check_lora(folder / "adapter", base) if adapter else []), *check_vllm(base, adapter)]
 
+# %% ../../nbs/74_checkpoint.serve.ipynb #e41d90aa
+def _for_vllm(opened, adapter, source, named):
+    "The layers whose LoRA vLLM can serve. Raises `InputError` where it can serve none, or not this variant."
+    remedy = "Fold it in: export --for transformers; vLLM serves the merged model"
+    if (variant := variant_of(opened.config)).lengths:
+        found = f"this adapter is {variant.title}, which vLLM does not serve"
+        raise InputError(found, adapter, f"{remedy} without an adapter")
+    empty = on_meta(source)
+    layers, there = set(linear_layers(empty)["language"]), {n for n, _ in empty.named_modules()}
+    with _or_rescue(opened.folder, opened.provenance):
+        if strange := sorted(set(opened.loras) - there):
+            raise InputError(
+                f"this adapter has LoRA for {strange[0]}, which {named!r} does not have",
+                adapter,
+                "Give the base that it was trained on",
+            )
+    if changes_nothing(opened, source):
+        raise Finding(
+            f"this adapter changes nothing: every weight of {named!r} stays as it is",
+            adapter,
+            "Was it trained? Look at what it holds: vlm-lora-lab inspect",
+        )
+    keep = [m for m in opened.loras if m in layers]
+    if not keep:
+        found = "nothing in this adapter is LoRA on the language model, so no adapter is left for vLLM"
+        raise InputError(found, adapter, remedy)
+    return keep
+
+
+def _needs_model(opened, keep, onto):
+    "Must the base be written as well? Only where the server's own would not do."
+    said = opened.provenance
+    rounded, own_words = onto == "nf4" and said["four_bit"], said.get("own_tokenizer")  # words lie beside the model
+    outside = len(keep) == len(opened.loras) and not opened.full
+    return bool(rounded or own_words or not outside or variant_of(opened.config).moves_base)
+
 # %% ../../nbs/74_checkpoint.serve.ipynb #ca608370
 def export_adapter(
     adapter: str | Path,  # folder written by `save_adapter`
@@ -421,74 +432,29 @@ def export_adapter(
 
     Raises `InputError` for an unknown server, a folder in use, and an adapter that the server cannot be given, such as
     DoRA for vLLM."""
-    folder = empty_folder(folder)
-    if target not in TARGETS:
-        raise InputError(f"{target!r} is no server known here", "export, --for", f"Write one of {', '.join(TARGETS)}")
+    folder, merged = empty_folder(folder), None
+    _check_target(target)
     opened = Adapter(adapter, base)
-    named = base or opened.provenance["base"]
-    source, keep, merged = model_folder(named), [], None
-    check_settings(adapter, source, opened.provenance)
-    if target == "vllm":
-        if opened.config.use_dora:
-            raise InputError(
-                "this adapter is DoRA, which vLLM does not serve",
-                adapter,
-                "Fold it in: export --for transformers; vLLM serves the merged model without an adapter",
-            )
-        empty = on_meta(source)
-        layers, there = set(linear_layers(empty)["language"]), {n for n, _ in empty.named_modules()}
-        with _or_rescue(opened.folder, opened.provenance):
-            if strange := sorted(set(opened.loras) - there):
-                raise InputError(
-                    f"this adapter has LoRA for {strange[0]}, which {str(named)!r} does not have",
-                    adapter,
-                    "Give the base that it was trained on",
-                )
-        keep = [m for m in opened.loras if m in layers]
-        if changes_nothing(opened, source):
-            raise Finding(
-                f"this adapter changes nothing: every weight of {str(named)!r} stays as it is",
-                adapter,
-                "Was it trained? Look at what it holds: vlm-lora-lab inspect",
-            )
-        if not keep:
-            raise InputError(
-                "nothing in this adapter is LoRA on the language model, so no adapter is left for vLLM",
-                adapter,
-                "Fold it in: export --for transformers; vLLM serves the merged model",
-            )
-    rounded = onto == "nf4" and opened.provenance["four_bit"]
-    own_words = bool(opened.provenance.get("own_tokenizer"))  # they go where the server looks: beside the model
-    needed = (
-        rounded
-        or own_words
-        or opened.full
-        or len(keep) < len(opened.loras)
-        or opened.config.init_lora_weights == "pissa"
-    )
+    said, named = opened.provenance, str(base or opened.provenance["base"])
+    source = model_folder(named)
+    check_settings(adapter, source, said)
+    keep = _for_vllm(opened, adapter, source, named) if target == "vllm" else []
+    needed = _needs_model(opened, keep, onto)
     if not needed:  # merge_into looks at it otherwise
-        check_base(adapter, source, opened.provenance, quick=quick)
+        check_base(adapter, source, said, quick=quick)
+    place = str(folder / "model") if needed else named
     with complete_or_nothing(folder) as partial:
         if needed:
             merged = merge_into(adapter, partial / "model", base, onto, dtype, keep=frozenset(keep), quick=quick)
         if keep:
-            lora_only(opened, keep, partial / "adapter", str(folder / "model") if needed else str(named))
-        # the folder that will be there
-        rules = tuple(
-            replace(r, found=r.found.replace(str(partial), str(folder))) for r in check_export(partial, target)
-        )
-        commands = _commands(
-            target,
-            folder,
-            needed,
-            str(named),
-            source if not needed else partial / "model",
-            partial / "adapter",
-            opened.provenance.get("max_pixels", 0),
-        )
+            lora_only(opened, keep, partial / "adapter", place)
+        rules = check_export(partial, target)
+        model, pixels = partial / "model" if needed else source, said.get("max_pixels", 0)
+        commands = _commands(target, folder, place, model, partial / "adapter", pixels)
         with explain_write_errors(folder):
             (partial / "SERVE.md").write_text(commands + "\n", encoding="utf-8")
-    return Export(folder, target, rules, commands, merged and Merged(**{**vars(merged), "folder": folder / "model"}))
+    there = tuple(replace(r, found=r.found.replace(str(partial), str(folder))) for r in rules)
+    return Export(folder, target, there, commands, merged and replace(merged, folder=folder / "model"))
 
 # %% ../../nbs/74_checkpoint.serve.ipynb #0708e2b3
 def _limits(target, model, max_pixels):
@@ -514,10 +480,9 @@ def _limits(target, model, max_pixels):
     )
 
 
-def _commands(target, folder, needed, named, model, adapter, max_pixels):
-    "How to start the server."
-    values, place = read_json(model / "config.json"), str(folder / "model") if needed else named
-    served = served_of(values)
+def _commands(target, folder, place, model, adapter, max_pixels):
+    "How to start the server with the model at `place`, which lies in `model` for now."
+    served = served_of(read_json(model / "config.json"))
     remote = " --trust-remote-code" if served.remote else ""
     if target == "vllm":
         rank = next((r for r in RANKS if r >= read_json(adapter / "adapter_config.json")["r"]), RANKS[-1])

@@ -8,19 +8,12 @@ __all__ = ['PACKAGES', 'versions']
 # %% ../../nbs/95_cli.about.ipynb #7779609d
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
+from ..show import package_versions, text_table
 
 # %% ../../nbs/95_cli.about.ipynb #e15c5365
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
-
-
-def _version(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _build(torch):
@@ -56,8 +49,8 @@ def versions() -> str:  # a fact a line, aligned
         ("vlm_lora_lab", __version__),
         ("Python", f"{platform.python_version()} ({platform.python_implementation()})"),
         ("platform", platform.platform()),
-        ("torch", _version("torch")),
+        *package_versions("torch").items(),
         *_cards(),
-        *((p, _version(p)) for p in PACKAGES),
+        *package_versions(*PACKAGES).items(),
     ]
-    return "\n".join(f"{what:16} {fact}" for what, fact in facts)
+    return text_table(facts, "<")

@@ -69,7 +69,7 @@ def _asked(given):
 def run(given: Namespace) -> int:
     "Prints the answer."
     from vlm_lora_lab.data.records import ask
-    from vlm_lora_lab.evaluate.scores import generate_answers
+    from vlm_lora_lab.evaluate.ask import generate_answers
 
     question = ask(given.question, "", *map(Path, given.image), id="of the command line")
     model, processor = _asked(given)

@@ -32,7 +32,7 @@ def takes(parser: ArgumentParser) -> None:
 # %% ../../nbs/95_cli.plan.ipynb #08c20525
 def _plan(given):
     "(plan, what was said of it), from flags of ours or of another script."
-    from vlm_lora_lab.flags import from_flags
+    from vlm_lora_lab.scripts.known import from_flags
     from vlm_lora_lab.plan.tuning import TuningPlan
 
     said = flags_given(given, TuningPlan)

@@ -28,7 +28,8 @@ def run(given: Namespace) -> int:
     "Prints how well it answers its own held-out questions."
     from vlm_lora_lab.data.batch import Processor
     from vlm_lora_lab.data.drawn import HELD_OUT, Drawn
-    from vlm_lora_lab.evaluate.scores import ExactMatch, generate_answers
+    from vlm_lora_lab.evaluate.ask import generate_answers
+    from vlm_lora_lab.evaluate.scores import ExactMatch
     from vlm_lora_lab.models.load import load_tokenizer, load_vlm
     from vlm_lora_lab.train.pretrain import pretrain
 

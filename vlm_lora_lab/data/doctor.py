@@ -6,7 +6,6 @@
 __all__ = ['SEVERITIES', 'Finding', 'Look', 'look', 'Compare', 'Report', 'check_data', 'mutate']
 
 # %% ../../nbs/28_data.doctor.ipynb #c2dee9e0
-import html
 import signal
 import time
 from collections import Counter
@@ -22,12 +21,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .batch import BaseProcessor
-from .files import Inline, Remote, Rows, parse_json
 from .dialects import DIALECTS, dialect_of
+from .files import Inline, Remote, Rows, parse_json
 from .media import MENTION, RecordError, Unread, load_image, numbered, opened, picture_size
 from .records import Access, parse_record
 from .tokens import IGNORE
 from ..errors import InputError
+from ..show import Html, element, html_list, html_table, text_lines
 
 # %% ../../nbs/28_data.doctor.ipynb #fc00a739
 SEVERITIES = ("note", "warning", "error")
@@ -377,42 +377,41 @@ def _safe(text):
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 # %% ../../nbs/28_data.doctor.ipynb #3b0bd06c
+_HEADS = ("severity", "line", "record", "id", "field", "reason")
+
+
 def _text_of(report, show):
-    heads = ("severity", "line", "record", "id", "field", "reason")
     rows = [[_safe(cell)[: 24 if i < 5 else 200] for i, cell in enumerate(row)] for row in _table(report, show)]
-    widths = [max(len(r[i]) for r in [heads, *rows]) for i in range(5)]
     lines = [_safe(report.name), *(f"  {_safe(h)}" for h in _headlines(report))]
     if rows:
-        lines += [""] + ["  " + "  ".join([*(c.ljust(w) for c, w in zip(r, widths)), r[5]]) for r in [heads, *rows]]
+        lines += ["", *(f"  {line}" for line in text_lines([_HEADS, *rows], "<"))]
     if len(report.findings) > show:
         lines.append(f"  … and {len(report.findings) - show:,} more; --format json lists all")
     return "\n".join(lines)
 
 
-_STYLE = """<style>.doctor{font:14px/1.45 system-ui,sans-serif;max-width:70em}.doctor table{border-collapse:collapse;margin:.8em 0}
+_STYLE = """<style>.doctor{font:14px/1.45 system-ui,sans-serif;max-width:70em}\
+.doctor table{border-collapse:collapse;margin:.8em 0}
 .doctor th,.doctor td{text-align:left;vertical-align:top;padding:.25em .7em;border-bottom:1px solid #8884}
 .doctor td{white-space:nowrap}.doctor td:last-child{white-space:normal;max-width:38em;overflow-wrap:anywhere}
-.doctor .error{border-left:5px solid #d1603d}.doctor .warning{border-left:5px double #b8860b}.doctor .note{border-left:5px dotted #8a8a8a}</style>"""
+.doctor .error{border-left:5px solid #d1603d}.doctor .warning{border-left:5px double #b8860b}\
+.doctor .note{border-left:5px dotted #8a8a8a}</style>"""
 
 
 def _body_of(report, show):
-    e = html.escape
-    rows = "".join(
-        f'<tr class="{r[0]}">' + "".join(f"<td>{e(_safe(c))}</td>" for c in r) + "</tr>" for r in _table(report, show)
-    )
-    heads = "".join(f"<th>{h}</th>" for h in ("severity", "line", "record", "id", "field", "reason"))
-    more = f"<p>… and {len(report.findings) - show:,} more.</p>" if len(report.findings) > show else ""
-    table = (
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{more}"
-        if rows
-        else "<p>Nothing to say about any record.</p>"
-    )
-    facts = "".join(f"<li>{e(_safe(h))}</li>" for h in _headlines(report))
-    return f'{_STYLE}<div class="doctor"><h3>{e(_safe(report.name))}</h3><ul>{facts}</ul>{table}</div>'
+    rows = [[_safe(cell) for cell in row] for row in _table(report, show)]
+    if rows:
+        said = html_table([_HEADS, *rows], classes=[row[0] for row in rows])
+        if len(report.findings) > show:
+            said = Html(said + element("p", f"… and {len(report.findings) - show:,} more."))
+    else:
+        said = element("p", "Nothing to say about any record.")
+    facts = html_list(_safe(h) for h in _headlines(report))
+    return _STYLE + element("div", element("h3", _safe(report.name)), facts, said, class_="doctor")
 
 
 def _page_of(report, show):
-    head = f'<head><meta charset="utf-8"><title>{html.escape(_safe(report.name))}</title></head>'
+    head = f'<head><meta charset="utf-8">{element("title", _safe(report.name))}</head>'
     return f'<!doctype html><html lang="en">{head}<body>{_body_of(report, show)}</body></html>\n'
 
 # %% ../../nbs/28_data.doctor.ipynb #1eb0e011

@@ -29,10 +29,12 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from ..compat import plain_kernel
 from ..errors import InputError
 from ..families.base import family_named, is_ours
-from .files import FLOATS, account, convert_pickles, has_pickles, model_names, no_bar_if_small
+from .files import FLOATS, account, convert_pickles, has_pickles, no_bar_if_small
 from .files import shape_of, stored_in, weight_files
+from .names import StoredNames
 from .parts import layout_of, linear_layers
 from .precision import precision_for
 from .published import lab_folder, model_config, on_meta, packed_copy, read_json
@@ -328,7 +330,7 @@ def load_vlm(
         else ()
     ):
         # see "Evaluated once, trained never" in chapter 14
-        model.get_submodule(layer).support_avx512bf16_for_cpu = False
+        plain_kernel(model.get_submodule(layer))
     return model.eval()
 
 # %% ../../nbs/14_models.load.ipynb #8c663e93
@@ -429,10 +431,8 @@ def _packed(config, stored, folder, empty):
             folder,
             "The folder mixes files of different models",
         )
-    names, layers = (
-        model_names(empty, stored) if packed else {},
-        {n for names in linear_layers(empty).values() for n in names},
-    )
+    names = StoredNames(empty, stored).in_model if packed else {}
+    layers = {n for names in linear_layers(empty).values() for n in names}
     found = {}
     for old in sorted(packed):
         name, file = names.get(f"{old}.weight", "").removesuffix(".weight"), stored[f"{old}.weight"].file

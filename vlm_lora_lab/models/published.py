@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from ..errors import InputError, json_value, text_of
@@ -42,7 +42,7 @@ def model_config(
             "Give a Qwen-VL checkpoint",
         )
     if kind not in ours and (
-        kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping
+        kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     ):
         raise InputError(
             f"model_type is {kind!r}, which is no vision-language model known here",
@@ -89,7 +89,7 @@ def model_class(
     "The class that reads checkpoints of this configuration."
     if known := [f for f in families_of(config.model_type) if f.ours]:
         return resolved(known[0].model)
-    return AutoModelForImageTextToText._model_mapping[type(config)]
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
 # %% ../../nbs/16_models.published.ipynb #763bd34e
 @dataclass(frozen=True)

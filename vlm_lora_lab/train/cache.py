@@ -26,10 +26,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .. import __version__
+from ..compat import attention_of, tensors_in, writes
 from ..errors import InputError
 from ..families.base import families_of
 from ..models.parts import layout_of
@@ -50,7 +50,7 @@ class Seam:
     def settings(self) -> dict:
         "What the result depends on beside weights and pixels."
         vision = getattr(self.config, "vision_config", None) or self.config.visual
-        vision = vision if isinstance(vision, dict) else vision.to_dict() | {"attention": vision._attn_implementation}
+        vision = vision if isinstance(vision, dict) else vision.to_dict() | {"attention": attention_of(vision)}
         plain = {
             k: v
             for k, v in vision.items()
@@ -151,6 +151,10 @@ def seam_of(
     return SEAMS.get(known[0].seam) if known else None
 
 # %% ../../nbs/51_train.cache.ipynb #6a12ca36
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 def why_not(
     model: nn.Module,  # with a plan applied, or plain
 ) -> str | None:  # None: its vision tower is a constant
@@ -163,9 +167,9 @@ def why_not(
     for name, m in _eyes(base, layout):
         if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             return f"an adapter sits in the vision tower ({name})"
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        if isinstance(m, _BATCH_NORMS):
             return f"{name} in the vision tower changes with every batch"
-        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p:
+        if isinstance(m, _DROPOUTS) and m.p:
             return f"{name} in the vision tower is random"
     vision = getattr(base.config, "vision_config", None)
     loose = [
@@ -192,7 +196,7 @@ def is_random(
         return True
 
     def pixels(row):
-        return [t for t in tree_leaves(row) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        return [t for t in tensors_in(row) if t.is_floating_point()]
 
     own, numpys, seen = random.getstate(), np.random.get_state(), 0
     with torch.random.fork_rng(devices=[]):
@@ -282,8 +286,9 @@ def fingerprint(
     "A hash over all weights and buffers, in 4 bit over packed weights and their constants."
     h, tensors = hashlib.sha256(), {}
     for name, m in modules:
-        m._save_to_state_dict(tensors, f"{name}.", True)
-        tensors |= {f"{name}.{k}": b for k, b in m._buffers.items()}
+        inside = {n for n, _ in m.named_children()}
+        tensors |= {f"{name}.{k}": t for k, t in m.state_dict().items() if k.partition(".")[0] not in inside}
+        tensors |= {f"{name}.{k}": b for k, b in m.named_buffers(recurse=False, remove_duplicate=False)}
     for name, t in sorted((n, t) for n, t in tensors.items() if isinstance(t, torch.Tensor)):
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         h.update(_bytes(t))
@@ -292,8 +297,9 @@ def fingerprint(
 
 def _changes(modules):
     "Something that is another thing when a tensor is changed in place, replaced, or is to be trained."
-    tensors = (t for _, m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
-    return tuple((t.data_ptr(), t._version, t.requires_grad) for t in tensors)
+    alone = {"recurse": False, "remove_duplicate": False}
+    tensors = (t for _, m in modules for _, t in (*m.named_parameters(**alone), *m.named_buffers(**alone)))
+    return tuple((t.data_ptr(), writes(t), t.requires_grad) for t in tensors)
 
 
 def _precision(device):
@@ -410,7 +416,7 @@ VERSIONS = [torch.__version__, transformers.__version__, __version__]
 def _kernel(config):
     "How attention is computed: the choice of transformers, and torch's switches."
     cuda, vision = torch.backends.cuda, getattr(config, "vision_config", None)
-    chosen = [getattr(c, "_attn_implementation", None) for c in (config, vision)]
+    chosen = [attention_of(c) for c in (config, vision)]
     return [
         *chosen,
         cuda.flash_sdp_enabled(),

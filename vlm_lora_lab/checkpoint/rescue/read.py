@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,27 +19,13 @@ from .signs import Found
 from ...errors import InputError
 from ...models.files import _unpickle, shape_of, stored_in
 from ...models.load import model_folder
+from ...models.names import LORA, TensorName, places_of
 from ...models.parts import layout_of, linear_layers
 from ...models.published import on_meta
 
 # %% ../../../nbs/75_checkpoint.rescue.read.ipynb #330cf46d
-# Beginnings of names that differ between versions of transformers and between wrappers: what stands in a file -> what
-# stands in the model.
-_OLDER = (
-    ("", ""),
-    ("", "model."),
-    ("model.", ""),
-    ("model.", "model.language_model."),
-    ("language_model.model.", "model.language_model."),
-    ("language_model.", ""),
-    ("language_model.", "model.language_model."),
-    ("model.", "model.model."),
-)
 # older versions of transformers stored what is computed when a model is built
 _ANEW = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
-_LORA_NAME = re.compile(
-    r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?$"
-)
 
 
 def place(
@@ -50,9 +35,7 @@ def place(
     """Where a name of another script, or of another version of transformers, belongs.
 
     Raises `InputError` when it could be two things."""
-    if name in known:
-        return name
-    found = sorted({new + name[len(old) :] for old, new in _OLDER if name.startswith(old)} & known)
+    found = places_of(name, known)
     if len(found) > 1:
         raise InputError(f"{name} could be {' or '.join(found)}", "rescue", "Rename it to the one that is meant")
     return found[0] if found else None
@@ -60,20 +43,15 @@ def place(
 
 def plain_key(
     key: str,  # as it stands in a file
-    # name without wrappers; "lora_A", …, "copy" of a frozen original, or "" for a weight; name of the adapter
+    # name without wrappers, of LoRA that of its layer; "lora_A", …, "copy" of a frozen original, or "" for a weight;
+    # name of the adapter
 ) -> tuple[str, str, str]:
-    "What a key says, without what DDP, torch.compile and PEFT wrapped around it."
-    name = key.lstrip(".")
-    while m := re.match(r"(module|_orig_mod|base_model\.model)\.", name):
-        name = name[m.end() :]
-    name = name.replace("._orig_mod.", ".").replace(".base_layer.", ".")
-    if m := _LORA_NAME.match(name):
-        return m[1], m[2], m[3] or "default"
-    if ".original_module." in name:
-        return name.replace(".original_module.", "."), "copy", "default"
-    if m := re.match(r"(.+)\.modules_to_save\.([^.]+)\.(.+)$", name):
-        return f"{m[1]}.{m[3]}", "", m[2]
-    return name, "", "default"
+    "What a key says (chapter 09), in the words of this account. A matrix of no known method counts as a weight."
+    said = TensorName.of(key)
+    if not said.lora:
+        return said.plain, "copy" if said.original else "", said.adapter or "default"
+    known = said.lora in LORA and said.tensor == "weight"
+    return (said.module, said.lora, said.adapter or "default") if known else (said.own, "", "default")
 
 
 def below(name, modules):
@@ -175,44 +153,28 @@ class Base:
         }
 
 # %% ../../../nbs/75_checkpoint.rescue.read.ipynb #1fbeeeef
-def read_contents(found: Found, model: Any, allow_pickle: bool) -> Contents:
+def read_contents(
+    found: Found,
+    model: Base,
+    allow_pickle: bool,
+) -> Contents:
     """Put every tensor in its place.
 
     Raises `InputError` for names and shapes that the base does not have, and for two values of one name."""
-    got, seen, foreign, adapters = Contents(), {}, [], set()
+    got, seen = Contents(), {}
+    foreign, adapters = [], set()
     for t in tensors_in(found, allow_pickle):
         name, kind, adapter = plain_key(t.key)
         at, where = place(name, model.known), f"{t.file}: {t.key}"
-        if at is None and (_ANEW.search(name) or any(name.startswith(f"{p}.") for p in model.layout.aside)):
-            got.fates[where] = (
-                "computed anew: when a model is built" if _ANEW.search(name) else "not loaded here: part of a voice"
-            )
-            continue
-        if at is None or (at in model.modules) != kind.startswith("lora_"):
+        if at is None and (aside := _aside(name, model)):
+            got.fates[where] = aside
+        elif at is None or (at in model.modules) != kind.startswith("lora_"):
             foreign.append(where)
-            continue
-        at, value = model.owner.get(at, at), t.read()
-        got.raw[at] = name
-        adapters.add(adapter)
-        if value.numel() == 0:
-            got.empty.add(at)
-            got.fates[where] = f"empty: {at}"
-        elif (at, kind) in seen:
-            first = seen[at, kind].read()
-            if not (first.shape == value.shape and torch.equal(first.float(), value.float())):
-                raise InputError(
-                    f"{at} has another value in {t.file} than in {seen[at, kind].file}",
-                    found.folder,
-                    "Remove the file that is older",
-                )
-            got.fates[where] = f"a second copy: {at}"
         else:
-            seen[at, kind] = t
-            got.fates[where] = (
-                _lora_in(got, model, at, kind, value, where)
-                if kind.startswith("lora_")
-                else _weight_in(got, model, at, kind, value, where)
-            )
+            at = model.owner.get(at, at)
+            got.raw[at] = name
+            adapters.add(adapter)
+            got.fates[where] = _take(got, seen, found, model, t, at, kind)
     if foreign:
         raise _foreign(found, model, foreign)
     if len(adapters) > 1:
@@ -222,6 +184,33 @@ def read_contents(found: Found, model: Any, allow_pickle: bool) -> Contents:
     return got
 
 
+def _aside(name, model):
+    "What to say of a name that the base does not have, and does not need."
+    if _ANEW.search(name):
+        return "computed anew: when a model is built"
+    return "not loaded here: part of a voice" if any(name.startswith(f"{p}.") for p in model.layout.aside) else ""
+
+
+def _take(got, seen, found, model, t, at, kind):
+    "Put a tensor into the contents, and say what becomes of it."
+    value, where = t.read(), f"{t.file}: {t.key}"
+    if value.numel() == 0:
+        got.empty.add(at)
+        return f"empty: {at}"
+    if (at, kind) in seen:
+        first = seen[at, kind].read()
+        if first.shape == value.shape and torch.equal(first.float(), value.float()):
+            return f"a second copy: {at}"
+        raise InputError(
+            f"{at} has another value in {t.file} than in {seen[at, kind].file}",
+            found.folder,
+            "Remove the file that is older",
+        )
+    seen[at, kind] = t
+    take = _lora_in if kind.startswith("lora_") else _weight_in
+    return take(got, model, at, kind, value, where)
+
+# %% ../../../nbs/75_checkpoint.rescue.read.ipynb #32270e18
 def _foreign(found, model, names):
     "Names that the base does not have."
     looks = {
