@@ -25,7 +25,8 @@ from transformers import AutoTokenizer
 from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance, save_adapter
 from vlm_lora_lab.checkpoint.serve import check_export
 from vlm_lora_lab.cli import main
-from vlm_lora_lab.data.native import NATIVE, load_processor
+from vlm_lora_lab.data.native import load_processor
+from vlm_lora_lab.families.base import families
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.parts import count
@@ -62,7 +63,7 @@ REAL_WORDS = {
     "openbmb/MiniCPM-V-4_5": "qwen3.json",
     "Qwen/Qwen-VL-Chat": "qwen.tiktoken",
 }
-PREPARED = {*NATIVE, "minicpmv", "minicpmo", "qwen"}  # families whose rows `train` can prepare
+PREPARED = {t for f in families() if f.eyes for t in f.model_types}  # families whose rows `train` can prepare
 # LLaVA-OneVision has a bare image_newline beside its embed_tokens
 TIED_PLANS = ({"embeddings": "full on embed_tokens"}, {"embeddings": "lora"}, {"head": "lora"})
 RATE = 0.01  # high: two steps must be seen in the logits

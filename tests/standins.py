@@ -19,7 +19,8 @@ from transformers import MiniCPMV4_6ImageProcessorPil
 
 from vlm_lora_lab.models.load import lab_folder
 from vlm_lora_lab.models.published import PUBLISHED, model_class, model_config
-from vlm_lora_lab.models.tokenizer import PUBLISHED_TOKENS, QWEN_SPECIAL, version_of
+from vlm_lora_lab.families.base import family_named, is_ours
+from vlm_lora_lab.models.tokenizer import QWEN_SPECIAL, version_of
 
 TOKENIZERS = Path(__file__).parent / "golden" / "tokenizer"
 # What may differ from the published config.json; * stands for the whole of a list.
@@ -499,7 +500,7 @@ def _minicpm_words(version, rows):
         special = {"<unk>": 128244} | _series(
             151643, *TURNS, *GROUNDING, *SIGHT, *TOOLS, *THINKS, *TAGS, "<image_id>", "</image_id>"
         )
-        return Words(special | _spare(151683, rows), PUBLISHED_TOKENS["4.5"], roles)
+        return Words(special | _spare(151683, rows), family_named("4.5").id_count, roles)
     if version == "4.0":
         special = (
             _series(0, "<unk>", "<s>", "</s>")
@@ -581,7 +582,7 @@ def _write(folder, name, values):
 def _tokenizer_files(name, folder, small):
     "Write the tokenizer; published id -> id here, and the number of tokens."
     values = PUBLISHED[name].config
-    version = version_of(values) if values["model_type"] in ("minicpmv", "minicpmo", "qwen") else None
+    version = version_of(values) if is_ours(values) else None
     if version in ("2.0", "qwenvl"):
         source = TOKENIZERS / {"2.0": "minicpmv20", "qwenvl": "qwenvl"}[version]
         for file in source.iterdir():
@@ -589,7 +590,7 @@ def _tokenizer_files(name, folder, small):
                 (folder / file.name).write_bytes(file.read_bytes())
         if version == "qwenvl" and not small and (ranks := real("qwen.tiktoken")):
             (folder / "qwen.tiktoken").write_bytes(ranks)
-            return {}, PUBLISHED_TOKENS["qwenvl"]
+            return {}, family_named("qwenvl").id_count
         if version == "2.0":
             return {i: i for i in range(113)}, 0
         count = len((source / "qwen.tiktoken").read_text().split("\n")) - 1

@@ -75,10 +75,6 @@ def test_a_claim_names_a_heading_that_its_chapter_has(claim):
     )
 
 
-def test_the_index_shows_the_ledger(ledger):
-    assert ledger.index() in markdown("index.ipynb")
-
-
 def test_the_chapter_shows_the_ledger(ledger):
     outputs = [
         o

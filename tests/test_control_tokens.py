@@ -86,7 +86,7 @@ def refusal(processor, conversation):
 def test_commands_are_these_and_no_others(name, processor):
     own = {str(t) for t in processor.tokenizer.added_tokens_decoder.values()}
     found = control_tokens(
-        processor.tokenizer, processor.family.template if isinstance(processor, Processor) else None, processor.named
+        processor.tokenizer, processor.words.template if isinstance(processor, Processor) else None, processor.named
     )
     assert found == COMMANDS[name] and SAID[name] <= own - found
 
@@ -160,20 +160,20 @@ def test_the_configuration_can_name_commands(folders):
 def test_turns_that_are_ordinary_text_are_commands_where_the_template_writes_them():
     from test_tokenizer import RECORDED
 
-    from vlm_lora_lab.data.tokens import FAMILIES
+    from vlm_lora_lab.families.base import family_named
     from vlm_lora_lab.models.tokenizer import tokenizer_of
 
     tokenizer = tokenizer_of(RECORDED / "minicpmv20")
     for bad in ("<用户>", "<AI>", "</s>", "<slice>"):
         with pytest.raises(InputError, match="special token"):
-            encode(ask(f"say {bad}", "no"), tokenizer, 4, family=FAMILIES["2.0"])
+            encode(ask(f"say {bad}", "no"), tokenizer, 4, words=family_named("2.0").words)
     two = Conversation(
         "x", (Message("user", "1"), Message("assistant", "one"), Message("user", "2"), Message("assistant", "two"))
     )
-    assert [i for i in encode(two, tokenizer, 4, family=FAMILIES["2.0"]).labels if i != IGNORE].count(
+    assert [i for i in encode(two, tokenizer, 4, words=family_named("2.0").words).labels if i != IGNORE].count(
         tokenizer.eos_token_id
     ) == 2
-    assert "<用户>" not in control_tokens(tokenizer, FAMILIES["2.6"].template)
+    assert "<用户>" not in control_tokens(tokenizer, family_named("2.6").words.template)
 
 
 def test_text_is_looked_at_as_the_normaliser_makes_it(folders):
@@ -303,9 +303,9 @@ def test_in_the_real_qwen3_some_names_are_ordinary_text(tmp_path):
 def test_texts_full_of_exclamation_marks_from_the_real_llama3(tmp_path):
     tokenizer = _tokenizer("llama3.json", "openbmb/MiniCPM-Llama3-V-2_5", tmp_path)
     assert tokenizer.pad_token_id == 0 and "!" not in control_tokens(tokenizer)
-    from vlm_lora_lab.data.tokens import FAMILIES
+    from vlm_lora_lab.families.base import family_named
 
     for answer in ("Stop!", "!!!", "a!b!! c !", "!"):
-        e = encode(ask("Hey! Look!!", answer), tokenizer, 4, family=FAMILIES["2.5"])
+        e = encode(ask("Hey! Look!!", answer), tokenizer, 4, words=family_named("2.5").words)
         said = [i for i in e.labels if i != IGNORE]
         assert tokenizer.decode(said) == answer + "<|eot_id|>" and _read([*said, 0, 0], tokenizer).text == answer

@@ -23,7 +23,7 @@ from transformers import (
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.evaluate.compare import Checkpoint
 from vlm_lora_lab.data.batch import Reading, Samples, check_rows, loader
-from vlm_lora_lab.data.native import NATIVE, load_processor
+from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.data.records import Conversation, Message, ask
 from vlm_lora_lab.data.tokens import IGNORE
 from vlm_lora_lab.data.view import see
@@ -65,10 +65,10 @@ TALK = Conversation(
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("native")
-    return {f: native_folder(f, root / f) for f in NATIVE}
+    return {f: native_folder(f, root / f) for f in UPSTREAM}
 
 
-@pytest.fixture(params=NATIVE)
+@pytest.fixture(params=UPSTREAM)
 def family(request):
     return request.param
 

@@ -5,15 +5,17 @@ import itertools
 import pytest
 from families import FAMILIES, tiny_config, tiny_model
 
+from vlm_lora_lab.checkpoint.rescue import recognise
 from vlm_lora_lab.checkpoint.save import save_adapter
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.flags import SCRIPTS, from_flags
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import count
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.plan.preview import Preview
+from vlm_lora_lab.scripts.known import FORMATS, SCRIPTS, flags_in, from_flags, register_script
+from vlm_lora_lab.scripts.script import OWN_FILE, Format, Script, Translation, full_at, plan_in_words
 
 TABLE = [  # script, flags, words for vision, connector, language, embeddings, head; or what the error must say
     ("minicpmv", {}, "full full full full full"),
@@ -57,8 +59,10 @@ def test_what_old_flags_amount_to(script, flags, expected):
 
 def test_every_combination_is_a_plan_or_one_sentence():
     tried = 0
-    for script, (_, defaults) in SCRIPTS.items():
-        switches = [n for n, v in defaults.items() if isinstance(v, bool)]
+    for script, known in SCRIPTS.items():
+        if not known.translate:
+            continue
+        switches = [n for n, v in known.flags.items() if isinstance(v, bool)]
         for values in itertools.product((False, True), repeat=len(switches)):
             tried += 1
             try:
@@ -80,6 +84,41 @@ def test_every_combination_is_a_plan_or_one_sentence():
 def test_unknown_scripts_flags_and_values(script, flags):
     with pytest.raises(InputError, match="Known are|Write"):
         from_flags(script, **flags)
+
+
+def test_the_help_of_the_commands_names_every_script(capsys):
+    for command in ("plan", "rescue"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = capsys.readouterr().out
+        assert [name for name, s in SCRIPTS.items() if s.translate and name not in said] == []
+
+
+def test_a_script_is_added_from_outside(tmp_path):
+    name = "mine.bin"
+    form = Format("mine", name, full_at("beside", "connector"), ("https://example.org",), OWN_FILE, files=(name,))
+    plan = plan_in_words("freeze", "full", "freeze", "freeze", "freeze")
+    mine = Script("mine", "mine", {"mine": form}, {"deep": True}, lambda flags: Translation(plan, False, ()), "deep")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match="no script 'mine'"):
+        from_flags("mine")
+    with pytest.raises(InputError, match="mine.bin may hold weights"):
+        recognise(tmp_path)
+    register_script(mine)
+    try:
+        assert from_flags("mine", deep=False).plan == plan and flags_in({"deep": True}) == ("mine", {"deep": True})
+        assert recognise(tmp_path).format == "mine"
+        with pytest.raises(InputError, match="'mine' is known already"):
+            register_script(mine)
+    finally:
+        del SCRIPTS["mine"], FORMATS["mine"]
+
+
+def test_flags_are_still_found_where_they_were():
+    from vlm_lora_lab.flags import from_flags as old
+
+    assert old is from_flags
 
 
 def test_translated_plans_can_be_applied_where_their_script_ran():

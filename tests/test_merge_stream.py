@@ -383,7 +383,8 @@ def test_a_full_disk_leaves_nothing(lab, tmp_path):
 def test_killed_at_any_time_it_is_whole_or_not_there(lab, tmp_path):
     start = time.perf_counter()
     whole = tensors(merge_into(lab, tmp_path / "reference").folder)
-    took, killed, finished = time.perf_counter() - start, 0, 0
+    took = time.perf_counter() - start
+    killed, finished = 0, 0
     for i in range(12):
         out = tmp_path / "merged"
         pid = in_a_child(lambda: merge_into(lab, out))

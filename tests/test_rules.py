@@ -11,12 +11,12 @@ from transformers import TrainingArguments
 
 from vlm_lora_lab.checkpoint.save import load_adapter, save_adapter
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.lora.variants import VARIANTS
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.names import plain_name
 from vlm_lora_lab.models.parts import PARTS, count, layout_of, linear_layers
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan.tuning import (
-    VARIANTS,
     Rule,
     TuningPlan,
     apply_plan,

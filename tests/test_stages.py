@@ -115,7 +115,8 @@ def test_a_change_of_stage_keeps_the_model_and_trains_what_the_plan_says(i, name
     "Every pair on two families of seven, so that each family meets several."
     for family in (SOME[i % len(SOME)], SOME[(i + 3) % len(SOME)]):
         model, stages = tiny_model(family), PAIRS[name]
-        batch, way, lora = batch_of(family, model), route(model, stages), {}
+        batch, way = batch_of(family, model), route(model, stages)
+        lora = {}
         before = logits(model, batch)
         for turn in way.turns:
             was = state(model) | lora
@@ -202,7 +203,8 @@ def test_over_16_bit_what_was_learned_stays_in_32():
         Stage(TuningPlan(language="lora on 0-1", connector="full", rank=4), lora="merge"),
         Stage(TuningPlan(language="lora on 3", connector="freeze", rank=4)),
     )
-    way, model, train = route(on_meta("lab"), stages), load_vlm("lab", dtype=torch.bfloat16), samples()
+    way, train = route(on_meta("lab"), stages), samples()
+    model = load_vlm("lab", dtype=torch.bfloat16)
     model = enter_stage(model, way.turns[0], {})
     torch.manual_seed(0)
     for p in (p for p in model.parameters() if p.requires_grad):
@@ -241,7 +243,8 @@ def batch_for(train):
 def test_random_stages_become_one_plan_that_says_exactly_what_was_trained():
     """Route by route: the plan under which a result is saved names every layer that holds LoRA and every weight that
     changed, and nothing else."""
-    rng, models, routed = random.Random(0), {f: tiny_model(f).to("meta") for f in SOME}, 0
+    rng, routed = random.Random(0), 0
+    models = {f: tiny_model(f).to("meta") for f in SOME}
 
     def word():
         return rng.choice(
@@ -382,7 +385,8 @@ def test_a_run_that_was_killed_goes_on_from_the_last_complete_state(stage, step,
 import os, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_stages import At, staged
-staged({str(tmp_path)!r}, callbacks=lambda number: [At({step}, lambda: os.kill(os.getpid(), signal.SIGKILL))] if number == {stage} else [])
+killed = At({step}, lambda: os.kill(os.getpid(), signal.SIGKILL))
+staged({str(tmp_path)!r}, callbacks=lambda number: [killed] if number == {stage} else [])
 """
     died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
@@ -448,7 +452,8 @@ def test_moments_are_carried_exactly_and_only_where_a_tensor_goes_on(tmp_path):
     done, _ = staged(tmp_path, stages, callbacks=lambda number: [Look(number)])
     assert seen[1, "begin"] == {}
     for number in (2, 3):
-        before, after, trained = seen[number - 1, "end"], seen[number, "begin"], seen[number, "trained"]
+        before, after = seen[number - 1, "end"], seen[number, "begin"]
+        trained = seen[number, "trained"]
         assert after.keys() == before.keys() & trained and after.keys() < trained
         assert all(torch.equal(after[n][k], before[n][k]) for n in after for k in ("exp_avg", "exp_avg_sq", "step"))
         assert (done.runs[number - 1].carried, done.runs[number - 1].fresh) == (len(after), len(trained) - len(after))
@@ -478,7 +483,8 @@ def test_the_first_step_after_a_change_is_adamw_s_own(tmp_path):
     done, _ = staged(tmp_path, stages, callbacks=lambda number: [Look()] if number == 2 else [])
     after = state(done.model)
     for name, (p, g, s) in noted.items():
-        t, m, v = s["step"] + 1, 0.9 * s["exp_avg"] + 0.1 * g, 0.999 * s["exp_avg_sq"] + 0.001 * g * g
+        t = s["step"] + 1
+        m, v = 0.9 * s["exp_avg"] + 0.1 * g, 0.999 * s["exp_avg_sq"] + 0.001 * g * g
         by_hand = p * (1 - 1e-3 * 0.01) - 1e-3 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
         torch.testing.assert_close(after[name], by_hand, rtol=1e-4, atol=1e-7)
 

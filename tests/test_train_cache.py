@@ -14,14 +14,15 @@ from vlm_lora_lab.data.batch import Collator, Processor, Samples
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.debug.nan import NanDoctor, NonFiniteStep
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.families.base import families_of
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import layout_of
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
-from vlm_lora_lab.train.cache import SEAMS, VisionCache, cache_folder, choose_cache, is_random, why_not
+from vlm_lora_lab.train.cache import VisionCache, cache_folder, choose_cache, is_random, why_not
 from vlm_lora_lab.train.run import Schedule, fit
 
-OPEN = [f for f in FAMILIES if f.partition("-")[0] in SEAMS]
+OPEN = [f for f in FAMILIES if families_of(f.partition("-")[0])[0].seam]
 QUIET = dict(say=lambda line: None)
 
 

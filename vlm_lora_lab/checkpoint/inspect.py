@@ -20,13 +20,16 @@ from tqdm.auto import tqdm
 
 from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base
 from .save import is_base, wrong_in
+from ..compat import no_false_warning
 from ..errors import InputError
+from ..lora.variants import title_of
 from ..models.files import FLOATS, account, stored_in
+from ..families.base import families, families_of, is_ours
 from ..models.names import StoredNames, TensorName, places_of, plain_name
-from ..models.parts import FAMILIES, PARTS, count, layout_of
+from ..models.parts import PARTS, count, layout_of
 from ..models.load import stand_in
 from ..models.published import lab_folder, on_meta, read_json
-from ..plan.tuning import TuningPlan, full_modules, lora_layers, no_false_warning
+from ..plan.tuning import TuningPlan, full_modules, lora_layers
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #eb8b7edd
 LEVELS = ("error", "warning", "note")
@@ -249,10 +252,10 @@ def _layout(names, model_type, base):
     "Which family keeps its parts so; None if several or none do."
     if base.empty is not None:
         return layout_of(base.empty)
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    if known := families_of(model_type):
+        return known[0].layout
     fits = []
-    for layout in dict.fromkeys(FAMILIES.values()):
+    for layout in dict.fromkeys(f.layout for f in families()):
         try:
             fits.append((layout, [layout.part_of(n) for n in names]))
         except KeyError:
@@ -674,12 +677,6 @@ def _holdings(seen, kind_of, layout, ranks):
     return tuple(rows)
 
 
-def _variant(config):
-    said = [n for flag, n in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(flag)]
-    start = config.get("init_lora_weights", True)
-    return " + ".join(said or ["LoRA"]) + (f", started by {start}" if isinstance(start, str) else "")
-
-
 def _json_or(path, findings, kinds=()):
     "A JSON object without what cannot be, and findings for that."
     if not path.is_file():
@@ -737,7 +734,7 @@ def _about(config, provenance, base, layout):
     return (
         ("base", base.name or "not said"),
         ("family", layout.family if layout else "not known"),
-        ("variant", _variant(config) if config else "not known"),
+        ("variant", title_of(config) if config else "not known"),
         ("trained beside", beside.get(provenance.get("four_bit"), "not known")),
         ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
         ("data", ", ".join(provenance.get("data") or ()) or "not known"),
@@ -809,11 +806,7 @@ def _model(folder, base):
         findings.append(Finding("error", f"config.json cannot be used: {here.why}", "Copy the folder again"))
     try:
         stored = stored_in(folder)
-        if (
-            here.empty is not None
-            and layout_of(here.empty).family.startswith(("MiniCPM-V", "MiniCPM-o", "Qwen-VL"))
-            and config.get("model_type") in ("minicpmv", "minicpmo", "qwen")
-        ):
+        if here.empty is not None and is_ours(config):
             account(stored, here.empty, folder)
     except InputError as e:
         findings.append(Finding("error", e.found, e.remedy))

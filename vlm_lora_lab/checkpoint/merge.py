@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -28,6 +28,7 @@ from .save import _or_rescue, check_base, check_seals, check_settings, fingerpri
 from .save import read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
+from ..lora.variants import lora_layer, tensor_of, variant_of
 from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in
 from ..models.files import true_config, weight_files
 from ..models.load import load_vlm, model_folder
@@ -145,17 +146,13 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        return self.config.lora_alpha / (self.config.r**0.5 if self.config.use_rslora else self.config.r)
+        return variant_of(self.config).scale(self.config.lora_alpha, self.config.r)
 
     @property
     def embedding(self) -> bool:
         return "lora_embedding_A" in self.keys
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #ad4ad88e
-# of LoRA's matrices; what else PEFT offers changes the base in ways that cannot be repeated from the file
-_STARTS = (True, False, "gaussian", "pissa")
-
-
 class Adapter:
     "An adapter's file, opened: LoRA by layer, and tensors trained in full."
 
@@ -178,7 +175,7 @@ class Adapter:
                 "Copy the whole folder again from where it was trained",
             ) from None
         if (
-            self.config.init_lora_weights not in _STARTS
+            not variant_of(self.config).repeatable
             or self.config.lora_bias
             or self.config.layer_replication
             or self.config.use_qalora
@@ -222,11 +219,12 @@ class Adapter:
 def _layer(adapter, module, keys):
     "The configuration of one layer, patterns resolved."
     c, remedy = adapter.config, "Copy the whole folder again from where it was trained"
+    variant = variant_of(c)
     first, second = sorted(k for k in keys if k != "lora_magnitude_vector") if len(keys) > 1 else (None, None)
     if (
         first not in ("lora_A", "lora_embedding_A")
         or second != first[:-1] + "B"
-        or ("lora_magnitude_vector" in keys) != bool(c.use_dora)
+        or ("lora_magnitude_vector" in keys) != variant.lengths
     ):
         raise InputError(f"of LoRA for {module} there is only {', '.join(sorted(keys))}", adapter.folder, remedy)
     tensor = "in_proj_weight" if f"{module}.in_proj_weight" in (c.target_parameters or ()) else "weight"
@@ -234,18 +232,9 @@ def _layer(adapter, module, keys):
     r = c.rank_pattern.get(get_pattern_key(c.rank_pattern, named), c.r)
     alpha = c.alpha_pattern.get(get_pattern_key(c.alpha_pattern, named), c.lora_alpha)
     found = adapter.reader.places[keys[first]][2][0]
-    if found != r and c.init_lora_weights != "pissa":  # PiSSA has no more directions than the matrix
+    if found != r and not variant.moves_base:  # PiSSA has no more directions than the matrix
         raise InputError(f"adapter_config.json gives {module} rank {r}, and the file {found}", adapter.folder, remedy)
-    start = "pissa" if c.init_lora_weights == "pissa" else False
-    alone = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        target_modules=["layer"],
-        use_rslora=c.use_rslora,
-        use_dora=c.use_dora,
-        init_lora_weights=start,
-    )
-    return Lora(alone, keys, tensor)
+    return Lora(variant.config(r, alpha), keys, tensor)
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #0919849b
 def by_peft(
@@ -256,17 +245,7 @@ def by_peft(
     keep: bool = False,  # True: only what the variant takes out of the base (PiSSA), without adding what was learned
 ) -> torch.Tensor:  # (rows, width), float32
     "Merge one layer with PEFT's own arithmetic. Raises `ValueError` when the result is not finite."
-    holder = nn.Module()
-    make = nn.Embedding if lora.embedding else nn.Linear
-    holder.layer = make(
-        *(weight.shape if lora.embedding else weight.shape[::-1]),
-        device="meta",
-        **({} if lora.embedding else {"bias": False}),
-    )
-    holder.layer.weight = nn.Parameter(weight, requires_grad=False)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that are overwritten below
-        inject_adapter_in_model(lora.config, holder)
-    layer = holder.layer
+    layer = lora_layer(weight, lora.config, lora.embedding)
     for kind, key in lora.keys.items():
         t = reader.whole(key).float()
         # the others have a row or a column for each row of the weight
@@ -275,8 +254,7 @@ def by_peft(
                 t = t[:, rows]
             elif kind != "lora_embedding_B":
                 t = t[rows]
-        stored = getattr(layer, kind)["default"]
-        stored = stored if isinstance(stored, nn.Parameter) else stored.weight
+        stored = tensor_of(layer, kind)
         if stored.shape != t.shape:
             raise InputError(
                 f"{key} is {shape_of(t.shape)}, and the base asks for {shape_of(stored.shape)}",
@@ -449,8 +427,8 @@ def _pieces(change, base, adapter, chunk=None):
         whole = _unpacked(base, change.source) if change.packed else nf4_and_back(base.whole(change.source).float())
         shape, whole = whole.shape, whole.flatten()
     width = torch.Size(shape[1:]).numel()
-    c = change.lora.config if change.lora else None
-    at_once = bool(c) and (c.init_lora_weights == "pissa" or (c.use_dora and change.lora.embedding))
+    variant = variant_of(change.lora.config) if change.lora else None
+    at_once = variant and (variant.moves_base or (variant.lengths and change.lora.embedding))
     numel = torch.Size(shape).numel()
     step = numel if at_once else max(1, (chunk or CHUNK) // width) * width
     for i in range(0, numel, step):

@@ -30,16 +30,19 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..compat import no_false_warning
 from ..data.batch import BaseProcessor
 from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
@@ -50,7 +53,7 @@ from ..models.parts import layout_of
 from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
-from ..plan.tuning import TuningPlan, audit, lora_layers, no_false_warning
+from ..plan.tuning import TuningPlan, audit, lora_layers
 from ..settings import FilePath, Within, fitting
 from ..train.identity import STARTED, file_sha256, located
 from ..train.run import last_checkpoint
@@ -240,8 +243,8 @@ def _read_text(path):
 def _unwrapped(model):
     "The PEFT model inside whatever distributes or compiles it."
     while not isinstance(model, PeftModel):
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
+        inner = getattr(model, "module", None) or extract_model_from_parallel(model, keep_torch_compile=False)
+        if not isinstance(inner, nn.Module) or inner is model:
             raise InputError(
                 f"this {type(model).__name__} carries no adapter", "save_adapter", "Save a whole model with save_vlm"
             )
@@ -274,7 +277,7 @@ def kept_tensors(
     """Everything that belongs to an adapter, under the keys that plain PEFT reads.
 
     Raises `InputError` for a model that FSDP 1 has taken apart."""
-    if any("_fsdp_wrapped_module" in n for n, _ in model.named_parameters()):
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         raise InputError(
             "FSDP 1 has taken this model apart under other names",
             "save_adapter",

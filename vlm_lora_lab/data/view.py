@@ -15,8 +15,7 @@ from typing import Any
 from PIL import Image
 
 from .batch import BaseProcessor
-from .records import Conversation
-from .slicing import load_image
+from .media import Conversation
 from .tokens import IGNORE, drop_turns
 
 # %% ../../nbs/29_data.view.ipynb #7fe6d1d1
@@ -46,7 +45,8 @@ def pieces_of(
     padding: int = 0,  # tokens that are added behind
 ) -> tuple[Piece, ...]:
     "Cut a text into pieces for the eye; no token is left out."
-    pieces, at, picture = [], 0, 0
+    pieces: list[Piece] = []
+    at, picture = 0, 0
     while at < len(ids):
         kind, end = _kind(at, labels, places), at + 1
         if kind == "picture":
@@ -146,7 +146,7 @@ def see(
     answer: bool = True,  # with the last answer (training), or only its prompt (generation)
 ) -> TokenView:
     "What a model sees of a conversation. Raises `InputError` as the processor does."
-    images = [load_image(i, conversation.where) for i in conversation.images]
+    images = conversation.pixels()
     e = processor.encode(conversation, [processor.grid(i.size) for i in images], answer)
     images = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
     padding = max(0, (pad_to or 0) - len(e.input_ids))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..compat import switch_checkpointing, without_cache_note
 from ..data.batch import BaseProcessor
 from ..data.records import unread_lines
 from .gradients import audit_gradients, loss_of, undisturbed
@@ -184,12 +185,12 @@ def _memory(device):
 def _as_in_training(model):
     """Logits only where there are labels (chapter 50) and activations computed again in the backward pass: as `fit`
     does it."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    switch_checkpointing(model)
     try:
-        with label_only(model):
+        with label_only(model), without_cache_note():
             yield
     finally:
-        model.gradient_checkpointing_disable()
+        switch_checkpointing(model, False)
 
 
 def check_longest(

@@ -26,8 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.batch import BaseProcessor
-from ..data.records import Conversation
-from ..data.slicing import load_image
+from ..data.media import Conversation
 from ..data.tokens import control_tokens, end_ids
 from ..errors import InputError
 from ..models.parts import mixed_precision
@@ -506,7 +505,7 @@ class ScoreTable:
 # %% ../../nbs/80_evaluate.scores.ipynb #38d5c24d
 def _strip(conversation, height=112, most=4):
     "The pictures of a conversation side by side, as one."
-    images = [load_image(i, conversation.where) for i in conversation.images[:most]]
+    images = [m.pixels(conversation.where) for m in conversation.media[:most]]
     scales = [min(height / i.height, 4 * height / i.width) for i in images]
     images = [i.resize((max(1, round(i.width * s)), max(1, round(i.height * s)))) for i, s in zip(images, scales)]
     strip = Image.new("RGB", (sum(i.width + 4 for i in images) - 4, height), "white")

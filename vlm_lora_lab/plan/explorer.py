@@ -14,9 +14,10 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import InputError
+from ..lora.variants import VARIANTS
 from ..models.parts import PARTS, layout_of
 from ..models.published import PUBLISHED, on_meta
-from .tuning import VARIANTS, WORDS, TuningPlan
+from .tuning import WORDS, TuningPlan
 from .preview import Preview, readable_bytes
 
 # %% ../../nbs/36_plan.explorer.ipynb #cd0e161d
@@ -120,13 +121,17 @@ def _blocks(shares, length=24):
 
 def _paint(shares, length=130):
     "A bar as HTML: painted where styles are kept, blocks where they are not."
-    style = "display:inline-block;height:13px;vertical-align:middle;overflow:hidden;white-space:nowrap;color:transparent;border-radius:1px"
-    return "".join(
-        f'<span title="{w}: {s:.2%}" '
-        f'style="{style};width:{max(3, length * s):.0f}px;background:{MARKS[w][1]}">{MARKS[w][0] * max(1, round(24 * s))}</span>'
-        for w, s in shares.items()
-        if s
+    style = (
+        "display:inline-block;height:13px;vertical-align:middle;overflow:hidden;white-space:nowrap;color:transparent;"
+        "border-radius:1px"
     )
+
+    def block(word, share):
+        mark, paint = MARKS[word]
+        width = f"width:{max(3, length * share):.0f}px;background:{paint}"
+        return f'<span title="{word}: {share:.2%}" style="{style};{width}">{mark * max(1, round(24 * share))}</span>'
+
+    return "".join(block(w, s) for w, s in shares.items() if s)
 
 # %% ../../nbs/36_plan.explorer.ipynb #db0ecedd
 def _text_lines(look):
@@ -148,9 +153,10 @@ def _table(head, rows):
     def row(tag, cells):
         return "<tr>" + "".join(f'<{tag} style="{style}">{c}</{tag}>' for c in cells) + "</tr>"
 
+    body = "".join(row("td", r) for r in rows)
     table = (
-        "<table "
-        f'style="border-collapse:collapse;margin:0;line-height:1.3"><thead>{row("th", head)}</thead><tbody>{"".join(row("td", r) for r in rows)}</tbody></table>'
+        '<table style="border-collapse:collapse;margin:0;line-height:1.3">'
+        f"<thead>{row('th', head)}</thead><tbody>{body}</tbody></table>"
     )
     return f'<div style="overflow-x:auto;width:0;min-width:100%">{table}</div>'
 
@@ -167,13 +173,14 @@ def _html(look):
         (part, html.escape(line), f"{weights:,}<br>{_paint(held)}", f"{learns:,}<br>{_paint(learned)}")
         for part, line, weights, learns, held, learned in _bars(look)
     ]
-    scale = plan.alpha / (plan.rank**0.5 if plan.variant == "rslora" else plan.rank)
+    scale = VARIANTS[plan.variant].scale(plan.alpha, plan.rank)
     notes = (
         [f"rank {plan.rank}, and LoRA is scaled by {scale:.3g}", *list(seen._notes())[1:]]
         if "lora" in plan.said
         else list(seen._notes())[1:]
     )
-    matches = [f"<b>{part}</b>: {html.escape(matched)}" for part, _, _, _, matched in seen.rows if matched]
+    items = [f"<b>{part}</b>: {html.escape(matched)}" for part, _, _, _, matched in seen.rows if matched]
+    items += [html.escape(n) for n in notes]
     lines = "".join(
         '<pre style="user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;margin:2px '
         f'0">{html.escape(line)}</pre>'
@@ -185,8 +192,9 @@ def _html(look):
         f'adapter on disk <b class="adapter">{readable_bytes(seen.adapter_bytes)}</b> · trained weights, gradients and '
         f'AdamW <b class="memory">{readable_bytes(seen.training_bytes)}</b></p>'
         + _table(("part", "word", "weights", "trained"), bars)
-        + "<ul "
-        f"style='line-height:1.4;overflow-wrap:anywhere'>{''.join(f'<li>{m}</li>' for m in matches)}{''.join(f'<li>{html.escape(n)}</li>' for n in notes)}</ul><p>Copy me:</p>{lines}"
+        + "<ul style='line-height:1.4;overflow-wrap:anywhere'>"
+        + "".join(f"<li>{i}</li>" for i in items)
+        + f"</ul><p>Copy me:</p>{lines}"
     )
 
 # %% ../../nbs/36_plan.explorer.ipynb #9e47af3f
@@ -236,58 +244,64 @@ def _has_kernel():
     return getattr(get_ipython(), "kernel", None) is not None
 
 # %% ../../nbs/36_plan.explorer.ipynb #f84c633a
+def _part_fields(w, plan):
+    "For each part a word to choose, and a line of rules to write."
+    for part, line in plan.words.items():
+        simple = line in WORDS
+        yield (
+            part,
+            w.ToggleButtons(
+                options=WORDS,
+                value=line if simple else "freeze",
+                style={"button_width": "5.5em"},
+                layout=w.Layout(width="auto"),
+            ),
+        )
+        yield (
+            f"{part} rules",
+            w.Text(
+                value="" if simple else line,
+                placeholder="or rules: lora on 0-15, full on 16-23",
+                continuous_update=False,
+                layout=w.Layout(flex="1 1 15em", max_width="24em"),
+            ),
+        )
+
+
+def _number_fields(w, plan):
+    "What a plan says of LoRA itself."
+    small = w.Layout(width="11em")
+    yield "rank", w.IntText(value=plan.rank, description="rank", layout=small)
+    yield "alpha", w.FloatText(value=plan.alpha, description="alpha", layout=small)
+    yield "dropout", w.FloatText(value=plan.dropout, description="dropout", step=0.05, layout=small)
+    choice = w.Dropdown(options=list(VARIANTS), value=plan.variant, description="variant")
+    choice.layout = w.Layout(width="12em")
+    yield "variant", choice
+    targets = w.Text(value=", ".join(plan.targets or ()), description="targets", continuous_update=False)
+    targets.placeholder, targets.layout = "all; or q_proj, v_proj", w.Layout(width="22em", max_width="100%")
+    yield "targets", targets
+
+
 def _build(explorer):
     "The widget: fields for what an explorer looks at, and below them what it sees."
     import ipywidgets as w
 
-    look, plan, row = explorer.look, TuningPlan.of(explorer.look.options), w.Layout(flex_flow="row wrap", width="100%")
+    look, row = explorer.look, w.Layout(flex_flow="row wrap", width="100%")
+    plan = TuningPlan.of(look.options)
     names = list(dict.fromkeys([look.model, *sorted(PUBLISHED), "lab"]))
-    f = {
-        "model": w.Dropdown(
-            options=names, value=look.model, description="model", layout=w.Layout(width="30em", max_width="98%")
-        )
-    }
-    for part in PARTS:
-        line = plan.words[part]
-        f[part] = w.ToggleButtons(
-            options=WORDS,
-            value=line if line in WORDS else "freeze",
-            style={"button_width": "5.5em"},
-            layout=w.Layout(width="auto"),
-        )
-        f[f"{part} rules"] = w.Text(
-            value="" if line in WORDS else line,
-            placeholder="or rules: lora on 0-15, full on 16-23",
-            continuous_update=False,
-            layout=w.Layout(flex="1 1 15em", max_width="24em"),
-        )
-    small = w.Layout(width="11em")
-    f["rank"] = w.IntText(value=plan.rank, description="rank", layout=small)
-    f["alpha"] = w.FloatText(value=plan.alpha, description="alpha", layout=small)
-    f["dropout"] = w.FloatText(value=plan.dropout, description="dropout", step=0.05, layout=small)
-    f["variant"] = w.Dropdown(
-        options=list(VARIANTS), value=plan.variant, description="variant", layout=w.Layout(width="12em")
-    )
-    f["targets"] = w.Text(
-        value=", ".join(plan.targets or ()),
-        description="targets",
-        placeholder="all; or q_proj, v_proj",
-        continuous_update=False,
-        layout=w.Layout(width="22em", max_width="100%"),
-    )
-    f["view"] = w.HTML(value=look._repr_html_())
-    explorer.fields, built = f, {look.model}
-    for name, widget in f.items():
-        if name != "view":
-            widget.observe(lambda change: _changed(explorer, built), names="value")
-    rows = [
-        w.Box([w.Label(part, layout=w.Layout(width="84px")), f[part], f[f"{part} rules"]], layout=row).add_class(
-            f"part-{part}"
-        )
-        for part in PARTS
-    ]
-    numbers = w.Box([f[n] for n in ("rank", "alpha", "dropout", "variant", "targets")], layout=row)
-    box = w.VBox([f["model"], *rows, numbers, f["view"]])
+    model = w.Dropdown(options=names, value=look.model, description="model")
+    model.layout = w.Layout(width="30em", max_width="98%")
+    parts, numbers = dict(_part_fields(w, plan)), dict(_number_fields(w, plan))
+    fields, built = {"model": model, **parts, **numbers}, {look.model}
+    for widget in fields.values():
+        widget.observe(lambda change: _changed(explorer, built), names="value")
+    explorer.fields = f = {**fields, "view": w.HTML(value=look._repr_html_())}
+
+    def line(part):
+        label = w.Label(part, layout=w.Layout(width="84px"))
+        return w.Box([label, f[part], f[f"{part} rules"]], layout=row).add_class(f"part-{part}")
+
+    box = w.VBox([model, *map(line, PARTS), w.Box(list(numbers.values()), layout=row), f["view"]])
     _mute(f)
     return box.add_class("plan-explorer")
 

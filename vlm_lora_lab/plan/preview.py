@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..models.parts import PARTS, TIED, count, layout_of, linear_layers
-from .tuning import TuningPlan, experts_left, full_modules, lora_layers, tied_embedding
+from .tuning import TuningPlan, experts_left, full_modules, lora_layers, lora_sizes, tied_embedding
 
 # %% ../../nbs/35_plan.preview.ipynb #b18822d1
 BYTES = {"weight": 4, "gradient": 4, "optimizer": 8}  # of a trained weight: all in 32 bit, AdamW
@@ -53,19 +53,11 @@ class Preview:
         """Translate a plan on a model.
 
         Raises `InputError` as `apply_plan` would: for a target without a match, a part without layers."""
-        layout, modules, total = layout_of(model), dict(model.named_modules()), count(model)
+        layout, sizes, total = layout_of(model), lora_sizes(model, plan), count(model)
         adapted, whole, rows = lora_layers(model, plan), full_modules(model, plan), []
         for part in PARTS:
             names = [n for n in adapted if layout.part_of(n) == part]
-            trained = sum(
-                _lora_size(
-                    modules.get(n),
-                    model.get_parameter(n if n not in modules else f"{n}.weight"),
-                    adapted[n].rank,
-                    plan.variant,
-                )
-                for n in names
-            )
+            trained = sum(sizes[n] for n in names)
             trained += sum(
                 p.numel()
                 for n, p in model.named_parameters()
@@ -77,7 +69,7 @@ class Preview:
                     *_kinds(
                         n
                         for n in whole
-                        if any(layout.part_of(f"{n}.{p}") == part for p, _ in modules[n].named_parameters())
+                        if any(layout.part_of(f"{n}.{p}") == part for p, _ in model.get_submodule(n).named_parameters())
                     ),
                 ]
             )
@@ -153,12 +145,6 @@ def _kinds(names):
         key = re.sub(r"(?<=\.)\d+(?=\.)", "*", n)
         kinds[key] = kinds.get(key, 0) + 1
     return [f"{k} ×{n}" if n > 1 else k for k, n in kinds.items()]
-
-
-def _lora_size(layer, weight, rank, variant):
-    "Weights of LoRA beside a layer or a bare parameter; DoRA adds a length for each output."
-    rows, cols = weight.shape  # (outputs, inputs) of a linear layer, (tokens, width) of an embedding
-    return rank * (rows + cols) + (variant == "dora") * (cols if isinstance(layer, nn.Embedding) else rows)
 
 
 def _near(model, adapted):

@@ -833,14 +833,6 @@ class Ledger:
         head = ("", "it is said that", "verdict", "measured", "95 % interval", "seeds", "model", "where")
         return _table(head, [e.cells for e in self.entries.values()])
 
-    def index(self) -> str:
-        "The short table of the preface."
-        rows = [
-            (e.claim.id, e.claim.said, e.verdict.word, f"[{e.claim.chapter[:2]}]({e.claim.chapter}.ipynb)")
-            for e in self.entries.values()
-        ]
-        return _table(("", "it is said that", "verdict", "tested in"), rows)
-
     def counts(self) -> Counter:
         return Counter(e.verdict.word for e in self.entries.values())
 

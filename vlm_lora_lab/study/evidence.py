@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from ..checkpoint.save import load_adapter, save_adapter
+from ..compat import switch_checkpointing, without_cache_note
 from ..data.batch import Collator, Processor, Samples
 from ..evaluate.scores import ExactMatch, generate_answers
 from ..lora.targets import CHOICES, lora_size
@@ -145,9 +146,9 @@ def checkpointed() -> dict:
     def share(plan, reentrant, hook):  # of LoRA's matrices; an error counts as nan
         torch.manual_seed(0)
         model = apply_plan(load_vlm("lab", four_bit=True), plan).train()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_cache_note():
             warnings.simplefilter("ignore")
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            switch_checkpointing(model, how={"use_reentrant": reentrant})
             (model.enable_input_require_grads if hook else model.disable_input_require_grads)()
             try:
                 model(**_batch(2)).loss.backward()

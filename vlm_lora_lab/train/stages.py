@@ -9,7 +9,6 @@ __all__ = ['STATES', 'BOUND', 'BOUND_16', 'Stage', 'read_stages', 'Turn', 'Route
 
 # %% ../../nbs/54_train.stages.ipynb #07cb4854
 import json
-import math
 import os
 import re
 import shutil
@@ -32,12 +31,13 @@ from transformers import TrainerCallback
 
 from ..data.batch import Samples
 from ..errors import InputError, complete_or_nothing, write_json
+from ..lora.variants import VARIANTS, check_embeddings, check_staged, folded
 from ..models.names import TensorName, plain_name
 from ..models.parts import PARTS, layout_of, linear_layers, mixed_precision, numel
 from ..plan.tuning import WORDS, PlanTable, Rate, Rule, TuningPlan, apply_plan, full_modules, lora_layers
 from ..settings import OneOf, Settings, Within, inside, shown
 from ..show import COLORS, figure
-from .run import Schedule, fit, last_checkpoint
+from .run import Fitted, Schedule, fit, last_checkpoint
 
 # %% ../../nbs/54_train.stages.ipynb #41c42c12
 @dataclass(frozen=True)
@@ -75,23 +75,13 @@ class Stage(Settings):
             for k in ("learning_rate", "full_learning_rate", "warmup", "epochs")
             if getattr(self, k) is not None
         }
-        length = (
-            {"max_steps": self.steps}
-            if self.steps is not None
-            else {"max_steps": -1}
-            if self.epochs is not None
-            else {}
-        )
-        return replace(whole, **own, **length, seed=(whole.seed + number) % 2**32)
+        if self.steps is not None or self.epochs is not None:
+            own["max_steps"] = -1 if self.steps is None else self.steps
+        return replace(whole, **own, seed=(whole.seed + number) % 2**32)
 
     def __str__(self):
-        length = (
-            f"{self.steps} steps"
-            if self.steps is not None
-            else f"{self.epochs:g} epochs"
-            if self.epochs is not None
-            else "as long as the schedule says"
-        )
+        length = "as long as the schedule says" if self.epochs is None else f"{self.epochs:g} epochs"
+        length = length if self.steps is None else f"{self.steps} steps"
         rates = ", ".join(
             f"{k} {getattr(self, k):g}"
             for k in ("learning_rate", "full_learning_rate", "warmup")
@@ -173,50 +163,28 @@ def route(
     """Walk through the stages without computing anything.
 
     Raises `InputError` for a stage that the model, or what an earlier stage left, does not allow."""
-    modules, held, changed, turns, variant = dict(model.named_modules()), {}, set(), [], None
+    modules, turns = dict(model.named_modules()), []
+    held, changed = {}, set()
     for number, stage in enumerate(stages, 1):
         where, plan = f"stages, {number}", stage.plan
         trained, full = lora_layers(model, plan), _full(model, plan)
         full_modules(model, plan)
         _refuse(model, modules, stages, where, plan, trained, full)
-        folded = {
-            n: r
-            for n, r in held.items()
-            if f"{n}.weight" in full or (number > 1 and stages[number - 2].lora == "merge")
-        }
-        _foldable(modules, folded, variant, where)
+        last = turns[-1].stage if turns else stage
+        merged = bool(turns) and last.lora == "merge"
+        folded = {n: r for n, r in held.items() if merged or f"{n}.weight" in full}
+        _foldable(modules, folded, last.plan.variant, where)
         held = {n: r for n, r in held.items() if n not in folded}
-        for n in held.keys() & trained.keys():
-            if (held[n].rank, held[n].alpha) != (trained[n].rank, trained[n].alpha):
-                raise InputError(
-                    f"{n} holds LoRA of rank {held[n].rank} and alpha {held[n].alpha:g}, and this stage asks for "
-                    f"{trained[n].rank} and {trained[n].alpha:g}",
-                    where,
-                    "Write the same numbers, or lora: merge in the stage before",
-                )
-        if held and plan.variant != variant:
-            raise InputError(
-                f"the LoRA that is kept is {variant}, and this stage's is {plan.variant}",
-                where,
-                "Write the same variant, or lora: merge in the stage before",
-            )
+        _check_kept(held, trained, last.plan.variant, plan.variant, where)
         if four_bit and not (held or trained):
             raise InputError(
                 "the model is in 4 bit and no layer holds LoRA in this stage",
                 where,
                 "Give a part 'lora', keep the LoRA of the stage before, or load the model whole (four_bit: false)",
             )
-        turns.append(
-            Turn(
-                stage,
-                trained,
-                {n: r for n, r in held.items() if n not in trained},
-                folded,
-                variant or plan.variant,
-                full,
-            )
-        )
-        held, changed, variant = held | trained, changed | full | _inside(modules, folded), plan.variant
+        kept = {n: r for n, r in held.items() if n not in trained}
+        turns.append(Turn(stage, trained, kept, folded, last.plan.variant, full))
+        held, changed = held | trained, changed | full | _inside(modules, folded)
     return _saved(model, modules, stages, turns, held, changed, four_bit)
 
 
@@ -234,12 +202,8 @@ def _refuse(model, modules, stages, where, plan, trained, full):
             where,
             "Leave it out of the targets, or write full",
         )
-    if plan.variant == "pissa" and len(stages) > 1:
-        raise InputError(
-            "PiSSA takes directions out of the base, and the next stage would meet another base",
-            where,
-            "Write variant: lora, rslora or dora",
-        )
+    if len(stages) > 1:
+        check_staged(VARIANTS[plan.variant], where)
     names = {}
     for n, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(n)
@@ -252,16 +216,32 @@ def _refuse(model, modules, stages, where, plan, trained, full):
         )
 
 
+def _check_kept(held, trained, was, now, where):
+    "The LoRA that goes on must be the one that is there."
+    for n in held.keys() & trained.keys():
+        if (held[n].rank, held[n].alpha) != (trained[n].rank, trained[n].alpha):
+            raise InputError(
+                f"{n} holds LoRA of rank {held[n].rank} and alpha {held[n].alpha:g}, and this stage asks for "
+                f"{trained[n].rank} and {trained[n].alpha:g}",
+                where,
+                "Write the same numbers, or lora: merge in the stage before",
+            )
+    if held and was != now:
+        raise InputError(
+            f"the LoRA that is kept is {was}, and this stage's is {now}",
+            where,
+            "Write the same variant, or lora: merge in the stage before",
+        )
+
+
 def _inside(modules, names):
     "Names of the parameters of some layers: a layer is saved with its bias."
     return {f"{n}.{p}" for n in names for p, _ in modules[n].named_parameters()}
 
 
 def _foldable(modules, folded, variant, where):
-    if variant == "dora" and (tables := [n for n in folded if isinstance(modules[n], nn.Embedding)]):
-        raise InputError(
-            f"DoRA beside the embeddings {tables[0]} cannot be merged", where, "Write lora: keep, or variant: lora"
-        )
+    for name in (n for n in folded if isinstance(modules[n], nn.Embedding)):
+        check_embeddings(VARIANTS[variant], name, where)
 
 # %% ../../nbs/54_train.stages.ipynb #83f2053b
 def _saved(model, modules, stages, turns, held, changed, four_bit):
@@ -283,7 +263,8 @@ def _saved(model, modules, stages, turns, held, changed, four_bit):
 
 def _one_plan(model, held, changed, last):
     "One plan that says `lora` of the layers in `held` and `full` of the parameters in `changed`, and of nothing else."
-    layout, layers, params = layout_of(model), linear_layers(model), [n for n, _ in model.named_parameters()]
+    layout, layers = layout_of(model), linear_layers(model)
+    params = [n for n, _ in model.named_parameters()]
     layers["embeddings"] = [n for n in layout.embeddings if n in held]
     (rank, alpha), lines = Counter((r.rank, r.alpha) for r in held.values()).most_common(1)[0][0], {}
     for part in PARTS:
@@ -310,7 +291,8 @@ def _span(low, high):
 
 def _ons(wanted, among, homes):
     "The shortest list of `on` for rules that match the names in `wanted`, and no other name in `among`."
-    left, wanted, found, layers = set(wanted), set(wanted), [], {}
+    left, wanted = set(wanted), set(wanted)
+    found, layers = [], {}
     for n in among:
         if m := re.search(r"\.(\d+)(?:\.|$)", n):
             layers.setdefault(int(m[1]), set()).add(n)
@@ -347,17 +329,13 @@ def _states(model, way):
         learned |= {f"{n}.weight" for n in turn.folded}
 
         def kind(n):
-            return (
-                "full"
-                if {n, f"{n}.weight"} & turn.full
-                else "LoRA"
-                if n in turn.trained
-                else "LoRA kept"
-                if n in turn.kept
-                else "frozen, but learned"
-                if {n, f"{n}.weight"} & learned
-                else "frozen"
-            )
+            if {n, f"{n}.weight"} & turn.full:
+                return "full"
+            if n in turn.trained:
+                return "LoRA"
+            if n in turn.kept:
+                return "LoRA kept"
+            return "frozen, but learned" if {n, f"{n}.weight"} & learned else "frozen"
 
         yield {
             part: [(state, len(list(run))) for state, run in groupby(kind(n) for n in names)]
@@ -422,16 +400,10 @@ def leave_stage(
     if isinstance(model, PeftModel):
         model = model.get_base_model()
         for name, module in list(model.named_modules()):
-            inner = (
-                module.get_base_layer()
-                if isinstance(module, BaseTunerLayer)
-                else module.modules_to_save["default"]
-                if isinstance(module, ModulesToSaveWrapper)
-                else None
-            )
-            if inner is not None:
-                home, _, child = name.rpartition(".")
-                setattr(model.get_submodule(home), child, inner)
+            if isinstance(module, BaseTunerLayer):
+                model.set_submodule(name, module.get_base_layer())
+            elif isinstance(module, ModulesToSaveWrapper):
+                model.set_submodule(name, module.modules_to_save["default"])
         del model.peft_config
     return model.requires_grad_(False), lora
 
@@ -465,24 +437,25 @@ def _fold(model, layers, lora, variant):
 
     They are in 32 bit afterwards: 16 would round much of a small update away, and 4 nearly all."""
     for name, rule in layers.items():
-        module, part = model.get_submodule(name), lambda kind: lora.get(f"{name}.lora_{kind}")
-        scale = rule.alpha / (math.sqrt(rule.rank) if variant == "rslora" else rule.rank)
-        down, up = (
-            (part("embedding_A"), part("embedding_B"))
-            if isinstance(module, nn.Embedding)
-            else (part("A.weight"), part("B.weight"))
-        )
-        weight, delta = _whole(module.weight), scale * (up @ down)
-        weight = weight + (delta.T if isinstance(module, nn.Embedding) else delta).to(weight)
-        # DoRA: LoRA turned the rows, and their lengths were learned apart
-        if (length := part("magnitude_vector.weight")) is not None:
-            weight *= (length.to(weight) / weight.norm(dim=1))[:, None]
+        module, config = model.get_submodule(name), VARIANTS[variant].config(rule.rank, rule.alpha)
+        learned = {
+            key.removeprefix(f"{name}.").removesuffix(".weight"): tensor
+            for key, tensor in lora.items()
+            if key.startswith(f"{name}.lora_")
+        }
+        weight = folded(_whole(module.weight), config, learned, isinstance(module, nn.Embedding))
         if numel(module.weight) != module.weight.numel():
-            packed, module = module, nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device="meta")
-            module.bias = packed.bias
-            home, _, child = name.rpartition(".")
-            setattr(model.get_submodule(home), child, module)
+            module = _whole_layer(model, name, weight.shape)
         module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _whole_layer(model, name, shape):
+    "Put a whole layer, still without a weight, in the place of one in 4 bit."
+    packed = model.get_submodule(name)
+    layer = nn.Linear(shape[1], shape[0], packed.bias is not None, device="meta")
+    layer.bias = packed.bias
+    model.set_submodule(name, layer)
+    return layer
 
 
 def _whole(weight):
@@ -491,7 +464,7 @@ def _whole(weight):
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(weight.data, weight.quant_state)
-    return weight.detach().float() if weight.dtype in (torch.float16, torch.bfloat16) else weight.detach().clone()
+    return weight.detach().float() if weight.dtype in (torch.float16, torch.bfloat16) else weight.detach()
 
 # %% ../../nbs/54_train.stages.ipynb #03c52f6e
 # how far a change of stage may move a logit that is computed in 32 bit, in standard deviations of all logits
@@ -539,7 +512,7 @@ def bound_of(
     Merging changes the order of a sum, and DoRA divides by a norm."""
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
         return BOUND_16
-    return BOUND if folded or variant == "dora" else 0.0
+    return BOUND if folded or VARIANTS[variant].lengths else 0.0
 
 # %% ../../nbs/54_train.stages.ipynb #6f83e6a1
 class Carry(TrainerCallback):
@@ -547,7 +520,8 @@ class Carry(TrainerCallback):
     its end."""
 
     def __init__(self, moments: dict[str, dict] | None = None):
-        self.moments, self.carried, self.fresh = moments or {}, 0, 0
+        self.moments = moments or {}
+        self.carried, self.fresh = 0, 0
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step:
@@ -584,6 +558,18 @@ class StageRun:
     steps: int  # optimizer steps
     seconds: float  # of its last run
     history: list[dict]  # the Trainer's log
+
+    @classmethod
+    def of(
+        cls,
+        turn: Turn,
+        carry: Carry,
+        far: float | None,  # from `moved`
+        run: Fitted,
+    ) -> "StageRun":
+        "Put together once the stage is over."
+        sizes, seconds = (len(turn.kept), len(turn.folded), carry.carried, carry.fresh), round(run.seconds, 2)
+        return cls(turn.stage.plan.words, *sizes, far, run.steps, seconds, run.history)
 
     def to_dict(self) -> dict:
         "For a report: first and last loss in place of the log."
@@ -658,19 +644,14 @@ def _read_handover(folder, number, model, route):
             place,
             "Resume with the same stages, or start a new run in another folder",
         )
-    tensors, modules, device = (
-        load_file(place / "tensors.safetensors"),
-        dict(model.named_modules()),
-        next(model.parameters()).device,
-    )
+    tensors, modules = load_file(place / "tensors.safetensors"), dict(model.named_modules())
+    device = next(model.parameters()).device
     for name in [n for n in tensors if not TensorName.of(n).lora]:
         home, _, kind = name.rpartition(".")
         module, tensor = modules[home], tensors.pop(name).to(device)
         # was merged: a whole layer takes the place of one in 4 bit
         if numel(getattr(module, kind)) != getattr(module, kind).numel():
-            packed, module = module, nn.Linear(tensor.shape[1], tensor.shape[0], module.bias is not None, device="meta")
-            module.bias = packed.bias
-            setattr(modules[home.rpartition(".")[0]], home.rpartition(".")[2], module)
+            module = _whole_layer(model, home, tensor.shape)
         setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
     for key, tensor in load_file(place / "moments.safetensors").items():
         name, _, kind = key.partition("|")
@@ -719,10 +700,18 @@ def as_one_plan(
     return model if way.plan is None else _put_back(apply_plan(model, way.plan), way.folded, lora)
 
 
-def _told(turn, far):
+def _proved(before, model, train, folded, stage, where):
+    "How far a change moved the logits; `moved` raises beyond what is allowed."
+    return moved(before, probe_logits(model, train), bound_of(model, folded, stage.plan.variant), where)
+
+
+def _told(model, turn, far, title, checkpoint):
+    "What is said when a stage begins."
     kept = f" LoRA of an earlier stage stays beside {len(turn.kept)} layers, frozen." if turn.kept else ""
     folded = f" {len(turn.folded)} layers took in their LoRA, and are whole and in 32 bit now." if turn.folded else ""
-    return f"The change moved the logits by {far:.0e} standard deviations.{kept}{folded}"
+    taken_up = f" Taken up at {checkpoint.name}." if checkpoint else ""
+    change = f"The change moved the logits by {far:.0e} standard deviations.{kept}{folded}{taken_up}"
+    return f"{title.capitalize()}: {turn.stage}.\n{PlanTable.of(model, turn.stage.plan)}\n{change}"
 
 # %% ../../nbs/54_train.stages.ipynb #c0278b42
 def fit_stages(
@@ -747,40 +736,15 @@ def fit_stages(
     first, lora, moments, runs, before = _beginning(model, way, train, folder, resume)
     for number in range(first, count_):
         turn, here = way.turns[number], Path(folder) / f"stage-{number + 1}"
-        own, title, carry = turn.stage.schedule(schedule, number), f"stage {number + 1} of {count_}", Carry(moments)
+        stage, title = turn.stage, f"stage {number + 1} of {count_}"
+        own, carry = stage.schedule(schedule, number), Carry(moments)
         model, moments = enter_stage(model, turn, lora, own.seed), {}
-        far = moved(before, probe_logits(model, train), bound_of(model, turn.folded, turn.stage.plan.variant), title)
+        far = _proved(before, model, train, turn.folded, stage, title)
         at = last_checkpoint(here) if resume and number == first else None
-        say(
-            f"{title.capitalize()}: {turn.stage}.\n{PlanTable.of(model, turn.stage.plan)}\n"
-            + _told(turn, far)
-            + (f" Taken up at {at.name}." if at else "")
-        )
-        run = fit(
-            model,
-            train,
-            own,
-            here,
-            resume=at is not None,
-            desc=title,
-            save=save,
-            plan=turn.stage.plan,
-            callbacks=[carry, *callbacks(number + 1)],
-            **options,
-        )
-        runs.append(
-            StageRun(
-                turn.stage.plan.words,
-                len(turn.kept),
-                len(turn.folded),
-                carry.carried,
-                carry.fresh,
-                far,
-                run.steps,
-                round(run.seconds, 2),
-                run.history,
-            )
-        )
+        say(_told(model, turn, far, title, at))
+        given = options | {"plan": stage.plan, "callbacks": [carry, *callbacks(number + 1)]}
+        run = fit(model, train, own, here, resume=at is not None, desc=title, save=save, **given)
+        runs.append(StageRun.of(turn, carry, far, run))
         if run.stopped:
             return FittedStages(model, way.plan, tuple(runs), None, True)
         before = probe_logits(model, train)
@@ -788,9 +752,7 @@ def fit_stages(
         if save:
             _write_handover(folder, number, model, way, lora, moments, runs, before)
     model = as_one_plan(model, way, lora)
-    far = moved(
-        before, probe_logits(model, train), bound_of(model, way.folded, stages[-1].plan.variant), "after the last stage"
-    )
+    far = _proved(before, model, train, way.folded, stages[-1], "after the last stage")
     return FittedStages(model, way.plan, tuple(runs), far, False)
 
 # %% ../../nbs/54_train.stages.ipynb #933c1ec6

@@ -2,7 +2,8 @@
 
 from importlib import import_module
 
-_ROOMS = ("write", "account", "plan", "read", "signs")  # where a name of this package is looked for
+# Where a name of this package is looked for; what is known of scripts has always been found here, too.
+_ROOMS = ("write", "account", "plan", "read", "signs", "..scripts.known", "..scripts.script")
 
 
 def __getattr__(name):

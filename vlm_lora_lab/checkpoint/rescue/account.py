@@ -9,20 +9,23 @@ __all__ = ['Loss', 'losses_of', 'suspicious_in', 'elsewhere_of', 'placed', 'own_
 import html
 import re
 from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .read import below, place, plain_key, tensors_in
-from .signs import FORMATS, Found, weights_in
+from .read import Base, Contents, below, place, plain_key, tensors_in
+from .signs import Found, weights_in
 from ..save import most_pixels, picture_limit
 from ...data.native import load_processor
 from ...errors import InputError
-from ...flags import SCRIPTS, from_flags
 from ...models.parts import PARTS
 from ...models.tokenizer import picture_file
 from ...plan.tuning import TuningPlan
+from ...scripts.known import FORMATS, SCRIPTS, bits_in, flags_in, try_flags, writer_of
+from ...scripts.llamafactory import EMPTY_TENSORS
 
 # %% ../../../nbs/77_checkpoint.rescue.account.ipynb #f8f0c933
 @dataclass(frozen=True)
@@ -54,136 +57,105 @@ class _Claim:
     word: str
     names: frozenset[str]  # of layers (lora) or parameters (full)
     why: str
+    link: str
     certain: bool = True
-    link: str = ""
     some: bool = False  # one layer of a part is enough
-
-# %% ../../../nbs/77_checkpoint.rescue.account.ipynb #39ce363c
-# a flag that only this script has
-_TELLS = {
-    "swift": "freeze_vit",
-    "llamafactory": "finetuning_type",
-    "minicpmv": "tune_vision",
-    "qwen3vl": "lora_enable",
-    "qwenvl": "fix_vit",
-}
-
-
-def _script(found, flags):
-    "Whose flags are known, and what they are: those the user gave, else those of the run's own JSON or YAML."
-    settings = found.settings | ({"train_type": found.settings["tuner_type"]} if "tuner_type" in found.settings else {})
-    script, given = flags or (next((k for k, tell in _TELLS.items() if tell in settings), None), settings)
-    return script, given if flags else {k: v for k, v in given.items() if script and k in SCRIPTS[script][1]}
-
-
-def _said(script, flags):
-    "What flags amounted to, or why that cannot be said. Raises `InputError` for an unknown script or flag."
-    try:
-        return from_flags(script, **flags), ""
-    except InputError as e:
-        if "is no flag" in e.found or "there is no script" in e.found:
-            raise
-        return None, e.found
 
 # %% ../../../nbs/77_checkpoint.rescue.account.ipynb #a28b1642
 def _targeted(config, model):
     "Layers that adapter_config.json gives LoRA to, as far as their names are the model's."
-    targets, layers = config.get("target_modules"), set(model.adaptable)
+    targets, layers = config.get("target_modules"), model.adaptable
+    if targets == "all-linear":
+        return {n for n, part in layers.items() if part not in ("head", "embeddings")}
     if isinstance(targets, str):
-        return {
-            n
-            for n in layers
-            if targets == "all-linear" and model.adaptable[n] not in ("head", "embeddings") or re.fullmatch(targets, n)
-        }
+        return {n for n in layers if re.fullmatch(targets, n)}
     names = {place(t, model.known) or t for t in targets or ()}
     return {n for n in layers if any(n == t or n.endswith(f".{t}") for t in names)}
 
-
+# %% ../../../nbs/77_checkpoint.rescue.account.ipynb #ad564798
 def _claims(found, model, flags):
-    "Everything that says what was trained."
+    "Everything that says what was trained: `adapter_config.json`, what is known of the script, and its flags."
+    yield from _claims_of_config(found, model)
+    ran = next((f for f in FORMATS.values() if f.ran and f.ran(found.settings)), FORMATS[found.format])
+    script, given = flags or flags_in(found.settings)
+    if any(t.certain for t in ran.trained):
+        yield from _claims_of_format(ran, model)
+    elif script:
+        yield from _claims_of_flags(found, model, script, given)
+    else:
+        yield from _claims_of_format(ran, model)
+
+
+def _claims_of_config(found, model):
     config, link = found.config or {}, FORMATS[found.format].sources[-1]
-
-    def of(*parts):
-        return frozenset(n for n, p in model.part.items() if p in parts)
-
     for name in config.get("modules_to_save") or ():
         at = {m for m in model.modules if m == (place(name, model.known) or name) or m.endswith(f".{name}")}
-        yield _Claim(
-            "full",
-            frozenset(n for n in model.params if below(n, at)),
-            f"adapter_config.json has {name} in modules_to_save.",
-            link=link,
-        )
+        names = frozenset(n for n in model.params if below(n, at))
+        yield _Claim("full", names, f"adapter_config.json has {name} in modules_to_save.", link)
     if config and not any(config.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern")):
-        yield _Claim(
-            "lora", frozenset(_targeted(config, model)), "adapter_config.json has them in target_modules.", link=link
-        )
-    script, given = _script(found, flags)
-    if (
-        found.format == "swift-vit"
-        or str(found.settings.get("train_type", found.settings.get("tuner_type"))) == "lora_llm"
-    ):
-        yield _Claim(
-            "full",
-            of("vision", "connector"),
-            "lora_llm trains vision tower and aligner in full, and vit.safetensors is where they are.",
-            link=FORMATS["swift-vit"].sources[-1],
-        )
-        return
-    if script:
-        was, _ = _said(script, given)
-        for word in ("full", "lora") if was else ():
-            for part in (p for p, w in was.plan.words.items() if w == word):
-                names = of(part) if word == "full" else frozenset(n for n, p in model.adaptable.items() if p == part)
-                yield _Claim(
-                    word, names, f"The flags of {script} say that it was trained.", link=link, some=word == "lora"
-                )
-    elif found.format == "minicpmv-2024":
-        why = (
-            "This version of the script trained it in full beside LoRA and saved only what has 'lora_' in its name "
-            "(outside ZeRO-3)."
-        )
-        yield _Claim("full", of("connector", "embeddings"), why, False, link=link)
-        yield _Claim(
-            "full",
-            of("vision"),
-            f"{why} It was trained if --tune_vision was true, the default.",
-            False,
-            link=link,
-        )
+        names = frozenset(_targeted(config, model))
+        yield _Claim("lora", names, "adapter_config.json has them in target_modules.", link)
+
+
+def _claims_of_format(ran, model):
+    for t in ran.trained:
+        names = frozenset(n for n, part in model.part.items() if part in t.parts)
+        yield _Claim("full", names, t.why, ran.sources[-1], t.certain)
+
+
+def _claims_of_flags(found, model, script, given):
+    was, _ = try_flags(script, given)
+    for word in ("full", "lora") if was else ():
+        table = model.part if word == "full" else model.adaptable
+        for part in (p for p, w in was.plan.words.items() if w == word):
+            yield _Claim(
+                word,
+                frozenset(n for n, p in table.items() if p == part),
+                f"The flags of {script} say that it was trained.",
+                FORMATS[found.format].sources[-1],
+                some=word == "lora",
+            )
 
 # %% ../../../nbs/77_checkpoint.rescue.account.ipynb #4c9d99d2
-def losses_of(found, model, got, flags):
+def losses_of(
+    found: Found,
+    model: Base,
+    got: Contents,
+    flags: tuple[str, dict] | None = None,  # the script and its flags, where they are known
+) -> tuple[Loss, ...]:
     "What was trained, by somebody's word, and has no value in the files."
-    lost, there = {}, set(got.full) | got.same
-    for name in sorted(got.empty):
-        part = model.part.get(name, "")
-        names = sorted(n for n in got.empty if model.part.get(n) == part)
-        lost[part, "full"] = Loss(
-            part,
-            "full",
-            len(names),
-            len(names),
-            f"The file holds an empty tensor for {names[0]}: under ZeRO-3 it was saved before it was gathered.",
-            FORMATS["llamafactory"].sources[-1],
-        )
+    lost: dict[tuple[str, str], Loss] = {}
+    for part in dict.fromkeys(model.part.get(n, "") for n in sorted(got.empty)):
+        names = sorted(n for n in got.empty if model.part.get(n, "") == part)
+        why = f"The file holds an empty tensor for {names[0]}: under ZeRO-3 it was saved before it was gathered."
+        lost[part, "full"] = Loss(part, "full", len(names), len(names), why, EMPTY_TENSORS)
     for claim in _claims(found, model, flags):
-        have = (
-            there
-            if claim.word == "full"
-            else {n for n, kinds in got.lora.items() if len(kinds) > 1}
-            | {n for n in model.modules if f"{n}.weight" in there}
-        )
+        have, table = _there(claim, model, got), model.part if claim.word == "full" else model.adaptable
         for part in PARTS:
-            mine = {n for n in claim.names if (model.part if claim.word == "full" else model.adaptable)[n] == part}
-            if (missing := mine - have) and not (claim.some and mine & have) and (part, claim.word) not in lost:
+            mine = {n for n in claim.names if table[n] == part}
+            missing = mine - have
+            if missing and not (claim.some and mine & have) and (part, claim.word) not in lost:
                 lost[part, claim.word] = Loss(
                     part, claim.word, len(missing), len(mine), claim.why, claim.link, claim.certain
                 )
     return tuple(lost.values())
 
 
-def suspicious_in(found, model, got, flags):
+def _there(claim, model, got):
+    "What of the kind that a claim speaks of has a value in the files."
+    there = set(got.full) | got.same
+    if claim.word == "full":
+        return there
+    whole = {n for n in model.modules if f"{n}.weight" in there}
+    return whole | {n for n, kinds in got.lora.items() if len(kinds) > 1}
+
+# %% ../../../nbs/77_checkpoint.rescue.account.ipynb #190cb403
+def suspicious_in(
+    found: Found,
+    model: Base,
+    got: Contents,
+    flags: tuple[str, dict] | None = None,  # the script and its flags, where they are known
+) -> Iterator[str]:
     "What is in the files, and looks as if nothing had been learned, or worse."
     ups = {n: t for n, kinds in got.lora.items() for k, t in kinds.items() if k.endswith("_B")}
     if idle := [n for n, t in ups.items() if not t.any()]:
@@ -203,7 +175,11 @@ def suspicious_in(found, model, got, flags):
                 )
 
 # %% ../../../nbs/77_checkpoint.rescue.account.ipynb #b15e4120
-def elsewhere_of(found, model, allow_pickle):
+def elsewhere_of(
+    found: Found,
+    model: Base,
+    allow_pickle: bool,
+) -> Iterator[tuple[str, str]]:
     """Folders nearby that hold whole tensors: part, and what to say of it; an empty part for a folder that could not be
     read."""
     near = [found.folder.resolve().parent] if found.folder.resolve().name.startswith("checkpoint-") else []
@@ -215,7 +191,7 @@ def elsewhere_of(found, model, allow_pickle):
     )
     for folder in near:
         try:
-            names = {f.name for f in folder.iterdir() if f.is_file()}
+            names = frozenset(f.name for f in folder.iterdir() if f.is_file())
             beside = Found("peft", folder, (), None, weights_in(folder, names), {}, {})
             held = {
                 place(name, model.known)
@@ -234,7 +210,11 @@ def elsewhere_of(found, model, allow_pickle):
                 )
 
 
-def placed(lost, near, found):
+def placed(
+    lost: Iterable[Loss],
+    near: list[tuple[str, str]],  # part and what to say, as from `elsewhere_of`
+    found: Found,
+) -> Iterator[Loss]:
     "Losses, with the place where some of it still is."
     for loss in lost:
         there = [text for part, text in near if part == loss.part and loss.word == "full"]
@@ -245,17 +225,13 @@ def placed(lost, near, found):
         )
 
 # %% ../../../nbs/77_checkpoint.rescue.account.ipynb #f72082e1
-# pixels; image_max_pixels of ProcessorArguments in its src/llamafactory/hparams/model_args.py
-_BY_LLAMA_FACTORY = 768 * 768
-
-
 def _asked_for(found, model):
     "Most pixels of a picture that a run looked at, and what says so; 0: nothing says less than the base's files."
     said = {f"{picture_file(found.folder)[1]} there": picture_limit(found.folder, model.folder)}
     if most := most_pixels(picture_file(model.folder)[0]):
         said |= {
             f"its settings, {key}": n
-            for key in ("max_pixels", "image_max_pixels")
+            for key in (s.pixels for s in SCRIPTS.values() if s.pixels)
             if type(n := found.settings.get(key)) is int and n < most
         }
     less = {where: n for where, n in said.items() if n > 0}
@@ -263,8 +239,13 @@ def _asked_for(found, model):
     return less.get(where, 0), where
 
 
-def own_processor(found, model):
-    "The processor with a run's own limit, that limit, and what to say of it; without a processor, nothing can be kept."
+def own_processor(
+    found: Found,
+    model: Base,
+) -> tuple[
+    Any, int, str
+]:  # processor, its limit in pixels, what to say of it; None, 0 and perhaps a note if there is none
+    "The processor with a run's own limit; without a processor, nothing can be kept."
     pixels, why = _asked_for(found, model)
     if not pixels:
         return None, 0, ""
@@ -277,22 +258,26 @@ def own_processor(found, model):
 
 def _notes_on_pictures(found, model):
     "What a reader should know of how much of a picture was looked at."
-    note = own_processor(found, model)[2]
-    if note:
+    script = writer_of(found.format)
+    if note := own_processor(found, model)[2]:
         yield note
-    elif found.format == "llamafactory" and most_pixels(picture_file(model.folder)[0]):
+    elif (usual := script.usual_pixels) and most_pixels(picture_file(model.folder)[0]):
         yield (
-            f"LLaMA-Factory makes pictures smaller than {_BY_LLAMA_FACTORY:,} pixels unless image_max_pixels says "
-            "otherwise, and no file here says what it was; "
-            f"if you left it alone, ask with --max-pixels {_BY_LLAMA_FACTORY}"
+            f"{script.title} makes pictures smaller than {usual:,} pixels unless {script.pixels} says otherwise, and "
+            f"no file here says what it was; if you left it alone, ask with --max-pixels {usual}"
         )
 
 # %% ../../../nbs/77_checkpoint.rescue.account.ipynb #3490141b
-def rows_of(model, got, sizes):
+def rows_of(
+    model: Base,
+    got: Contents,
+    sizes: dict[str, tuple[int, float]],  # layer -> rank, alpha
+) -> Iterator[tuple[str, str, int, int]]:  # part, what is there, tensors, weights
     "What is there of each part."
     for part in PARTS:
         layers = [n for n in got.lora if model.adaptable[n] == part]
-        full, same = [n for n in got.full if model.part[n] == part], [n for n in got.same if model.part.get(n) == part]
+        full = [n for n in got.full if model.part[n] == part]
+        same = [n for n in got.same if model.part.get(n) == part]
         ranks = sorted({sizes[n][0] for n in layers})
         said = [f"LoRA of rank {', '.join(map(str, ranks))} on {len(layers)} layers"] if layers else []
         said += [f"{len(full)} of {sum(p == part for p in model.part.values())} tensors in full"] if full else []
@@ -300,40 +285,47 @@ def rows_of(model, got, sizes):
         tensors = [t for n in layers for t in got.lora[n].values()] + [got.full[n] for n in full]
         yield part, "; ".join(said) or "nothing", len(tensors), sum(t.numel() for t in tensors)
 
-
-def notes_on(found, model, got, flags, four_bit, completed, folded):
+# %% ../../../nbs/77_checkpoint.rescue.account.ipynb #aae688e8
+def notes_on(
+    found: Found,
+    model: Base,
+    got: Contents,
+    flags: tuple[str, dict] | None,  # the script and its flags, where they are known
+    four_bit: bool | None,  # None: nobody said it
+    completed: Collection[str],  # tensors that come from the base
+    folded: Collection[str],  # layers whose LoRA was added to their weights
+) -> Iterator[str]:
     "What a reader should know besides."
-    said = (found.config or {}).get("base_model_name_or_path")
-    if said and Path(str(said)).name != Path(str(model.name)).name:
-        yield (
-            f"adapter_config.json names {said} as the base; here it was {model.name}. Shapes agree; values of the "
-            "base are in no adapter"
-        )
-    if found.config and four_bit is None and not {"quant_bits", "quantization_bit"} & set(found.settings):
-        yield "no file says whether the base was in 4 bit in training; taken as whole. Say --four-bit if it was Q-LoRA"
+    yield from _notes_on_base(found, model, four_bit)
     if renamed := {raw: at for at, raw in got.raw.items() if raw != at}:
         raw, at = next(iter(renamed.items()))
         yield f"{len(renamed)} names were translated to those of the base, such as {raw} -> {at}"
     if completed:
         yield (
             f"{len(completed)} tensors that were not trained come from the base, because PEFT keeps whole modules: "
-            f"{', '.join(completed[:3])}" + (", …" if completed[3:] else "")
+            f"{', '.join(list(completed)[:3])}" + (", …" if len(completed) > 3 else "")
         )
     if folded:
         yield (
             f"LoRA beside {len(folded)} layers that were trained in full as well was added to their weights, such as "
-            f"{folded[0]}; if that is news to you, this is not the base they were trained on"
+            f"{next(iter(folded))}; if that is news to you, this is not the base they were trained on"
         )
-    script, given = _script(found, flags)
-    if script and (refused := _said(script, given)[1]):
-        ignored = (
-            "; what it ignored was never trained, so nothing of it is lost"
-            if "ignores" in refused or "does not train" in refused
-            else ""
-        )
-        yield f"flags of {script}: {refused}{ignored}"
+    script, given = flags or flags_in(found.settings)
+    if script and (refused := try_flags(script, given)[1]):
+        yield f"flags of {script}: {refused}"
     yield from _notes_on_pictures(found, model)
     yield from found.notes
+
+
+def _notes_on_base(found, model, four_bit):
+    said = (found.config or {}).get("base_model_name_or_path")
+    if said and Path(str(said)).name != Path(str(model.name)).name:
+        yield (
+            f"adapter_config.json names {said} as the base; here it was {model.name}. Shapes agree; values of the "
+            "base are in no adapter"
+        )
+    if found.config and four_bit is None and not bits_in(found.settings):
+        yield "no file says whether the base was in 4 bit in training; taken as whole. Say --four-bit if it was Q-LoRA"
 
 # %% ../../../nbs/77_checkpoint.rescue.account.ipynb #365e71ec
 @dataclass(frozen=True)
@@ -361,28 +353,20 @@ class Rescue:
     def __repr__(self):
         cells = list(self._cells())
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        lines = [
-            repr(self.found),
-            "",
-            *(
-                "  ".join(c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-                for row in cells
-            ),
-            "",
+        table = [
+            "  ".join(c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+            for row in cells
         ]
         kinds = Counter(f.partition(":")[0] for f in self.fates.values())
-        lines += [
-            f"{len(self.fates)} tensors in the files: " + ", ".join(f"{n} {k}" for k, n in kinds.most_common()) + "."
-        ]
+        counts = ", ".join(f"{n} {k}" for k, n in kinds.most_common())
+        lines = [repr(self.found), "", *table, "", f"{len(self.fates)} tensors in the files: {counts}."]
         for title, said in (("LOST", self.lost), ("SUSPICIOUS", self.suspicious), ("note", self.notes)):
             lines += [f"{title}: {s}" for s in said]
-        return "\n".join(
-            [
-                *lines,
-                *([] if self.lost else ["Nothing is known to be lost."]),
-                *([f"Written: {self.written}"] if self.written else []),
-            ]
-        )
+        if not self.lost:
+            lines.append("Nothing is known to be lost.")
+        if self.written:
+            lines.append(f"Written: {self.written}")
+        return "\n".join(lines)
 
     def _repr_html_(self):
         head, *body = self._cells()
@@ -390,11 +374,8 @@ class Rescue:
         def row(cells, tag):
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
-        said = (
-            [("lost", str(x)) for x in self.lost]
-            + [("suspicious", s) for s in self.suspicious]
-            + [("note", n) for n in self.notes]
-        )
+        said = [("lost", str(x)) for x in self.lost]
+        said += [("suspicious", s) for s in self.suspicious] + [("note", n) for n in self.notes]
         return (
             f"<table><caption>{html.escape(FORMATS[self.found.format].title)}</caption><thead>{row(head, 'th')}</thead>"
             f"<tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"

@@ -6,16 +6,17 @@
 __all__ = ['modules_around', 'lora_rules', 'plan_of', 'options_of', 'sizes_of', 'fold']
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #346603b6
-import math
 import re
 from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .read import below
+from .read import Base, Contents, below
 from ...errors import InputError
+from ...lora.variants import VARIANTS, folded, variant_of
 from ...models.parts import PARTS, layout_of
 from ...plan.tuning import Rule, TuningPlan, full_modules, lora_layers
 
@@ -76,39 +77,44 @@ def _end(name, chosen, every):
     return ""
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #75943f1d
-def plan_of(model: Any, sizes: dict, modules: Collection[str], options: dict) -> TuningPlan:
+def plan_of(
+    model: Base,
+    sizes: dict[str, tuple[int, float]],  # layer with LoRA -> rank, alpha
+    modules: Collection[str],  # trained in full
+    options: dict[str, Any],  # dropout and variant
+) -> TuningPlan:
     "The plan that says what is there: LoRA of these sizes, and these modules in full."
     usual = Counter(sizes.values()).most_common(1)[0][0]
-    words: dict[str, Any] = {}
-    layers = model.adaptable
-    for part in PARTS:
-        mine = {n for n, p in model.part.items() if p == part}
-        if mine and all(below(n, modules) for n in mine):
-            words[part] = "full"
-            continue
-        here = {n: s for n, s in sizes.items() if layers[n] == part}
-        rules = (
-            lora_rules(here, [n for n, p in layers.items() if p == part and not below(n, modules)], usual)
-            if here
-            else []
-        )
-        rules += [Rule("full", on=m) for m in modules if any(below(n, [m]) for n in mine)]
-        words[part] = ", ".join(map(str, rules)) or "freeze"
+    words: dict[str, Any] = {part: _words_of(model, part, sizes, modules, usual) for part in PARTS}
     plan = TuningPlan(**words, rank=usual[0], alpha=usual[1], **options)
+    _refuse_another(plan, model, sizes, modules)
+    return plan
+
+
+def _words_of(model, part, sizes, modules, usual):
+    "What a plan says of one part."
+    mine = {n for n, p in model.part.items() if p == part}
+    if mine and all(below(n, modules) for n in mine):
+        return "full"
+    layers = [n for n, p in model.adaptable.items() if p == part]
+    here = {n: s for n, s in sizes.items() if n in layers}
+    rules = lora_rules(here, [n for n in layers if not below(n, modules)], usual) if here else []
+    rules += [Rule("full", on=m) for m in modules if any(below(n, [m]) for n in mine)]
+    return ", ".join(map(str, rules)) or "freeze"
+
+
+def _refuse_another(plan, model, sizes, modules):
+    "A plan that names other layers, sizes or modules than there are in the files is an error of this package."
     wanted = {n for n in model.params if below(n, modules)}
-    given = {n: (r.rank, r.alpha) for n, r in lora_layers(model.model, plan).items()}
     kept = {n for n in model.params if below(n, full_modules(model.model, plan))}
-    if {n: (r, a and float(a)) for n, (r, a) in given.items()} != {
-        n: (r, float(a)) for n, (r, a) in sizes.items()
-    } or kept != wanted:
+    given = {n: (r.rank, r.alpha and float(r.alpha)) for n, r in lora_layers(model.model, plan).items()}
+    if given != {n: (r, float(a)) for n, (r, a) in sizes.items()} or kept != wanted:
         raise RuntimeError(
             f"The plan {plan.words} does not say what is in the files: {sorted(set(given) ^ set(sizes))[:4]}, "
             f"{sorted(kept ^ wanted)[:4]}."
         )
-    return plan
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #7a459285
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # starts of LoRA that leave the base as it was
 _NOT_READ = (
     "layer_replication",
     "megatron_config",
@@ -128,38 +134,35 @@ _NOT_READ = (
 )
 
 
-def options_of(config, where):
+def options_of(
+    config: dict,  # adapter_config.json
+    where: Path,  # that file
+) -> dict[str, Any]:  # for `TuningPlan`
     "What adapter_config.json says beyond names: dropout and variant. Raises `InputError` for what a plan cannot say."
+    merge = "Merge it with the tool that trained it, and go on from the whole model"
     if (kind := str(config.get("peft_type", "LORA")).upper()) != "LORA":
-        raise InputError(
-            f"peft_type is {kind}, and only LORA is read",
-            where,
-            "Merge it with the tool that trained it, and go on from the whole model",
-        )
+        raise InputError(f"peft_type is {kind}, and only LORA is read", where, merge)
     for name in _NOT_READ:
         if config.get(name):
-            raise InputError(
-                f"{name} is {config[name]!r}, which no plan can say",
-                where,
-                "Merge it with the tool that trained it, and go on from the whole model",
-            )
+            raise InputError(f"{name} is {config[name]!r}, which no plan can say", where, merge)
     if (bias := config.get("bias", "none")) != "none":
         raise InputError(
             f"bias is {bias!r}: biases of the layers with LoRA were trained, too, and no plan can say that",
             where,
-            "Merge it with the tool that trained it, and go on from the whole model",
+            merge,
         )
-    start, flags = config.get("init_lora_weights", True), [n for n in ("dora", "rslora") if config.get(f"use_{n}")]
-    if start not in _PLAIN_STARTS or len(flags) > 1:
-        what = " and ".join(f"use_{n}" for n in flags) if len(flags) > 1 else f"init_lora_weights {start!r}"
+    variant = variant_of(config)
+    if not variant.name or variant.moves_base:
+        flags = sorted(k for k in variant.peft if k.startswith("use_"))
+        what = " and ".join(flags) if len(flags) > 1 else f"init_lora_weights {config.get('init_lora_weights')!r}"
         raise InputError(
             f"it has {what}, which no plan of one adapter can say",
             where,
             "Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)",
         )
-    return {"dropout": float(config.get("lora_dropout") or 0), "variant": flags[0] if flags else "lora"}
+    return {"dropout": float(config.get("lora_dropout") or 0), "variant": variant.name}
 
-
+# %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #c29d5c12
 def _alpha(config, names):
     "alpha of a layer: the first of PEFT's patterns that its name ends in, or the general one."
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
@@ -174,26 +177,26 @@ def _alpha(config, names):
     return config["lora_alpha"]
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #18abb8a0
-def sizes_of(got, config, options):
+def sizes_of(
+    got: Contents,
+    config: dict | None,  # adapter_config.json
+    variant: str,
+) -> dict[str, tuple[int, float]]:
     "Rank and alpha of every LoRA. Raises `InputError` for one that is not whole."
     sizes = {}
     for layer, kinds in got.lora.items():
-        pair = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if "lora_embedding_A" in kinds or "lora_embedding_B" in kinds
-            else ("lora_A", "lora_B")
-        )
-        wanted = {*pair, "lora_magnitude_vector"} if options["variant"] == "dora" else set(pair)
+        wanted = VARIANTS[variant].kinds(embedding=any("embedding" in k for k in kinds))
         if set(kinds) != wanted:
             raise InputError(
                 f"LoRA beside {layer} has {', '.join(sorted(kinds))} and should have {', '.join(sorted(wanted))}",
                 "rescue",
                 "Copy the whole folder again",
             )
-        rank = kinds[pair[0]].shape[0]
-        if kinds[pair[1]].shape[1] != rank:
+        down, up = (kinds[k] for k in sorted(kinds) if k.endswith(("_A", "_B")))
+        rank = down.shape[0]
+        if up.shape[1] != rank:
             raise InputError(
-                f"the two matrices of LoRA beside {layer} have ranks {rank} and {kinds[pair[1]].shape[1]}",
+                f"the two matrices of LoRA beside {layer} have ranks {rank} and {up.shape[1]}",
                 "rescue",
                 "Copy the whole folder again",
             )
@@ -201,15 +204,21 @@ def sizes_of(got, config, options):
     return sizes
 
 
-def fold(got, model, layer, size, variant):
+def fold(
+    got: Contents,
+    model: Base,
+    layer: str,
+    size: tuple[int, float],  # rank, alpha
+    variant: str,
+) -> None:
     "Add a LoRA to the weight beside it, which was trained in full as well: no plan can say both."
-    if variant == "dora":
+    if VARIANTS[variant].lengths:
         raise InputError(
-            f"{layer} has DoRA and lies in a module that was trained in full",
+            f"{layer} has {VARIANTS[variant].title} and lies in a module that was trained in full",
             "rescue",
             "Merge it with the tool that trained it, and go on from the whole model",
         )
-    (down, up), name = [t.float() for _, t in sorted(got.lora.pop(layer).items())], f"{layer}.weight"
-    delta = up @ down * size[1] / (math.sqrt(size[0]) if variant == "rslora" else size[0])
+    learned, name = {kind: t.float() for kind, t in got.lora.pop(layer).items()}, f"{layer}.weight"
     weight = got.full[name] if name in got.full else model.base[name]
-    got.full[name] = weight.float() + (delta.T if delta.shape != weight.shape else delta)
+    config, embedding = VARIANTS[variant].config(*size), "lora_embedding_A" in learned
+    got.full[name] = folded(weight.float(), config, learned, embedding)

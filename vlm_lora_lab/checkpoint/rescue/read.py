@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -154,44 +153,28 @@ class Base:
         }
 
 # %% ../../../nbs/75_checkpoint.rescue.read.ipynb #1fbeeeef
-def read_contents(found: Found, model: Any, allow_pickle: bool) -> Contents:
+def read_contents(
+    found: Found,
+    model: Base,
+    allow_pickle: bool,
+) -> Contents:
     """Put every tensor in its place.
 
     Raises `InputError` for names and shapes that the base does not have, and for two values of one name."""
-    got, seen, foreign, adapters = Contents(), {}, [], set()
+    got, seen = Contents(), {}
+    foreign, adapters = [], set()
     for t in tensors_in(found, allow_pickle):
         name, kind, adapter = plain_key(t.key)
         at, where = place(name, model.known), f"{t.file}: {t.key}"
-        if at is None and (_ANEW.search(name) or any(name.startswith(f"{p}.") for p in model.layout.aside)):
-            got.fates[where] = (
-                "computed anew: when a model is built" if _ANEW.search(name) else "not loaded here: part of a voice"
-            )
-            continue
-        if at is None or (at in model.modules) != kind.startswith("lora_"):
+        if at is None and (aside := _aside(name, model)):
+            got.fates[where] = aside
+        elif at is None or (at in model.modules) != kind.startswith("lora_"):
             foreign.append(where)
-            continue
-        at, value = model.owner.get(at, at), t.read()
-        got.raw[at] = name
-        adapters.add(adapter)
-        if value.numel() == 0:
-            got.empty.add(at)
-            got.fates[where] = f"empty: {at}"
-        elif (at, kind) in seen:
-            first = seen[at, kind].read()
-            if not (first.shape == value.shape and torch.equal(first.float(), value.float())):
-                raise InputError(
-                    f"{at} has another value in {t.file} than in {seen[at, kind].file}",
-                    found.folder,
-                    "Remove the file that is older",
-                )
-            got.fates[where] = f"a second copy: {at}"
         else:
-            seen[at, kind] = t
-            got.fates[where] = (
-                _lora_in(got, model, at, kind, value, where)
-                if kind.startswith("lora_")
-                else _weight_in(got, model, at, kind, value, where)
-            )
+            at = model.owner.get(at, at)
+            got.raw[at] = name
+            adapters.add(adapter)
+            got.fates[where] = _take(got, seen, found, model, t, at, kind)
     if foreign:
         raise _foreign(found, model, foreign)
     if len(adapters) > 1:
@@ -201,6 +184,33 @@ def read_contents(found: Found, model: Any, allow_pickle: bool) -> Contents:
     return got
 
 
+def _aside(name, model):
+    "What to say of a name that the base does not have, and does not need."
+    if _ANEW.search(name):
+        return "computed anew: when a model is built"
+    return "not loaded here: part of a voice" if any(name.startswith(f"{p}.") for p in model.layout.aside) else ""
+
+
+def _take(got, seen, found, model, t, at, kind):
+    "Put a tensor into the contents, and say what becomes of it."
+    value, where = t.read(), f"{t.file}: {t.key}"
+    if value.numel() == 0:
+        got.empty.add(at)
+        return f"empty: {at}"
+    if (at, kind) in seen:
+        first = seen[at, kind].read()
+        if first.shape == value.shape and torch.equal(first.float(), value.float()):
+            return f"a second copy: {at}"
+        raise InputError(
+            f"{at} has another value in {t.file} than in {seen[at, kind].file}",
+            found.folder,
+            "Remove the file that is older",
+        )
+    seen[at, kind] = t
+    take = _lora_in if kind.startswith("lora_") else _weight_in
+    return take(got, model, at, kind, value, where)
+
+# %% ../../../nbs/75_checkpoint.rescue.read.ipynb #32270e18
 def _foreign(found, model, names):
     "Names that the base does not have."
     looks = {

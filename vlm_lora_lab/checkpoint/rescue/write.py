@@ -29,6 +29,7 @@ from ...models.files import save_vlm, shape_of
 from ...models.load import load_vlm
 from ...models.published import on_meta
 from ...plan.tuning import apply_plan
+from ...scripts.known import bits_in
 from ...train.identity import located
 
 # %% ../../../nbs/78_checkpoint.rescue.write.ipynb #9805a37f
@@ -46,7 +47,8 @@ def rescue(
 
     Raises `InputError` for a folder of no known format, a pickle that was not allowed or holds more than tensors, a
     damaged file, another base, and for what no plan can say."""
-    found, output = recognise(folder), None if output is None else empty_folder(output)
+    found = recognise(folder)
+    output = None if output is None else empty_folder(output)
     model = Base(base)
     got = read_contents(found, model, allow_pickle)
     if got.lora and found.config is None:
@@ -55,41 +57,38 @@ def rescue(
             found.folder,
             "Find that file, or write one with lora_alpha, r and target_modules",
         )
-    options = options_of(found.config, found.folder / "adapter_config.json") if got.lora else {}
-    sizes, modules = sizes_of(got, found.config, options), modules_around(model.model, set(got.full))
-    lost, suspicious, rows = (
-        losses_of(found, model, got, flags),
-        tuple(suspicious_in(found, model, got, flags)),
-        tuple(rows_of(model, got, sizes)),
-    )
-    folded = [n for n in sizes if below(n, modules)]
-    for layer in folded:
-        fold(got, model, layer, sizes.pop(layer), options["variant"])
-    plan = plan_of(model, sizes, modules, options) if sizes else None
-    completed = (
-        sorted(n for n in model.params if below(n, modules) and n not in got.full and n not in got.same) if plan else []
-    )
+    options = options_of(found.config, found.folder / "adapter_config.json") if got.lora and found.config else {}
+    sizes = sizes_of(got, found.config, options.get("variant", "lora"))
+    modules = modules_around(model.model, set(got.full))
+    lost, suspicious = losses_of(found, model, got, flags), tuple(suspicious_in(found, model, got, flags))
+    rows = tuple(rows_of(model, got, sizes))
+    plan, completed, folded = _planned(model, got, sizes, modules, options)
     near = list(elsewhere_of(found, model, allow_pickle)) if lost else []
-    lost = tuple(placed(lost, near, found))
     notes = [
         *notes_on(found, model, got, flags, four_bit, completed, folded),
         *(text for part, text in near if not part),
     ]
-    if not sizes:
-        notes.append(
-            "there is no LoRA in it"
-            + (": it becomes a whole model" if got.full else ", and nothing that differs from the base")
-        )
+    if plan is None:
+        full = ": it becomes a whole model" if got.full else ", and nothing that differs from the base"
+        notes.append(f"there is no LoRA in it{full}")
+    lost = tuple(placed(lost, near, found))
     result = Rescue(found, rows, got.fates, lost, suspicious, tuple(notes), plan)
-    return (
-        result
-        if output is None
-        else _write(result, model, got, output, bool(_four_bit(found) if four_bit is None else four_bit))
-    )
+    if output is None:
+        return result
+    if plan is None:
+        return replace(result, written=_write_whole(found, model, got, output))
+    return _write(result, model, got, output, 4 in bits_in(found.settings) if four_bit is None else four_bit)
 
 
-def _four_bit(found):
-    return 4 in (found.settings.get("quant_bits"), found.settings.get("quantization_bit"))
+def _planned(model, got, sizes, modules, options):
+    "The plan; tensors in it that come from the base; layers whose LoRA was added to their weights."
+    folded = [n for n in sizes if below(n, modules)]
+    for layer in folded:
+        fold(got, model, layer, sizes.pop(layer), options["variant"])
+    if not sizes:
+        return None, [], folded
+    completed = sorted(n for n in model.params if below(n, modules) and n not in got.full and n not in got.same)
+    return plan_of(model, sizes, modules, options), completed, folded
 
 # %% ../../../nbs/78_checkpoint.rescue.write.ipynb #65392587
 def _refuse_apart(found, model, got):
@@ -105,68 +104,80 @@ def _refuse_apart(found, model, got):
                 "No plan can say that. PEFT loads this adapter as it is, and its merge_and_unload keeps the two apart",
             )
 
-
+# %% ../../../nbs/78_checkpoint.rescue.write.ipynb #71b06fcb
 def _write(result, model, got, output, four_bit):
-    "Write what was rescued, and read it back."
-    if result.plan is None:
-        return replace(result, written=_write_whole(result.found, model, got, output))
+    "Write what was rescued as an adapter, and read it back."
     _refuse_apart(result.found, model, got)
     wrapped = apply_plan(on_meta(model.folder), result.plan)
-    wanted, state = get_peft_model_state_dict(wrapped, save_embedding_layers=False), {}
-    for key, like in wanted.items():
-        name, kind, _ = plain_key(key)
-        name = model.owner.get(name, name)  # a tied head is the embeddings, and PEFT stores them twice
-        value = got.lora[name][kind] if kind else got.full[name] if name in got.full else model.base[name]
-        state[key] = value.float().contiguous().clone()
-        if state[key].shape != like.shape:
-            raise RuntimeError(f"{key} is {shape_of(state[key].shape)} and should be {shape_of(like.shape)}.")
-    if lost := ({f"{n} {k}" for n, kinds in got.lora.items() for k in kinds} | set(got.full)) - {
-        " ".join(filter(None, plain_key(k)[:2])) for k in wanted
-    }:
-        raise RuntimeError(f"{len(lost)} tensors would be lost: {sorted(lost)[:5]}.")
+    state = _state(wrapped, model, got)
     config = wrapped.active_peft_config
-    config.base_model_name_or_path, config.inference_mode = located(model.name), True
+    config.base_model_name_or_path = located(model.name)
+    config.inference_mode = True
     with complete_or_nothing(output) as partial:
         config.save_pretrained(partial)
         with explain_write_errors(output):
             save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        for file in sorted(
-            f
-            for f in model.folder.iterdir()
-            if any(fnmatchcase(f.name, p) for p in (*TOKENIZER_FILES, *PROCESSOR_FILES))
-        ):
+        kept = (*TOKENIZER_FILES, *PROCESSOR_FILES)
+        for file in sorted(f for f in model.folder.iterdir() if any(fnmatchcase(f.name, p) for p in kept)):
             shutil.copyfile(file, partial / file.name)
         processor, pixels, _ = own_processor(result.found, model)
         if processor:
             keep_limits(partial, processor)
-        write_json(partial / "plan.json", result.plan.to_dict())
-        packages = ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")
-        write_json(
-            partial / "rescue.json",
-            {
-                "format": result.found.format,
-                "lost": [asdict(x) for x in result.lost],
-                "suspicious": result.suspicious,
-                "notes": result.notes,
-                "tensors": result.fates,
-            },
-        )
-        seal(
-            partial,
-            {
-                "base": located(model.name),
-                "base_fingerprint": fingerprint(model.name),
-                "base_sha256": base_sha256(model.name),
-                "four_bit": four_bit,
-                "max_pixels": pixels,
-                "versions": {p: version(p) for p in packages},
-                "rescued_from": result.found.format,
-            },
-        )
+        _write_account(result, partial)
+        seal(partial, _provenance(result, model, four_bit, pixels))
         again = load_peft_weights(str(partial), device="cpu")
         if set(again) != set(state) or any(not torch.equal(again[k], state[k]) for k in state):
             raise RuntimeError(f"What was read back from {partial} is not what was written.")
     return replace(result, written=output)
+
+
+def _state(wrapped, model, got):
+    "Every tensor that PEFT keeps of this plan, in 32 bit: what was trained, and the base's where nothing was."
+    wanted, state = get_peft_model_state_dict(wrapped, save_embedding_layers=False), {}
+    there = {f"{n} {k}" for n, kinds in got.lora.items() for k in kinds} | set(got.full)
+    for key, like in wanted.items():
+        name, kind, _ = plain_key(key)
+        there.discard(f"{name} {kind}" if kind else name)
+        name = model.owner.get(name, name)  # a tied head is the embeddings, and PEFT stores them twice
+        value = got.lora[name][kind] if kind else _in_full(name, model, got)
+        state[key] = value.float().contiguous().clone()
+        if state[key].shape != like.shape:
+            raise RuntimeError(f"{key} is {shape_of(state[key].shape)} and should be {shape_of(like.shape)}.")
+    if there:
+        raise RuntimeError(f"{len(there)} tensors would be lost: {sorted(there)[:5]}.")
+    return state
+
+
+def _in_full(name, model, got):
+    return got.full[name] if name in got.full else model.base[name]
+
+# %% ../../../nbs/78_checkpoint.rescue.write.ipynb #42977ff8
+def _write_account(result, folder):
+    "plan.json, and rescue.json: where each tensor went, and what is lost."
+    write_json(folder / "plan.json", result.plan.to_dict())
+    write_json(
+        folder / "rescue.json",
+        {
+            "format": result.found.format,
+            "lost": [asdict(x) for x in result.lost],
+            "suspicious": result.suspicious,
+            "notes": result.notes,
+            "tensors": result.fates,
+        },
+    )
+
+
+def _provenance(result, model, four_bit, pixels):
+    packages = ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")
+    return {
+        "base": located(model.name),
+        "base_fingerprint": fingerprint(model.name),
+        "base_sha256": base_sha256(model.name),
+        "four_bit": four_bit,
+        "max_pixels": pixels,
+        "versions": {p: version(p) for p in packages},
+        "rescued_from": result.found.format,
+    }
 
 # %% ../../../nbs/78_checkpoint.rescue.write.ipynb #169b154b
 def _write_whole(found, model, got, output):
