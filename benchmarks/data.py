@@ -4,9 +4,11 @@ python benchmarks/data.py [--rows 240] [--rounds 3] [--workers 2] [--step 0.25] 
 
 Three ways, interleaved, each in a process of its own:
 
-  upstream's way   as OpenBMB/MiniCPM-V's finetune/dataset.py is described: the whole JSON in memory, every picture cut in the training process,
-                   batches in random order, padded to their longest row. The cutting itself is this package's, so that only the design differs.
-  lazy             records read when they are asked for, one process, batches of similar length (lengths measured beforehand, and that time counted)
+  upstream's way   as OpenBMB/MiniCPM-V's finetune/dataset.py is described: the whole JSON in memory, every picture cut
+                   in the training process, batches in random order, padded to their longest row. The cutting itself is
+                   this package's, so that only the design differs.
+  lazy             records read when they are asked for, one process, batches of similar length (lengths measured
+                   beforehand, and that time counted)
   lazy, N workers  the same, with rows prepared in N processes
 
 Between batches the program sleeps for --step seconds, as a program waits whose accelerator computes. Ratios are of the
@@ -62,7 +64,9 @@ def child(way, folder, batch_size, workers, step):
     from vlm_lora_lab.data.batch import Samples, loader
     from vlm_lora_lab.data.records import Conversations, read_conversations
 
-    process, before, start = processor(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    process = processor()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
     if way == "upstream":
         samples = Samples(read_conversations(folder / "data.json"), process)
         lengths = None
@@ -70,13 +74,12 @@ def child(way, folder, batch_size, workers, step):
         conversations = Conversations.open(folder / "data.json")
         lengths = [len(process.measure(c).input_ids) for c in conversations]
         samples = Samples(conversations, process, workers if way == "workers" else 0, lengths)
-    planned, tokens, real, rows = time.perf_counter() - start, 0, 0, 0
+    planned = time.perf_counter() - start
+    tokens = real = rows = 0
     for batch in loader(samples, batch_size):
-        tokens, real, rows = (
-            tokens + batch["attention_mask"].numel(),
-            real + int(batch["attention_mask"].sum()),
-            rows + len(batch["labels"]),
-        )
+        tokens += batch["attention_mask"].numel()
+        real += int(batch["attention_mask"].sum())
+        rows += len(batch["labels"])
         time.sleep(step)
     seconds = time.perf_counter() - start
     own, worker = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -106,7 +109,10 @@ def long_file(way, folder, rows):
     "Read all records of a long file once; the most memory held above that before."
     from vlm_lora_lab.data.records import Conversations
 
-    before, start, most, count = resident(), time.perf_counter(), 0.0, 0
+    before = resident()
+    start = time.perf_counter()
+    most = 0.0
+    count = 0
     records = (
         json.loads((folder / "long.json").read_text())
         if way == "upstream"

@@ -109,7 +109,9 @@ def look(name, plan):
         "image_bound": torch.tensor([[0, 2, 66], [0, 100, 164]]),
     }
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer, steps, looks = torch.optim.AdamW(trained.values(), lr=1e-5), [], []
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
+    steps = []
+    looks = []
     for _ in range(6):
         start = now()
         model(**batch).loss.backward()

@@ -1,9 +1,9 @@
 """Published shapes with random weights on one CUDA card, in NF4: tokens a second, share of the card's peak arithmetic,
 and peak memory against `estimate`.
 
-    python benchmarks/gpu.py                      all models and arms, each arm in a process of its own; about 8 minutes on an H100
+    python benchmarks/gpu.py           all models and arms, each arm in a process of its own; about 8 minutes on an H100
     python benchmarks/gpu.py --only minicpmv-2.6 --steps 6
-    python benchmarks/gpu.py --tiny               scaled down, on any machine: shows that the script runs, and nothing else
+    python benchmarks/gpu.py --tiny    scaled down, on any machine: shows that the script runs, and nothing else
 
 On a bare machine without a network: carry the wheels of what it lacks (`pip download bitsandbytes peft accelerate`, and
 `trl==1.16.0 datasets` for TRL's arm), install them with `pip install --no-index --find-links FOLDER`, and run `python
@@ -99,7 +99,9 @@ def random_nf4(config, cls, dtype=torch.bfloat16):
     with init_empty_weights(include_buffers=False), init.no_init_weights():
         model = cls(config)
         model.tie_weights()
-    take, made, g = set(packable(model)), {}, torch.Generator(DEVICE).manual_seed(0)
+    take = set(packable(model))
+    made = {}
+    g = torch.Generator(DEVICE).manual_seed(0)
     for name, module in list(model.named_modules()):
         for key, p in list(module.named_parameters(recurse=False)):
             if id(p) not in made:
@@ -190,7 +192,9 @@ def needed(empty, tokens, patches):
 
 def one_arm(model_name, arm, steps):
     "Build, train, measure; one line of JSON."
-    config, cls, start = config_of(model_name), type(on_meta(MODELS[model_name])), now()
+    config = config_of(model_name)
+    cls = type(on_meta(MODELS[model_name]))
+    start = now()
     model = random_nf4(config, cls)
     built = now() - start
     data, collate = rows_of(model, 2)  # so that the cache has seen both when the clock counts
@@ -219,11 +223,9 @@ def one_arm(model_name, arm, steps):
 
 
 def arms_for(name):
-    return (
-        ("cache", "here", "plain")
-        if name.startswith("minicpmv")
-        else ("here", "plain", *(("trl",) if find_spec("trl") else ()))
-    )
+    if name.startswith("minicpmv"):
+        return "cache", "here", "plain"
+    return ("here", "plain", "trl") if find_spec("trl") else ("here", "plain")
 
 
 def report(name, steps):
@@ -251,11 +253,11 @@ def report(name, steps):
     for arm, r in said.items():
         took = statistics.median(r["seconds"])
         share = f"{r['flops'] / took / peak / 1e12:.1%}" if peak else "–"
-        memory = (
-            [f"{r['peak'] / 2**30:.2f}", f"{guess / 2**30:.2f}" if guess and arm != "plain" else "–"]
-            if r["peak"]
-            else ["–", "–"]
-        )
+        memory = ["–", "–"]
+        if r["peak"]:
+            memory[0] = f"{r['peak'] / 2**30:.2f}"
+        if r["peak"] and guess and arm != "plain":
+            memory[1] = f"{guess / 2**30:.2f}"
         rows.append(
             [
                 SAID[arm],

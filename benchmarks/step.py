@@ -44,6 +44,7 @@ from vlm_lora_lab.data.drawn import Drawn
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMVConfig
+from vlm_lora_lab.models.names import TensorName
 from vlm_lora_lab.models.parts import layout_of
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.cache import VisionCache
@@ -177,7 +178,9 @@ class Turns(TrainerCallback):
     gate = threading.Condition()
 
     def __init__(self, name, order):
-        self.name, self.order, self.seconds = name, order, []
+        self.name = name
+        self.order = order
+        self.seconds = []
 
     def wait(self):
         with self.gate:
@@ -204,15 +207,12 @@ class Memory(TrainerCallback):
 def plain_peft(model, plan, like, weights=True):
     "The layers that `apply_plan` chose, named to PEFT as one would do without it; the same first matrices."
     config = next(iter(like.peft_config.values()))
-
-    def names(kind):
-        return [n.removeprefix("base_model.model.").partition(kind)[0] for n, _ in like.named_parameters() if kind in n]
-
+    names = [TensorName.of(n) for n, _ in like.named_parameters()]
     lora = LoraConfig(
         r=plan.rank,
         lora_alpha=plan.alpha,
         lora_dropout=0.0,
-        target_modules=sorted(set(names(".lora_A"))),
+        target_modules=sorted({n.module for n in names if n.lora == "lora_A"}),
         modules_to_save=config.modules_to_save,
     )
     wrapped = get_peft_model(model, lora)
@@ -224,45 +224,41 @@ def plain_peft(model, plan, like, weights=True):
     return wrapped
 
 
+def trainer_options(folder, steps, batch, checkpointing, bf16):
+    "What `fit` does by itself, said to a Trainer of others."
+    return dict(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=1e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        use_cpu=DEVICE == "cpu",
+        seed=0,
+        data_seed=0,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=bf16,
+        save_strategy="no",
+        logging_steps=1,
+        logging_first_step=True,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
 def run(arm, model, data, collate, steps, batch, checkpointing, callback, cache=None, bf16=False):
     "One training run; returns the losses it logged."
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(collate, Collator) and arm in ("cache", "here"):
             schedule = Schedule(max_steps=steps, batch_size=batch, learning_rate=1e-4, full_learning_rate=1e-4)
-            return fit(
-                model,
-                Rows(data),
-                schedule,
-                folder,
-                log_every=1,
-                checkpoint_activations=checkpointing,
-                save=False,
-                callbacks=[callback],
-                cache=cache,
-            ).losses
-        shared = dict(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=1e-4,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            weight_decay=0.01,
-            max_grad_norm=1.0,
-            use_cpu=DEVICE == "cpu",
-            seed=0,
-            data_seed=0,
-            gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            bf16=bf16,
-            save_strategy="no",
-            logging_steps=1,
-            logging_first_step=True,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        )
+            options = dict(log_every=1, checkpoint_activations=checkpointing, save=False, callbacks=[callback])
+            return fit(model, Rows(data), schedule, folder, cache=cache, **options).losses
+        shared = trainer_options(folder, steps, batch, checkpointing, bf16)
         if arm == "trl":
             from datasets import Dataset
             from trl import SFTConfig, SFTTrainer
@@ -327,7 +323,9 @@ def eyes(model, batch, rounds=3):
 
 def in_turns(setting, batches, epochs, batch, checkpointing):
     title, models, data, collate = arms_of(setting, batches * batch)
-    seen, names, steps = eyes(next(iter(models.values())), collate(data[:batch])), list(models), batches * epochs
+    seen = eyes(next(iter(models.values())), collate(data[:batch]))
+    names = list(models)
+    steps = batches * epochs
     order = [
         a
         for k in range(steps)
@@ -414,17 +412,11 @@ def report(setting, batches, epochs, batch, checkpointing):
         (a, b) for a in ("cache", "here") for b in ("plain", "trl", "here") if a in took and b in took and a != b
     ]:
         for epoch, part in (("first", slice(1, batches)), ("later", slice(batches, None))):
-            target = (
-                None
-                if b != "plain" or epoch == "first"
-                else None
-                if setting == "lab"
-                else 0.8
-                if a == "here"
-                else 0.5
-                if seen >= 0.5
-                else None
-            )
+            target = None
+            if b == "plain" and epoch == "later" and setting != "lab":
+                target = 0.8 if a == "here" else None
+                if a == "cache" and seen >= 0.5:
+                    target = 0.5
             rows.append(
                 [
                     f"{SAID[a]} / {SAID[b]}",

@@ -7,14 +7,14 @@ from configparser import ConfigParser
 from pathlib import Path
 
 here = Path(__file__).parent
-sys.path.insert(0, str(here))  # chapters.py, which reads a notebook
+sys.path.insert(0, str(here))  # chapters.py, which reads a notebook, and tables.py, which makes the tables
 facts = ConfigParser(delimiters=["="])
 facts.read(here.parent / "settings.ini", encoding="utf-8")
 facts = facts["DEFAULT"]
 
 project, author, version, release = facts["title"], facts["author"], facts["version"], facts["version"]
 copyright = facts["copyright"]
-extensions = ["myst_nb", "sphinx_external_toc", "chapters"]
+extensions = ["myst_nb", "sphinx_external_toc", "chapters", "tables"]
 external_toc_path = str(here / "_toc.yml")
 exclude_patterns = ["**/.ipynb_checkpoints", "vlm_lora_lab_demo"]
 suppress_warnings = ["etoc.glob"]  # a part of the book without chapters is left out

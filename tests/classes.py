@@ -14,7 +14,8 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.models.parts import FAMILIES, PARTS, count, infer_layout
+from vlm_lora_lab.families.base import families_of
+from vlm_lora_lab.models.parts import PARTS, count, infer_layout
 from vlm_lora_lab.models.published import UNUSABLE, on_meta
 from vlm_lora_lab.plan.tuning import TuningPlan
 from vlm_lora_lab.plan.preview import Preview
@@ -25,7 +26,10 @@ GIVEN = {  # model_type -> what its defaults leave out
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False}},
     "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
 }
-WORKS, LOAD, REFUSED, BROKEN = "taken apart", "registered", "refused", "not built"
+WORKS = "taken apart"
+LOAD = "registered"
+REFUSED = "refused"
+BROKEN = "not built"
 
 
 def kinds():
@@ -51,13 +55,14 @@ def told(kind):
             "configuration: no model can be built from this configuration: "
         ).partition(". Compare")[0]
     try:
-        layout = FAMILIES.get(kind) or infer_layout(model)
+        known = families_of(kind)
+        layout = known[0].layout if known else infer_layout(model)
         total = count(model)
         Preview.of(model, TuningPlan())
     except InputError as e:
         return REFUSED, str(e).partition("could not be told apart: ")[2].partition(". Register")[0] or str(e)
     where = "; ".join(f"{p}: {', '.join(getattr(layout, p))}" for p in PARTS if total[p])
-    return (LOAD if kind in FAMILIES else WORKS), where
+    return (LOAD if families_of(kind) else WORKS), where
 
 
 def table():

@@ -126,11 +126,10 @@ def tiny_model(family, seed=0, **changes):
     "A small random model in which nothing is left at zero, so that every part matters."
     config = tiny_config(family, **changes)
     torch.manual_seed(seed)
-    model = (
-        (MiniCPMV if isinstance(config, MiniCPMVConfig) else QwenVL)(config)
-        if family in OURS
-        else AutoModelForImageTextToText.from_config(config)
-    )
+    if family in OURS:
+        model = MiniCPMV(config) if isinstance(config, MiniCPMVConfig) else QwenVL(config)
+    else:
+        model = AutoModelForImageTextToText.from_config(config)
     return random_weights(model.float())
 
 

@@ -99,8 +99,12 @@ def same(a, b):
 
 
 def main(place, kills, seed):
-    place, rng, steps = Path(place), random.Random(seed), 6 * kills
-    whole, broken, told = place / "whole", place / "broken", place / "told"
+    place = Path(place)
+    rng = random.Random(seed)
+    steps = 6 * kills
+    whole = place / "whole"
+    broken = place / "broken"
+    told = place / "told"
     assert os.waitpid(child(whole, steps, place / "told whole"), 0)[1] == 0
     for _ in range(kills):
         print(json.dumps(kill_and_look(broken, steps, told, rng.uniform(0, 1.2))), flush=True)

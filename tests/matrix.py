@@ -2,7 +2,8 @@
 and the newest releases it admits.
 
     python tests/matrix.py                          all of it; writes tests/MATRIX.md
-    python tests/matrix.py --only 3.11              one Python, or one row: --only 3.11-lowest; the other rows of the table stay
+    python tests/matrix.py --only 3.11              one Python, or one row: 3.11-lowest; the table's other rows stay
+    python tests/matrix.py --tests                  only print which tests it runs, for pytest
 
 lowest       the bounds themselves of torch, transformers and peft in settings.ini; everything else as pip resolves it
 newest       what `pip install` takes today
@@ -29,8 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests" / "MATRIX.md"
 BOUND = ("torch", "transformers", "peft")
 SHOWN = (*BOUND, "accelerate", "bitsandbytes", "huggingface_hub")
-# Models, data, plans, training, saving and merging, for every family: what changes first when a library changes.
+# Private parts of other libraries, models, data, plans, training, saving and merging, for every family: what changes
+# first when a library changes.
 TESTS = (
+    "compat",
     "families",
     "golden_minicpmv",
     "golden_qwenvl",
@@ -41,8 +44,14 @@ TESTS = (
     "tokenizer",
     "data_batch",
     "data_native",
+    "train_loss",
+    "train_cache",
+    "train_run",
+    "stages",
+    "debug_nan",
+    "merge_stream",
 )
-HEAD = ["Python", "versions", *SHOWN, "install", "pip check", "--version", "demo", "tests", "minutes", "date"]
+HEAD = ["Python", "versions", *SHOWN, "install", "pip check", "--version", "demo", "tests", "minutes", "commit", "date"]
 
 
 def settings():
@@ -78,7 +87,7 @@ def limits(kind, cfg):
     "Lines for pip's constraint file."
     if kind == "constraints":
         return (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    bounds = dict(re.findall(r"(\S+?)>=(\S+)", cfg["requirements"]))
+    bounds = dict(re.findall(r"(\S+?)>=([^\s,]+)", cfg["requirements"]))
     return "".join(f"{p}=={bounds[p]}\n" for p in BOUND) if kind == "lowest" else ""
 
 
@@ -141,24 +150,28 @@ def one(wheel, python, limit, place):
         if not Path(where.strip()).is_relative_to(place / "env"):
             raise Failed(f"the tests would run against {where}")
         said = step(
-            "tests", [inside, "-m", "pytest", "-q", *(f"tests/test_{t}.py" for t in TESTS)], place, env=environment
+            "tests", [inside, "-m", "pytest", "-q", *map("tests/test_{}.py".format, TESTS)], place, env=environment
         )
         row["tests"] = re.search(r"(\d+ passed.*?) in ", said)[1]
     except Failed as e:
         print(f"  FAILED: {e}", flush=True)
-    return row | {"minutes": f"{(time.perf_counter() - start) / 60:.1f}", "date": date.today().isoformat()}
+    minutes = f"{(time.perf_counter() - start) / 60:.1f}"
+    return row | {"minutes": minutes, "commit": commit(), "date": date.today().isoformat()}
+
+
+def git(*command):
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def commit():
+    "What was tested; a + says that the checkout held changes, beside this table itself."
+    changed = [line for line in git("status", "--porcelain").splitlines() if not line.endswith("tests/MATRIX.md")]
+    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(changed)
 
 
 def build(work):
     "A wheel of what git knows and of new files, made in a copy: nothing is left in the checkout."
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for name in filter(None, listed.split("\0")):
+    for name in filter(None, git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")):
         if (ROOT / name).is_file():
             (work / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, work / "source" / name)
@@ -183,6 +196,7 @@ def write(rows, missing):
         "# Installed from the wheel",
         "",
         "Made by `python tests/matrix.py`, never by hand; what a row does stands at the top of that script.",
+        "A + behind a commit says that the checkout held more than that commit.",
         "",
         f"| {' | '.join(HEAD)} |",
         "|" + " --- |" * len(HEAD),
@@ -198,7 +212,12 @@ def main():
     parser.add_argument(
         "--only", action="append", default=[], metavar="ROW", help="3.11, lowest or 3.11-lowest; repeat for several"
     )
-    only = parser.parse_args().only
+    parser.add_argument("--tests", action="store_true", help="print the files that pytest is given, and do nothing")
+    options = parser.parse_args()
+    if options.tests:
+        print(*map("tests/test_{}.py".format, TESTS))
+        return 0
+    only = options.only
     cfg = settings()
     wanted = cfg["pythons"].split()
     found = interpreters(wanted)

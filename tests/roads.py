@@ -25,7 +25,8 @@ from transformers import AutoTokenizer
 from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance, save_adapter
 from vlm_lora_lab.checkpoint.serve import check_export
 from vlm_lora_lab.cli import main
-from vlm_lora_lab.data.native import NATIVE, load_processor
+from vlm_lora_lab.data.native import load_processor
+from vlm_lora_lab.families.base import families
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.parts import count
@@ -62,7 +63,7 @@ REAL_WORDS = {
     "openbmb/MiniCPM-V-4_5": "qwen3.json",
     "Qwen/Qwen-VL-Chat": "qwen.tiktoken",
 }
-PREPARED = {*NATIVE, "minicpmv", "minicpmo", "qwen"}  # families whose rows `train` can prepare
+PREPARED = {t for f in families() if f.eyes for t in f.model_types}  # families whose rows `train` can prepare
 # LLaVA-OneVision has a bare image_newline beside its embed_tokens
 TIED_PLANS = ({"embeddings": "full on embed_tokens"}, {"embeddings": "lora"}, {"head": "lora"})
 RATE = 0.01  # high: two steps must be seen in the logits
@@ -72,18 +73,28 @@ HEAD = """# The whole road on each published checkpoint
 
 Made by `pytest -m slow tests/test_roads.py`, never by hand; `tests/roads.py` says how. {when}
 
-Each row is a small random checkpoint with every published field but the sizes (`tests/standins.py`), and each step a command of `vlm-lora-lab`. ✓ means: the exit status is 0, and
+Each row is a small random checkpoint with every published field but the sizes (`tests/standins.py`), and each step a \
+command of `vlm-lora-lab`. ✓ means: the exit status is 0, and
 
-- **plan**: of the published shapes, and of the stand-in; **estimate**: a sum is named; **doctor**: nothing speaks against training;
-- **train**: two steps of the default plan on handwriting in four bit; the logits moved; as many weights were saved as plan said;
+- **plan**: of the published shapes, and of the stand-in; **estimate**: a sum is named; **doctor**: nothing speaks \
+against training;
+- **train**: two steps of the default plan on handwriting in four bit; the logits moved; as many weights were saved \
+as plan said;
 - **resume**: from what a run that was killed after its first step leaves; every tensor equals the unbroken run's;
-- **ask**: answers, and what it says is what `compare` writes down for that question; **compare**: base and adapter answered every question;
+- **ask**: answers, and what it says is what `compare` writes down for that question; **compare**: base and adapter \
+answered every question;
 - **inspect**: counts as many weights as the plan; **merge**: the merged model's logits are the adapter's;
-- **vllm**, **llama.cpp**, **transformers**: `export --for`, every rule of the reader holds, and the whole model that was written loads;
-- **tied** (where the head is tied to the embeddings): `embeddings: full on embed_tokens`, `embeddings: lora` and `head: lora` learn, are saved, inspected and merged as above; `head: full` is refused.
+- **vllm**, **llama.cpp**, **transformers**: `export --for`, every rule of the reader holds, and the whole model that \
+was written loads;
+- **tied** (where the head is tied to the embeddings): `embeddings: full on embed_tokens`, `embeddings: lora` and \
+`head: lora` learn, are saved, inspected and merged as above; `head: full` is refused.
 
-"refused", "warns" (`doctor`) and "unmet" (a rule of the reader) carry the package's own sentence below. "in Python": `train` cannot prepare pictures of that family; the same plan was applied, trained for two steps, saved and loaded again with `apply_plan`, `save_adapter` and `load_adapter`, and the commands to its right were given that adapter.
-The words are real ones in rows marked so, and a few hundred short ones elsewhere. Upstream's Python files, and for families of transformers `preprocessor_config.json`, are there by name alone. What goes by size is that of the stand-in: vLLM knows MiniCPM-V 2.0 by its width alone, and refuses LoRA on the published one.
+"refused", "warns" (`doctor`) and "unmet" (a rule of the reader) carry the package's own sentence below. "in Python": \
+`train` cannot prepare pictures of that family; the same plan was applied, trained for two steps, saved and loaded \
+again with `apply_plan`, `save_adapter` and `load_adapter`, and the commands to its right were given that adapter.
+The words are real ones in rows marked so, and a few hundred short ones elsewhere. Upstream's Python files, and for \
+families of transformers `preprocessor_config.json`, are there by name alone. What goes by size is that of the \
+stand-in: vLLM knows MiniCPM-V 2.0 by its width alone, and refuses LoRA on the published one.
 Seconds are by the clock, on cores that had other things to do; free, a row takes ten to forty.
 
 """
@@ -101,7 +112,9 @@ class Road:
     "One checkpoint, the files made of it, and what each step came to."
 
     def __init__(self, name, folder, small):
-        self.name, self.folder, self.cells = name, folder, {}
+        self.name = name
+        self.folder = folder
+        self.cells = {}
         self.base = stand_in(name, folder / "base", small=small)
         values = json.loads((self.base / "config.json").read_text())
         self.kind = values["model_type"]

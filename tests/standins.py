@@ -12,14 +12,21 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from peft import get_peft_model_state_dict
 from real import real
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import MiniCPMV4_6ImageProcessorPil
 
+from vlm_lora_lab.checkpoint.merge import _Shard
+from vlm_lora_lab.checkpoint.save import fingerprint
+from vlm_lora_lab.errors import write_json
+from vlm_lora_lab.models.files import INDEX
 from vlm_lora_lab.models.load import lab_folder
-from vlm_lora_lab.models.published import PUBLISHED, model_class, model_config
-from vlm_lora_lab.models.tokenizer import PUBLISHED_TOKENS, QWEN_SPECIAL, version_of
+from vlm_lora_lab.models.published import PUBLISHED, model_class, model_config, on_meta
+from vlm_lora_lab.families.base import family_named, is_ours
+from vlm_lora_lab.models.tokenizer import QWEN_SPECIAL, version_of
+from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
 TOKENIZERS = Path(__file__).parent / "golden" / "tokenizer"
 # What may differ from the published config.json; * stands for the whole of a list.
@@ -198,7 +205,9 @@ def _language(section, full):
         or full.hidden_size // full.num_attention_heads
     ) * full.num_attention_heads
     # as wide together as the model, wider, or less
-    head = 16 if width == full.hidden_size else 32 if width > full.hidden_size else 8
+    head = 16
+    if width != full.hidden_size:
+        head = 32 if width > full.hidden_size else 8
     new = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": LAYERS.get(full.model_type, 2)}
     new["intermediate_size"] = max(16, round(hidden * full.intermediate_size / full.hidden_size / 16) * 16)
     kv = getattr(full, "num_key_value_heads", None)
@@ -499,7 +508,7 @@ def _minicpm_words(version, rows):
         special = {"<unk>": 128244} | _series(
             151643, *TURNS, *GROUNDING, *SIGHT, *TOOLS, *THINKS, *TAGS, "<image_id>", "</image_id>"
         )
-        return Words(special | _spare(151683, rows), PUBLISHED_TOKENS["4.5"], roles)
+        return Words(special | _spare(151683, rows), family_named("4.5").id_count, roles)
     if version == "4.0":
         special = (
             _series(0, "<unk>", "<s>", "</s>")
@@ -581,7 +590,7 @@ def _write(folder, name, values):
 def _tokenizer_files(name, folder, small):
     "Write the tokenizer; published id -> id here, and the number of tokens."
     values = PUBLISHED[name].config
-    version = version_of(values) if values["model_type"] in ("minicpmv", "minicpmo", "qwen") else None
+    version = version_of(values) if is_ours(values) else None
     if version in ("2.0", "qwenvl"):
         source = TOKENIZERS / {"2.0": "minicpmv20", "qwenvl": "qwenvl"}[version]
         for file in source.iterdir():
@@ -589,7 +598,7 @@ def _tokenizer_files(name, folder, small):
                 (folder / file.name).write_bytes(file.read_bytes())
         if version == "qwenvl" and not small and (ranks := real("qwen.tiktoken")):
             (folder / "qwen.tiktoken").write_bytes(ranks)
-            return {}, PUBLISHED_TOKENS["qwenvl"]
+            return {}, family_named("qwenvl").id_count
         if version == "2.0":
             return {i: i for i in range(113)}, 0
         count = len((source / "qwen.tiktoken").read_text().split("\n")) - 1
@@ -626,7 +635,9 @@ def _renumber(values, ids, rows):
             return [new(key, v) for v in value]
         if value is None or key not in IDS:
             return value
-        return rows if "vocab_size" in key else ids.get(value, value if value < rows else 0)
+        if "vocab_size" in key:
+            return rows
+        return ids.get(value, value if value < rows else 0)
 
     return {
         k: _renumber(v, ids, rows) if isinstance(v, dict) and k not in ("audio_config",) else new(k, v)
@@ -637,63 +648,59 @@ def _renumber(values, ids, rows):
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
+def _minicpm_pictures(values):
+    version = {"2.5": "2.5"}.get(str(values["version"]), 2.6)
+    cls = "MiniCPMV" if values["model_type"] == "minicpmv" else "MiniCPMO"
+    return {
+        "image_processor_type": "MiniCPMVImageProcessor",
+        "processor_class": f"{cls}Processor",
+        "max_slice_nums": 9,
+        "scale_resolution": 448,
+        "patch_size": 14,
+        "image_feature_size": values["query_num"],
+        "im_start": "<image>",
+        "im_end": "</image>",
+        "slice_start": "<slice>",
+        "slice_end": "</slice>",
+        "unk": "<unk>",
+        "im_id_start": "<image_id>",
+        "im_id_end": "</image_id>",
+        "slice_mode": True,
+        "norm_mean": [0.5] * 3,
+        "norm_std": [0.5] * 3,
+        "version": version,
+        "use_image_id": version == 2.6,
+        "auto_map": {
+            "AutoProcessor": "processing_minicpmv.MiniCPMVProcessor",
+            "AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor",
+        },
+    }
+
+
+def _qwen_pictures(kind):
+    newer = kind == "qwen3_vl"
+    limits = {"min_pixels": 3136, "max_pixels": 12845056}
+    if newer:
+        limits = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
+    processor = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}.get(kind, "Qwen3VLProcessor")
+    return limits | {
+        "patch_size": 16 if newer else 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3 if newer else CLIP_MEAN,
+        "image_std": [0.5] * 3 if newer else CLIP_STD,
+        "image_processor_type": "Qwen2VLImageProcessorFast" if newer else "Qwen2VLImageProcessor",
+        "processor_class": processor,
+    }
+
+
 def _picture_files(values, folder):
     "What the published preprocessor_config.json says, for the families whose pictures are prepared here."
     kind = values["model_type"]
     if kind in ("minicpmv", "minicpmo") and values.get("version"):
-        version = {"2.5": "2.5"}.get(str(values["version"]), 2.6)
-        cls = "MiniCPMV" if kind == "minicpmv" else "MiniCPMO"
-        _write(
-            folder,
-            "preprocessor_config.json",
-            {
-                "image_processor_type": "MiniCPMVImageProcessor",
-                "processor_class": f"{cls}Processor",
-                "max_slice_nums": 9,
-                "scale_resolution": 448,
-                "patch_size": 14,
-                "image_feature_size": values["query_num"],
-                "im_start": "<image>",
-                "im_end": "</image>",
-                "slice_start": "<slice>",
-                "slice_end": "</slice>",
-                "unk": "<unk>",
-                "im_id_start": "<image_id>",
-                "im_id_end": "</image_id>",
-                "slice_mode": True,
-                "norm_mean": [0.5] * 3,
-                "norm_std": [0.5] * 3,
-                "version": version,
-                "use_image_id": version == 2.6,
-                "auto_map": {
-                    "AutoProcessor": "processing_minicpmv.MiniCPMVProcessor",
-                    "AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor",
-                },
-            },
-        )
+        _write(folder, "preprocessor_config.json", _minicpm_pictures(values))
     if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        newer = kind == "qwen3_vl"
-        limits = (
-            {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
-            if newer
-            else {"min_pixels": 3136, "max_pixels": 12845056}
-        )
-        _write(
-            folder,
-            "preprocessor_config.json",
-            limits
-            | {
-                "patch_size": 16 if newer else 14,
-                "temporal_patch_size": 2,
-                "merge_size": 2,
-                "image_mean": [0.5] * 3 if newer else CLIP_MEAN,
-                "image_std": [0.5] * 3 if newer else CLIP_STD,
-                "image_processor_type": "Qwen2VLImageProcessorFast" if newer else "Qwen2VLImageProcessor",
-                "processor_class": {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}.get(
-                    kind, "Qwen3VLProcessor"
-                ),
-            },
-        )
+        _write(folder, "preprocessor_config.json", _qwen_pictures(kind))
     if kind in ("minicpmv4_6", "minicpmv4_7"):
         MiniCPMV4_6ImageProcessorPil(patch_size=14).save_pretrained(folder)
 
@@ -811,3 +818,50 @@ def weights_besides_embeddings(folder):
                     torch.Size(f.get_slice(n).get_shape()).numel()
                 )
     return count["other"]
+
+
+def noise_checkpoint(
+    folder: str | Path,  # must exist
+    values: dict,  # of a config.json
+    plan: TuningPlan,
+    four_bit: bool = True,  # what the adapter says of its training
+    shards: int = 4,
+) -> tuple[Path, Path]:  # folder of a base, folder of an adapter for it
+    "Weights of noise in the shapes of a configuration, for measuring; nothing of that size is held."
+    base, adapter, noise = Path(folder) / "base", Path(folder) / "adapter", 0.02 * torch.randn(2**20)
+    base.mkdir()
+    adapter.mkdir()
+    write_json(base / "config.json", values)
+    state = {n: (torch.bfloat16, tuple(t.shape)) for n, t in on_meta(values).state_dict().items()}
+    room, weight_map = sum(torch.Size(s).numel() for _, s in state.values()) / shards, {}
+    for i, n in enumerate(state):
+        weight_map[n] = min(shards - 1, int(sum(torch.Size(s).numel() for _, s in list(state.values())[:i]) / room))
+    model = apply_plan(on_meta(values), plan)
+    model.active_peft_config.save_pretrained(adapter)
+    learned = {
+        n: (torch.float32, tuple(t.shape))
+        for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    files = {
+        base / f"model-{i + 1:05}-of-{shards:05}.safetensors": {n: state[n] for n, k in weight_map.items() if k == i}
+        for i in range(shards)
+    }
+    for file, entries in {**files, adapter / "adapter_model.safetensors": learned}.items():
+        shard = _Shard(file, [(n, *e) for n, e in entries.items()])
+        for kind, shape in entries.values():
+            for left in range(torch.Size(shape).numel(), 0, -len(noise)):
+                shard.add(noise[:left].to(kind))
+        shard.close()
+    write_json(
+        base / INDEX,
+        {
+            "metadata": {},
+            "weight_map": {n: f"model-{k + 1:05}-of-{shards:05}.safetensors" for n, k in weight_map.items()},
+        },
+    )
+    write_json(adapter / "plan.json", plan.to_dict())
+    write_json(
+        adapter / "provenance.json",
+        {"base": str(base), "base_fingerprint": fingerprint(base), "four_bit": four_bit, "versions": {}},
+    )
+    return base, adapter

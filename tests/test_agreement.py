@@ -319,48 +319,51 @@ def test_memory_that_is_used_up_is_a_line_of_the_report(where, error, world, tmp
         )
 
 
+# what a hand or a broken disk puts into a YAML file
+PIECES = [
+    ":",
+    "-",
+    "{",
+    "}",
+    "[",
+    "]",
+    "'",
+    '"',
+    "\t",
+    "\n",
+    "&a",
+    "*a",
+    "!!python/object:os.system",
+    "!!binary",
+    "~",
+    "null",
+    ".nan",
+    "0x",
+    "1e5",
+    "2026-13-45",
+    "\0",
+    "é",
+    "9" * 5000,
+    "<<: *a",
+    "? ",
+    "%",
+    "@",
+]
+
+
 def test_a_hundred_fuzzed_job_files_end_in_sentences(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(job_module, "fit", reached)
     monkeypatch.setattr(job_module, "fit_stages", reached)
     # what a job says is the matter here; what it names is that of the test above
     monkeypatch.setattr(job_module, "_prepare", reached)
     statuses, g = [], random.Random(0)
-    pieces = [
-        ":",
-        "-",
-        "{",
-        "}",
-        "[",
-        "]",
-        "'",
-        '"',
-        "\t",
-        "\n",
-        "&a",
-        "*a",
-        "!!python/object:os.system",
-        "!!binary",
-        "~",
-        "null",
-        ".nan",
-        "0x",
-        "1e5",
-        "2026-13-45",
-        "\0",
-        "é",
-        "9" * 5000,
-        "<<: *a",
-        "? ",
-        "%",
-        "@",
-    ]
     for number in range(100):
         text = (
             yaml.safe_dump(some_job(world, g, number)) if g.random() < 0.5 else json.dumps(some_job(world, g, number))
         )
         for _ in range(g.choice([1, 1, 3, 10])):
             at = g.randrange(len(text))
-            text = text[:at] + g.choice(pieces) + text[at + g.choice([0, 0, 1, 5]) :]
+            text = text[:at] + g.choice(PIECES) + text[at + g.choice([0, 0, 1, 5]) :]
         path = tmp_path / f"{number}.yaml"
         path.write_bytes(text.encode("utf-8") if g.random() < 0.9 else text.encode("utf-16"))
         for command in ("train", "doctor"):

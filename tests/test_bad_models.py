@@ -58,7 +58,10 @@ def few(tmp_path, monkeypatch):
 def places(value, path=()):
     "Every place inside a JSON value."
     yield path
-    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    children = {}
+    if isinstance(value, (dict, list)):
+        children = value if isinstance(value, dict) else dict(enumerate(value))
+    for key, child in children.items():
         yield from places(child, (*path, key))
 
 
@@ -119,7 +122,9 @@ def run(argv, capsys):
 def test_fuzzed_models_end_in_sentences(which, few, tmp_path, capsys):
     bad = 0
     for number in which:
-        g, model, out = random.Random(number), tmp_path / f"model-{number}", tmp_path / f"out-{number}"
+        g = random.Random(number)
+        model = tmp_path / f"model-{number}"
+        out = tmp_path / f"out-{number}"
         shutil.copytree(lab_folder(), model)
         what = spoiled(model, g)
         for argv in (

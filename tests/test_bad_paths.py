@@ -119,6 +119,11 @@ def reading(bad):
         ["evaluate", "lab", "--data", bad],
         ["compare", "lab", bad, "--data", "few.json"],
     )
+    yield from reading_checkpoints(bad)
+
+
+def reading_checkpoints(bad):
+    "Commands that read a model or an adapter from a path."
     yield from (
         ["parts", bad],
         ["plan", bad],

@@ -7,11 +7,16 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+import tables  # noqa: E402
+
+PAGES = [p for folder in (ROOT, ROOT / "nbs", ROOT / "nbs" / "pages") for p in folder.rglob("*.md")]
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
 FACTS = ConfigParser(delimiters=["="])
@@ -20,10 +25,13 @@ FACTS = FACTS["DEFAULT"]
 # A module may import modules of a lower floor, and of its own room.
 FLOORS = {
     "errors": 0,
+    "compat": 0.5,  # stands on errors
     "show": 0,
+    "families.base": 0.5,
     "settings": 1,
     "models": 1,
     "data": 2,
+    "families": 3,
     "lora": 3,
     "plan": 4,
     "quant": 5,
@@ -72,61 +80,158 @@ def test_a_chapter_keeps_its_outputs_and_none_is_an_error(path):
     assert not re.search(r"site-packages|(?<![\w.])/(root|home|tmp)/", json.dumps(outputs)), "a path of a machine"
 
 
-def test_the_readme_lists_every_chapter_with_its_badge():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in CHAPTERS:
-        if path.stem != "index":
-            assert f"(nbs/{path.name})" in readme, path.name
-    for link in re.findall(r"https://colab\.research[^)]*?\.ipynb", readme):
+def test_the_tables_name_every_chapter_and_tutorial_with_promise_and_badge():
+    for made, paths in ((tables.chapters, CHAPTERS), (tables.tutorials, TUTORIALS)):
+        rows = made(tables.ENGLISH, "nbs/").splitlines()[2:]
+        assert len(rows) == len([p for p in paths if p.stem != "index"]) > 6
+        for path, row in zip([p for p in paths if p.stem != "index"], rows):
+            title, promise = re.match(r"# (.+)\n\n> (.+)", cells(path, "markdown")[0]).groups()
+            where = path.relative_to(ROOT).as_posix()
+            assert f"[{title}]({where}) | {promise} |" in row and badge(where.removeprefix("nbs/")) in row
+
+
+def test_the_table_of_claims_says_what_the_ledger_says():
+    from vlm_lora_lab.study.claims import Ledger
+
+    entries, rows = Ledger.read().entries, tables.claims(tables.ENGLISH, "").splitlines()[2:]
+    assert len(rows) == len(entries) > 25
+    for entry, row in zip(entries.values(), rows):
+        cells_of_row = [entry.claim.id, entry.claim.said, entry.verdict.word, entry.claim.model]
+        assert row.startswith("| " + " | ".join(cells_of_row) + " | ") and f"({entry.claim.chapter}.ipynb)" in row
+
+
+def test_the_table_of_commands_is_the_parser_s():
+    shown = re.findall(r"^\| `([\w-]+)` \| \S", tables.commands(tables.ENGLISH, ""), re.M)
+    assert {"demo", "train", "check-data", "rescue"} < set(shown) and len(shown) > 14
+
+
+def test_the_chinese_tables_are_translated_and_no_word_is_left_over():
+    words = tables.CHINESE
+    modules = {tables._source(p, r"^#\| default_exp (\S+)") for p in tables.notebooks()}
+    assert set(words["chapters"]) <= modules
+    assert set(words["tutorials"]) <= {p.stem for p in TUTORIALS}
+    assert set(words["claims"]) <= {row[0] for row in tables.ledger()}
+    assert set(words["commands"]) <= set(re.findall(r"`([\w-]+)`", tables.commands(tables.ENGLISH, "")))
+    assert set(words["heads"]) == set(tables.MADE)
+    for name, made in tables.MADE.items():
+        rows = made(words, "").splitlines()[2:]
+        chinese = [row for row in rows if re.search(r"[\u4e00-\u9fff]", row)]
+        assert len(chinese) > 0.8 * len(rows), f"most of the table of {name} is not translated: see docs/zh.yml"
+
+
+def test_the_readme_is_short_and_holds_one_test_command():
+    for name in ("README.md", "README.zh.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert len(text.encode()) < 12_000
+        assert len(re.findall(r"^python -m pip install .*&& pytest$", text, re.M)) == 1
+        assert re.search(rf"^git clone {re.escape(FACTS['git_url'])} && cd {FACTS['repo']}$", text, re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_of_a_page_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"https://colab\.research[^)]*?\.ipynb", text):
         path = link.rpartition("/nbs/")[2]
         assert link == badge(path) and (ROOT / "nbs" / path).is_file()
-    for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", readme) + re.findall(r'src="((?!http)[^"]+)"', readme):
-        assert (ROOT / link).exists(), link
+    for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", text) + re.findall(r'src="((?!http)[^"]+)"', text):
+        assert (page.parent / link.partition("#")[0]).exists(), link
+    here = f"{FACTS['git_url']}/blob/{FACTS['branch']}/"
+    for link in re.findall(rf"{re.escape(FACTS['git_url'])}/blob/[^)\s]+", text):
+        assert link.startswith(here) and (ROOT / link.removeprefix(here)).exists(), link
 
 
 def test_an_issue_s_first_chapter_speaks_of_it():
+    page = ROOT / "nbs" / "pages" / "issues.md"
     rows = re.findall(
         r"^\| \[[^\]]*#\d+\]\((https://github\.com/[^)]+)\) \|.*?\| \[\d\d\]\(([^)]+)\)",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
+        page.read_text(encoding="utf-8"),
         re.M,
     )
-    silent = [(issue, path) for issue, path in rows if issue not in "\n".join(cells(ROOT / path, "markdown"))]
+    silent = [(issue, path) for issue, path in rows if issue not in "\n".join(cells(page.parent / path, "markdown"))]
     assert len(rows) > 20 and not silent, silent
 
 
-def test_the_readme_s_links_to_the_site_are_made_from_the_settings():
+def test_links_to_the_site_are_made_from_the_settings():
+    site, seen = f"{FACTS['doc_host']}{FACTS['doc_baseurl']}/", 0
+    for page in PAGES:
+        for link in re.findall(r"https://[\w.-]+\.github\.io[^)]*", page.read_text(encoding="utf-8")):
+            assert link.startswith(site), link
+            assert (ROOT / "nbs" / link.removeprefix(site).replace(".html", ".md")).exists(), link
+            seen += 1
+    assert seen > 8
+
+
+def outputs_of(path):
+    return [o for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", ())]
+
+
+def test_the_readme_s_result_and_picture_are_the_tour_s():
+    outputs = outputs_of(ROOT / "nbs" / "00_tour.ipynb")
+    [said] = [text for o in outputs if "30% old samples" in (text := "".join(o.get("text", "")))]
+    rows = re.findall(
+        r"^(0|30)% old samples, (\w+) *: before ([\d.]+)%, after ([\d.]+)%, ([\d.]+)%, ([\d.]+)%$", said, re.M
+    )
     for name in ("README.md", "README.zh.md"):
-        links = re.findall(r"https://[\w.-]+\.github\.io[^)]*", (ROOT / name).read_text(encoding="utf-8"))
-        assert links and all(link.startswith(f"{FACTS['doc_host']}{FACTS['doc_baseurl']}/") for link in links), links
-
-
-def test_the_readme_s_picture_is_the_chapter_s():
-    notebook = json.loads((ROOT / "nbs" / "41_quant.policy.ipynb").read_text(encoding="utf-8"))
-    [drawn] = [
-        o["data"]["image/png"]
-        for c in notebook["cells"]
-        if "plan_picture(real" in "".join(c["source"])
-        for o in c["outputs"]
-        if "data" in o
-    ]
-    assert base64.b64decode(drawn) == (ROOT / "nbs" / "images" / "plan.png").read_bytes(), (
-        "copy the chapter's figure to nbs/images/plan.png"
+        part = (ROOT / name).read_text(encoding="utf-8").split("\n## ")[1]
+        for share, kind, before, *after in rows:
+            low, high = sorted(after, key=float)[:: len(after) - 1]
+            if (share, kind) != ("30", "handwriting"):  # "gains as much"
+                assert re.search(rf"{low} (to|到) {high} %", part) and f"{before} %" in part, (name, kind)
+    pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert base64.b64decode(pictures[-1]) == (ROOT / "nbs" / "images" / "result.png").read_bytes(), (
+        "copy the chapter's last figure to nbs/images/result.png"
     )
 
 
-def test_the_readme_shows_the_plan_as_it_is():
+def verdicts_of(text):
+    "Items of a README that give a verdict: claim, verdict, and every number behind it."
+    items = re.findall(r"^- \*\*.*?[(（](C\d+)[)）][:：] ?([^.*。]+)[.。]\*\* (.*)$", text, re.M)
+    return [(claim, word, re.findall(r"\d+(?:\.\d+)?", rest)) for claim, word, rest in items]
+
+
+def test_the_readme_s_verdicts_are_the_ledger_s():
+    from vlm_lora_lab.study.claims import Ledger
+    from vlm_lora_lab.study.experiments import EXPERIMENTS, results
+
+    entries = Ledger.read().entries
+    rates = {"C24": {entries["C24"].numbers["rate"]}}
+    for claim, experiment in (("C29", "resampler"), ("C14", "exclusive")):
+        arms = EXPERIMENTS[experiment]().arms
+        factors = {name: results(experiment).of("pictures", name, "factor").mean for name in arms}
+        rates[claim] = {r * factors[n] for n, arm in arms.items() for r in (arm.rate, arm.full_rate)}
+    english, chinese = (
+        verdicts_of((ROOT / name).read_text(encoding="utf-8")) for name in ("README.md", "README.zh.md")
+    )
+    assert [claim for claim, *_ in english] == ["C29", "C14", "C24"]
+    for (claim, word, numbers), (same, translated, others) in zip(english, chinese, strict=True):
+        verdict = entries[claim].verdict
+        assert word == verdict.word and claim == same and translated == tables.CHINESE["verdicts"][word]
+        assert sorted(numbers) == sorted(others)
+        measured = set(re.findall(r"\d+(?:\.\d+)?", verdict.effect))
+        unknown = {n for n in numbers if n not in measured and not any(abs(float(n) - r) < 1e-9 for r in rates[claim])}
+        assert unknown == set() and len(numbers) >= 2, claim
+
+
+def test_the_page_on_use_shows_the_plan_as_it_is():
     from vlm_lora_lab.models.load import load_vlm
     from vlm_lora_lab.plan.tuning import PlanTable, apply_plan
     from vlm_lora_lab.tour import DEMO_PLAN
 
     table = repr(PlanTable.of(apply_plan(load_vlm("lab", four_bit=True), DEMO_PLAN), DEMO_PLAN))
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), table
+    assert table in (ROOT / "nbs" / "pages" / "use.md").read_text(encoding="utf-8"), table
 
 
-def test_the_index_lists_every_chapter():
-    text = "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown"))
-    for path in CHAPTERS:
-        assert path.stem == "index" or f"({path.name})" in text, path.name
+def test_readme_and_index_show_the_same_path():
+    def path(text):
+        "The chapters of the numbered list, in order."
+        return re.findall(r"\[(\d\d)\]\((?:nbs/)?([^)]+)\)", "\n".join(re.findall(r"^\d\. .*", text, re.M)))
+
+    index = "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown"))
+    texts = [(ROOT / n).read_text(encoding="utf-8") for n in ("README.md", "README.zh.md", "nbs/index_zh.md")]
+    assert len(path(index)) > 12 and all(path(text) == path(index) for text in texts)
+    assert "30" in [number for number, _ in path(index)[:3]], "LoRA is met within the first three chapters"
+    for number, name in path(index):
+        assert name.rpartition("/")[2].startswith(number) and (ROOT / "nbs" / name).is_file()
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
@@ -150,28 +255,25 @@ def test_a_tutorial_opens_with_title_promise_and_badge_and_exports_nothing(path)
         assert (path.parent / link).is_file(), link
 
 
-def test_readme_index_and_runner_list_every_tutorial():
+def test_the_runner_knows_every_tutorial():
     import run_tutorials
 
-    readme, index = (
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown")),
-    )
     names = {p.stem for p in TUTORIALS}
     assert len(names) == 7 and names == set(run_tutorials.TUTORIALS)
-    for name in names:
-        assert (
-            f"(nbs/tutorials/{name}.ipynb)" in readme
-            and badge(f"tutorials/{name}.ipynb") in readme
-            and f"(tutorials/{name}.ipynb)" in index
-        ), name
 
 
-def test_the_readme_s_python_runs(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"```python\n(.*?)```", readme, re.S)
+@pytest.mark.parametrize("page", ["README.md", "nbs/pages/python.md"])
+def test_a_page_s_python_runs(page, tmp_path):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.strip(), result.stderr
+    assert result.returncode == 0, result.stderr
+    rates = [float(r) for r in re.findall(r"([\d.]+)% \(\d+ of 200", result.stdout)]
+    if page == "README.md":
+        assert len([line for line in code.splitlines() if line]) <= 8
+        assert len(rates) == 2 and rates[1] > rates[0] + 20, result.stdout  # it trains, and gains
+        assert (tmp_path / "runs" / "first" / "adapter").is_dir()
+    else:
+        assert len(rates) == 1
 
 
 def imports(path):
@@ -182,15 +284,22 @@ def imports(path):
             assert "*" not in [a.name for a in node.names], f"{path}: import *"
             name = (here[: len(here) - node.level + 1] if node.level else ()) + tuple((node.module or "").split("."))
             if name[0] == "vlm_lora_lab" and len(name) > 1 and name[1]:
-                yield name[1]
+                yield ".".join(name[1:])
+
+
+def room(module):
+    "The room that a module stands in: a module with a floor of its own, or its package."
+    return module if module in FLOORS else module.partition(".")[0]
 
 
 def test_arrows_run_one_way():
     package, seen = ROOT / "vlm_lora_lab", 0
     for path in package.rglob("*.py"):
-        room = path.relative_to(package).with_suffix("").parts[0]
-        for other in imports(path) if room not in ("__init__", "_modidx", "__main__") else ():
-            assert other == room or FLOORS[other] < FLOORS[room], f"{path.name} imports {other}"
+        module = ".".join(path.relative_to(package).with_suffix("").parts)
+        for other in imports(path) if module not in ("__init__", "_modidx", "__main__") else ():
+            assert room(other) == room(module) or FLOORS[room(other)] < FLOORS[room(module)], (
+                f"{module} imports {other}"
+            )
             seen += 1
     assert seen > 40
 
@@ -202,6 +311,29 @@ def test_importing_the_package_stays_light():
     assert "vlm_lora_lab" in loaded and "torch" not in loaded and "transformers" not in loaded
 
 
+def test_public_names_come_when_asked_for_and_are_what_their_modules_say():
+    import vlm_lora_lab
+
+    assert 12 <= len(vlm_lora_lab.PUBLIC) <= 20 and set(vlm_lora_lab.__all__) <= set(dir(vlm_lora_lab))
+    for name, module in vlm_lora_lab.PUBLIC.items():
+        there = import_module(f"vlm_lora_lab.{module}")
+        assert name in there.__all__ and getattr(there, name).__module__ == there.__name__, (
+            f"{module} defines no {name}"
+        )
+        if name != "train":
+            assert getattr(vlm_lora_lab, name) is getattr(there, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        vlm_lora_lab.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["", "import vlm_lora_lab.train.run; ", "from vlm_lora_lab.job import train; "])
+def test_train_can_be_called_whatever_was_imported_first(first):
+    code = f"{first}from vlm_lora_lab import InputError, Job, train; assert train.__name__ == 'vlm_lora_lab.train'\n"
+    code += "try: train(Job('nothing.json', 'nowhere'))\nexcept InputError as e: print(e)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "nothing.json" in result.stdout, result.stderr
+
+
 def test_versions_agree():
     import vlm_lora_lab
 
@@ -209,8 +341,8 @@ def test_versions_agree():
     assert f"## {FACTS['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_names_every_family():
-    from vlm_lora_lab.models.parts import FAMILIES
+def test_the_page_on_models_names_every_family():
+    from vlm_lora_lab.families.base import families
 
-    table = (ROOT / "README.md").read_text().split("## Models")[1].split("##")[0]
-    assert {f for f in FAMILIES if f"`{f}`" not in table} == set()
+    table = (ROOT / "nbs" / "pages" / "models.md").read_text(encoding="utf-8")
+    assert {t for f in families() for t in f.model_types if f"`{t}`" not in table} == set()

@@ -131,7 +131,9 @@ def spoiled(adapter, g):
 def test_fuzzed_folders_end_in_sentences(which, good, tmp_path, capsys):
     bad = 0
     for number in which:
-        g, adapter, place = random.Random(number), tmp_path / f"adapter-{number}", tmp_path / f"out-{number}"
+        g = random.Random(number)
+        adapter = tmp_path / f"adapter-{number}"
+        place = tmp_path / f"out-{number}"
         shutil.copytree(good, adapter)
         what = spoiled(adapter, g)
         if g.random() < 0.7 and what != "no provenance.json":  # somebody edited it, and sealed it again

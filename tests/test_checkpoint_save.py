@@ -112,7 +112,9 @@ CHILD = """
 
 def train_and_save(family, i, generator, place):
     "A random plan, or LoRA and parameters unfrozen by hand; two steps; saved, with what a fresh process should find."
-    base, four_bit, hand = base_folder(family, place), i % 3 == 1, i % 3 == 2
+    base = base_folder(family, place)
+    four_bit = i % 3 == 1
+    hand = i % 3 == 2
     empty = on_meta(base)
     while True:
         plan = TuningPlan() if hand else random_plan(empty, generator)
@@ -427,7 +429,8 @@ def test_fifty_processes_killed_while_saving_leave_a_complete_folder_or_none(tmp
     assert complete("first")
     generator, outcomes, partial = random.Random(0), [], 0
     for i in range(50):
-        pid = child(f"{i}"); time.sleep(generator.uniform(0, 1.4 * took)); os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        pid = child(f"{i}"); time.sleep(generator.uniform(0, 1.4 * took))
+        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
         outcomes.append(complete(f"{i}")); partial += (place / f"{i}.partial").exists()
     again = [i for i in range(50) if not outcomes[i] and (place / f"{i}.partial").exists()][:3]
     for i in again:
@@ -452,7 +455,8 @@ def test_a_full_disk_says_so_and_leaves_nothing(tmp_path):
         + """
     for limit in (100, 1_000, 10_000, 100_000, 300_000):
         _, status = os.waitpid(child(f"{limit}", limit), 0)
-        print(json.dumps([limit, os.waitstatus_to_exitcode(status), (place / f"{limit}").exists(), (place / f"{limit}.partial").exists()]))
+        there = [(place / name).exists() for name in (f"{limit}", f"{limit}.partial")]
+        print(json.dumps([limit, os.waitstatus_to_exitcode(status), *there]))
     """,
         tmp_path,
     )
@@ -478,7 +482,8 @@ def test_two_processes_under_ddp_and_fsdp2(tmp_path):
         os.environ.update(RANK=str(rank), WORLD_SIZE="2")
         dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
         ids = torch.arange(20 + 30 * rank, 50 + 30 * rank)[None]
-        pixels = dict(pixel_values=torch.linspace(-1, 1, 3 * 8 * 96).view(1, 3, 8, 96), tgt_sizes=torch.tensor([[3, 4]]), image_bound=torch.tensor([[0, 2, 18]]))
+        pixels = dict(pixel_values=torch.linspace(-1, 1, 3 * 8 * 96).view(1, 3, 8, 96))
+        pixels |= dict(tgt_sizes=torch.tensor([[3, 4]]), image_bound=torch.tensor([[0, 2, 18]]))
         mesh = init_device_mesh("cpu", (2,))
         for kind in ("ddp", "fsdp2"):
             torch.manual_seed(0)

@@ -12,7 +12,9 @@ from vlm_lora_lab.study.claims import CLAIMS, LEDGER, WORDS, Ledger, Verdict, di
 from vlm_lora_lab.study.experiments import results
 
 ROOT = Path(__file__).parent.parent
-NO, UP, DOWN = [-0.01, 0.01, 0.0, 0.02, -0.02], [0.3, 0.31, 0.29, 0.3, 0.32], [-0.3, -0.31, -0.29, -0.3, -0.32]
+NO = [-0.01, 0.01, 0.0, 0.02, -0.02]
+UP = [0.3, 0.31, 0.29, 0.3, 0.32]
+DOWN = [-0.3, -0.31, -0.29, -0.3, -0.32]
 OTHER = {  # numbers that nobody has measured, and the word that they would give
     "C1": ({"moved": 13}, "refuted"),
     "C2": ({"back": 0}, "refuted"),
@@ -73,10 +75,6 @@ def test_a_claim_names_a_heading_that_its_chapter_has(claim):
         for line in markdown(f"{claim.chapter}.ipynb").splitlines()
         if line.startswith("#")
     )
-
-
-def test_the_index_shows_the_ledger(ledger):
-    assert ledger.index() in markdown("index.ipynb")
 
 
 def test_the_chapter_shows_the_ledger(ledger):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import vlm_lora_lab
 from vlm_lora_lab.cli import main
+from vlm_lora_lab.cli.line import COMMANDS, module_of
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError, complete_or_nothing, explain_write_errors
 
@@ -135,7 +136,8 @@ def test_a_folder_in_use_is_left_alone(data, tmp_path, capsys):
 
 
 def test_flags_win_over_the_file_and_yaml_and_json_are_equal(data, tmp_path):
-    from vlm_lora_lab.cli import _job, _parser
+    from vlm_lora_lab.cli.job import read_job
+    from vlm_lora_lab.cli.line import parser_of
 
     values = {"data": str(data), "output": "o", "plan": {"rank": 4}, "schedule": {"batch_size": 3, "seed": 7}}
     (tmp_path / "job.json").write_text(json.dumps(values))
@@ -144,7 +146,7 @@ def test_flags_win_over_the_file_and_yaml_and_json_are_equal(data, tmp_path):
     )
 
     def parse(*argv):
-        return _job(_parser(["train"]).parse_args(["train", *map(str, argv)]))
+        return read_job(parser_of("train").parse_args([*map(str, argv)]))
 
     a, b = parse(tmp_path / "job.json"), parse(tmp_path / "job.yaml")
     assert a == b and a.plan.rank == 4 and a.schedule.seed == 7 and a.four_bit
@@ -299,6 +301,24 @@ def test_help_does_not_load_torch():
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()[-1].split()
     )
     assert "argparse" in loaded and "torch" not in loaded and "transformers" not in loaded
+
+
+def test_only_the_command_that_is_named_is_loaded():
+    script = (
+        "import sys, vlm_lora_lab.cli as c\ntry: c.main(['merge', '--help'])\nexcept SystemExit: print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    loaded = {m for m in done.stdout.splitlines()[-1].split() if m.startswith("vlm_lora_lab.cli.")}
+    assert loaded == {f"vlm_lora_lab.cli.{m}" for m in ("about", "line", "merge", "options")}, done.stderr
+
+
+def test_every_command_is_a_file_and_every_file_a_command():
+    shared = {"__init__", "about", "files", "job", "line", "options"}
+    files = {p.stem for p in Path(vlm_lora_lab.cli.__file__).parent.glob("*.py")}
+    assert files - shared == {name.replace("-", "_") for name in COMMANDS}
+    for name in COMMANDS:
+        command = module_of(name)
+        assert command.SHORT and command.LONG and callable(command.takes) and callable(command.run), name
 
 
 def _versions(folder, *flags):

@@ -29,7 +29,9 @@ from vlm_lora_lab.evaluate.compare import (
 from vlm_lora_lab.data.batch import Processor
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import METRICS, Mark, Score, generate_answers
+from vlm_lora_lab.evaluate.ask import generate_answers
+from vlm_lora_lab.evaluate.metrics import METRICS, Mark
+from vlm_lora_lab.evaluate.scores import Score
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 
@@ -317,7 +319,9 @@ def test_changing_places_changes_the_sign(pairs):
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng, hits, true = np.random.default_rng(5), 0, 0.3 * 0.5 - 0.7 * 0.1
+    rng = np.random.default_rng(5)
+    hits = 0
+    true = 0.3 * 0.5 - 0.7 * 0.1
     for seed in range(200):
         first = rng.random(150) < 0.7
         second = np.where(first, rng.random(150) >= 0.1, rng.random(150) < 0.5)

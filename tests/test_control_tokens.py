@@ -14,7 +14,9 @@ from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.data.records import Conversation, Message, ask
 from vlm_lora_lab.data.tokens import IGNORE, control_tokens, encode, end_ids
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import Score, _read, generate_answers, read_boxes
+from vlm_lora_lab.evaluate.ask import _read, generate_answers
+from vlm_lora_lab.evaluate.boxes import read_boxes
+from vlm_lora_lab.evaluate.scores import Score
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 
 PICTURE = {"<image>", "</image>", "<slice>", "</slice>", "<unk>"}
@@ -86,7 +88,7 @@ def refusal(processor, conversation):
 def test_commands_are_these_and_no_others(name, processor):
     own = {str(t) for t in processor.tokenizer.added_tokens_decoder.values()}
     found = control_tokens(
-        processor.tokenizer, processor.family.template if isinstance(processor, Processor) else None, processor.named
+        processor.tokenizer, processor.words.template if isinstance(processor, Processor) else None, processor.named
     )
     assert found == COMMANDS[name] and SAID[name] <= own - found
 
@@ -160,20 +162,20 @@ def test_the_configuration_can_name_commands(folders):
 def test_turns_that_are_ordinary_text_are_commands_where_the_template_writes_them():
     from test_tokenizer import RECORDED
 
-    from vlm_lora_lab.data.tokens import FAMILIES
+    from vlm_lora_lab.families.base import family_named
     from vlm_lora_lab.models.tokenizer import tokenizer_of
 
     tokenizer = tokenizer_of(RECORDED / "minicpmv20")
     for bad in ("<用户>", "<AI>", "</s>", "<slice>"):
         with pytest.raises(InputError, match="special token"):
-            encode(ask(f"say {bad}", "no"), tokenizer, 4, family=FAMILIES["2.0"])
+            encode(ask(f"say {bad}", "no"), tokenizer, 4, words=family_named("2.0").words)
     two = Conversation(
         "x", (Message("user", "1"), Message("assistant", "one"), Message("user", "2"), Message("assistant", "two"))
     )
-    assert [i for i in encode(two, tokenizer, 4, family=FAMILIES["2.0"]).labels if i != IGNORE].count(
+    assert [i for i in encode(two, tokenizer, 4, words=family_named("2.0").words).labels if i != IGNORE].count(
         tokenizer.eos_token_id
     ) == 2
-    assert "<用户>" not in control_tokens(tokenizer, FAMILIES["2.6"].template)
+    assert "<用户>" not in control_tokens(tokenizer, family_named("2.6").words.template)
 
 
 def test_text_is_looked_at_as_the_normaliser_makes_it(folders):
@@ -198,7 +200,9 @@ def test_an_exclamation_mark_has_a_label_and_padding_has_none(folders):
     ]
     for side in ("right", "left"):
         batch = processor.collate(rows, side)
-        ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+        ids = batch["input_ids"]
+        labels = batch["labels"]
+        mask = batch["attention_mask"]
         assert ((ids == pad) & (mask == 0)).sum() == (mask == 0).sum() > 0 and (labels[mask == 0] == IGNORE).all()
         assert ((ids == pad) & (mask == 1)).sum() == 5 and (labels == pad).sum() == 3  # the answers' own
 
@@ -303,9 +307,9 @@ def test_in_the_real_qwen3_some_names_are_ordinary_text(tmp_path):
 def test_texts_full_of_exclamation_marks_from_the_real_llama3(tmp_path):
     tokenizer = _tokenizer("llama3.json", "openbmb/MiniCPM-Llama3-V-2_5", tmp_path)
     assert tokenizer.pad_token_id == 0 and "!" not in control_tokens(tokenizer)
-    from vlm_lora_lab.data.tokens import FAMILIES
+    from vlm_lora_lab.families.base import family_named
 
     for answer in ("Stop!", "!!!", "a!b!! c !", "!"):
-        e = encode(ask("Hey! Look!!", answer), tokenizer, 4, family=FAMILIES["2.5"])
+        e = encode(ask("Hey! Look!!", answer), tokenizer, 4, words=family_named("2.5").words)
         said = [i for i in e.labels if i != IGNORE]
         assert tokenizer.decode(said) == answer + "<|eot_id|>" and _read([*said, 0, 0], tokenizer).text == answer

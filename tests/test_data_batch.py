@@ -137,11 +137,9 @@ def test_qwen_vl_gets_squares(golden_root):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<img>", "</img>", "<imgpad>"]})
 
     class Config:
-        model_type, visual, max_position_embeddings = (
-            "qwen",
-            {"image_size": 448, "patch_size": 14, "n_queries": 256},
-            8192,
-        )
+        model_type = "qwen"
+        visual = {"image_size": 448, "patch_size": 14, "n_queries": 256}
+        max_position_embeddings = 8192
 
     process = Processor.of(Config, tokenizer)
     c = ask("Same?", "no", Image.new("RGB", (30, 90), "white"), Image.new("L", (500, 100)))

@@ -319,9 +319,8 @@ def test_no_record_can_write_into_the_report(tmp_path):
 def test_the_command(how, status, form, tmp_path, capsys):
     path, record = tmp_path / "d.json", qa("hello", "hi", id="r")
     if how != "missing":
-        write(
-            path, record, *([record | {"id": "s"}] if how == "warning" else [{"id": "bad"}] if how == "error" else [])
-        )
+        more = {"warning": [record | {"id": "s"}], "error": [{"id": "bad"}]}
+        write(path, record, *more.get(how, []))
     assert main(["check-data", str(path), "--format", form, "--model", "lab", "--workers", "1"]) == status
     out, err = capsys.readouterr()
     if how == "missing":

@@ -23,13 +23,13 @@ from transformers import (
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.evaluate.compare import Checkpoint
 from vlm_lora_lab.data.batch import Reading, Samples, check_rows, loader
-from vlm_lora_lab.data.native import NATIVE, load_processor
+from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.data.records import Conversation, Message, ask
 from vlm_lora_lab.data.tokens import IGNORE
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.debug.nan import rows_of
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import _one_batch
+from vlm_lora_lab.evaluate.ask import _one_batch
 from vlm_lora_lab.models.load import lab_folder, load_vlm
 
 UPSTREAM = {
@@ -65,10 +65,10 @@ TALK = Conversation(
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("native")
-    return {f: native_folder(f, root / f) for f in NATIVE}
+    return {f: native_folder(f, root / f) for f in UPSTREAM}
 
 
-@pytest.fixture(params=NATIVE)
+@pytest.fixture(params=UPSTREAM)
 def family(request):
     return request.param
 
@@ -83,11 +83,15 @@ def upstream(family, ours):
 
     Its constructor asks for a video processor, and that for torchvision; what it does with pictures needs neither."""
     p, t = UPSTREAM[family].__new__(UPSTREAM[family]), ours.tokenizer
-    p.image_processor, p.tokenizer, p.chat_template = ours.images, t, t.chat_template
+    p.image_processor = ours.images
+    p.tokenizer = t
+    p.chat_template = t.chat_template
     p.video_processor = SimpleNamespace(model_input_names=[], merge_size=2, downsample_mode="16x", slice_mode=False)
     p.image_token, p.video_token = "<|image_pad|>", "<|video_pad|>"
     p.image_token_id, p.video_token_id = t.convert_tokens_to_ids([p.image_token, p.video_token])
-    p.slice_mode, p.default_use_image_id, p.image_token_divisor = True, True, 16
+    p.slice_mode = True
+    p.default_use_image_id = True
+    p.image_token_divisor = 16
     for n in ("image", "slice", "image_id"):
         setattr(p, f"{n}_start_token", f"<{n}>"), setattr(p, f"{n}_end_token", f"</{n}>")
     return p
@@ -384,7 +388,9 @@ def test_a_template_beside_the_weights_of_an_older_layout(folders, tmp_path):
 def test_pixels_and_tokens_follow_the_picture_processors_file(folders, tmp_path, family):
     "Another mean, deviation and bound; in the older notation for Qwen."
     folder, image = copy_of(folders[family], tmp_path), picture(300, 200)
-    path, mean, std = folder / "preprocessor_config.json", [0.1, 0.2, 0.3], [0.25, 0.5, 0.75]
+    path = folder / "preprocessor_config.json"
+    mean = [0.1, 0.2, 0.3]
+    std = [0.25, 0.5, 0.75]
     values, before = json.loads(path.read_text()), load_processor(folder)
     path.write_text(json.dumps(values | {"image_mean": mean, "image_std": std}))
     a, b = (p([ask("What?", "1", image)][0]) for p in (before, load_processor(folder)))

@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from vlm_lora_lab.data.files import Limits
 from vlm_lora_lab.data.records import Access, Conversation, Message, RecordError, ask, parse_record
 from vlm_lora_lab.data.slicing import cut_of
-from vlm_lora_lab.data.tokens import ENDS, FAMILIES, IGNORE, drop_turns, encode, family_of, picture_text, render
+from vlm_lora_lab.data.batch import prepared
+from vlm_lora_lab.data.tokens import ENDS, IGNORE, drop_turns, encode, picture_text, render
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.families.base import families
 
 TEMPLATES = {
     "qwen": ("qwen", "2.6"),
@@ -40,6 +42,7 @@ NAMES = [
     "slicing_off",
     "batch_vision_false",
 ]
+WORDS = {f.key: f.words for f in families()}
 CASES = [(t, n) for t in ("qwen", "llama3", "minicpm") for n in NAMES]
 CASES += [
     ("qwen_v45_template", n)
@@ -80,7 +83,7 @@ def conversation_of(case, tmp_path):
     return parse_record(record, Access(tmp_path, limits=Limits()))
 
 
-def encode_case(case, tokenizer, family, tmp_path, **kwargs):
+def encode_case(case, tokenizer, words, tmp_path, **kwargs):
     o, c = case["options"], conversation_of(case, tmp_path)
     s = o["slice_config"]
     pictures = [case["images"][k] for k in case["images"]]  # every case mentions its pictures in order
@@ -92,14 +95,14 @@ def encode_case(case, tokenizer, family, tmp_path, **kwargs):
         if s
         else None
     )
-    number = family.numbered != "" and any(grids or [])  # difference 4
+    number = words.numbered != "" and any(grids or [])  # difference 4
     return encode(
         c,
         tokenizer,
         o["query_nums"],
         kwargs.pop("max_length", o["max_length"]),
         number,
-        family=family,
+        words=words,
         grids=grids,
         **kwargs,
     )
@@ -124,8 +127,8 @@ SPECIAL = {"empty_answer_in_the_middle", "truncated_max_length_40", "two_images_
 @pytest.mark.parametrize("template, name", [c for c in CASES if c[1] not in SPECIAL], ids="-".join)
 def test_equal_to_the_original(template, name, golden, tokenizers, tmp_path):
     case, (kind, version) = golden["cases"][template][name], TEMPLATES[template]
-    tokenizer, family = tokenizers[kind], FAMILIES[version]
-    e = encode_case(case, tokenizer, family, tmp_path)
+    tokenizer, words = tokenizers[kind], WORDS[version]
+    e = encode_case(case, tokenizer, words, tmp_path)
     if "input_ids" not in case:  # difference 7
         assert (
             case["head_error"]
@@ -151,8 +154,8 @@ def test_equal_to_the_original(template, name, golden, tokenizers, tmp_path):
 @pytest.mark.parametrize("template", ["qwen", "llama3", "minicpm"])
 def test_two_pictures_one_sliced(template, golden, tokenizers, tmp_path):
     case, (kind, version) = golden["cases"][template]["two_images_one_sliced"], TEMPLATES[template]
-    tokenizer, family = tokenizers[kind], FAMILIES[version]
-    e = encode_case(case, tokenizer, family, tmp_path)
+    tokenizer, words = tokenizers[kind], WORDS[version]
+    e = encode_case(case, tokenizer, words, tmp_path)
     assert len(e.image_bound) == 5 and tokenizer.decode([x for x in e.labels if x != IGNORE]).startswith(
         "a dog and a cat."
     )
@@ -160,7 +163,7 @@ def test_two_pictures_one_sliced(template, golden, tokenizers, tmp_path):
         assert "head_error" in case  # difference 7
         return
     text = case["rendered_text"]
-    if family.numbered:
+    if words.numbered:
         assert text.count("<image_id>") == 1 and "<image_id>0</image_id><image>" in text
         # difference 4
         text = text.replace("<image_id>0", "<image_id>1").replace(
@@ -190,22 +193,22 @@ def test_an_empty_answer_is_refused(template, golden, tmp_path):
 @pytest.mark.parametrize("template", ["qwen", "llama3"])
 def test_a_long_text_is_refused_or_loses_whole_turns(template, golden, tokenizers, tmp_path):
     case, (kind, version) = golden["cases"][template]["truncated_max_length_40"], TEMPLATES[template]
-    tokenizer, family = tokenizers[kind], FAMILIES[version]
+    tokenizer, words = tokenizers[kind], WORDS[version]
     assert len(case["input_ids"]) == 40 and case["input_ids"][-1] not in tokenizer.convert_tokens_to_ids(
         ["<|im_end|>", "<|eot_id|>"]
     )
     with pytest.raises(InputError, match="limit of 40"):  # difference 3
-        encode_case(case, tokenizer, family, tmp_path)
-    e = encode_case(case, tokenizer, family, tmp_path, max_length=45, drop=True)
+        encode_case(case, tokenizer, words, tmp_path)
+    e = encode_case(case, tokenizer, words, tmp_path, max_length=45, drop=True)
     assert (
         e.dropped == 1
         and e.image_bound == []
         and tokenizer.decode([x for x in e.labels if x != IGNORE]).startswith("It is blue and green.<|")
     )
-    whole = encode_case(case, tokenizer, family, tmp_path, max_length=2048, drop=True)
+    whole = encode_case(case, tokenizer, words, tmp_path, max_length=2048, drop=True)
     assert whole.dropped == 0 and whole.input_ids[:39] == case["input_ids"][:39]
     with pytest.raises(InputError, match="limit of 5"):
-        encode_case(case, tokenizer, family, tmp_path, max_length=5, drop=True)
+        encode_case(case, tokenizer, words, tmp_path, max_length=5, drop=True)
 
 
 def test_dropping_takes_pictures_and_keeps_the_system(tokenizers):
@@ -243,23 +246,23 @@ def test_placeholders_equal_the_original(golden_root):
     for c in json.loads((golden_root / "preprocess" / "image_processor.json").read_text())["cases"]:
         grid = cut_of(c["width"], c["height"], c["scale_resolution"], c["patch_size"], c["max_slice_nums"]).grid
         assert (
-            picture_text(FAMILIES["2.6"], 4, grid, 0) == c["placeholder_with_id"]
-            and picture_text(FAMILIES["2.6"], 4, grid) == c["placeholder_without_id"]
+            picture_text(WORDS["2.6"], 4, grid, 0) == c["placeholder_with_id"]
+            and picture_text(WORDS["2.6"], 4, grid) == c["placeholder_without_id"]
         )
-        assert picture_text(FAMILIES["2.5"], 4, grid) == c["placeholder_v25"]
-        assert picture_text(FAMILIES["2.0"], 4, grid) + "\n" == c["placeholder_v20"]  # difference 8
+        assert picture_text(WORDS["2.5"], 4, grid) == c["placeholder_v25"]
+        assert picture_text(WORDS["2.0"], 4, grid) + "\n" == c["placeholder_v20"]  # difference 8
 
 
 @pytest.mark.parametrize("kind, version", [("qwen", "2.6"), ("qwen", "4.5"), ("llama3", "2.5"), ("minicpm", "2.0")])
 def test_a_prompt_is_the_beginning_of_the_training_text(kind, version, tokenizers):
-    tokenizer, family = tokenizers[kind], FAMILIES[version]
+    tokenizer, words = tokenizers[kind], WORDS[version]
     for c in (
         ask("What is it?", "A cat.", "x"),
         Conversation(
             "y", (Message("user", "1"), Message("assistant", "one"), Message("user", "2"), Message("assistant", "two"))
         ),
     ):
-        whole, prompt = (encode(c, tokenizer, 4, family=family, answer=answer) for answer in (True, False))
+        whole, prompt = (encode(c, tokenizer, 4, words=words, answer=answer) for answer in (True, False))
         n = len(prompt.input_ids)
         assert (
             whole.input_ids[:n] == prompt.input_ids
@@ -270,7 +273,7 @@ def test_a_prompt_is_the_beginning_of_the_training_text(kind, version, tokenizer
         assert tokenizer.decode([x for x in whole.labels[n:] if x != IGNORE]).startswith(last)
         # when it is asked, there is no answer yet
         asked = Conversation(c.id, (*c.messages[:-1], Message("assistant", "")), c.images)
-        assert encode(asked, tokenizer, 4, family=family, answer=False).input_ids == prompt.input_ids
+        assert encode(asked, tokenizer, 4, words=words, answer=False).input_ids == prompt.input_ids
 
 
 @pytest.mark.parametrize(
@@ -290,7 +293,7 @@ def test_no_word_of_the_user_is_ever_learned(kind, version, answer, tokenizers):
     )
     if "<think>" in answer and kind != "qwen":
         return
-    e = encode(c, tokenizers[kind], 4, family=FAMILIES[version])
+    e = encode(c, tokenizers[kind], 4, words=WORDS[version])
     learned = tokenizers[kind].decode([x for x in e.labels if x != IGNORE])
     assert "question" not in learned and learned.count(answer.strip().split("\n")[-1]) >= 2
 
@@ -337,11 +340,10 @@ def test_qwen_vl_numbers_its_pictures():
     class Config:
         model_type = "qwen"
 
-    family = family_of(Config)
-    assert picture_text(family, 2, None, 0) == "Picture 1: <img><imgpad><imgpad></img>"
+    assert picture_text(prepared(Config).words, 2, None, 0) == "Picture 1: <img><imgpad><imgpad></img>"
     Config.model_type, Config.version = "minicpmv", "9.9"
     with pytest.raises(InputError, match="9.9"):
-        family_of(Config)
+        prepared(Config)
     for version in (2.6, "2.6", 4.5):
         Config.version = version
-        assert not family_of(Config).nested
+        assert not prepared(Config).words.nested

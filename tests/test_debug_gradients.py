@@ -23,8 +23,12 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
-        self.norm, self.drop, self.mode = nn.BatchNorm1d(8), nn.Dropout(0.1), "ok"
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+        self.c = nn.Linear(8, 1)
+        self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.1)
+        self.mode = "ok"
 
     def forward(self, x):
         h = self.drop(self.norm(self.a(x)))

@@ -41,13 +41,10 @@ def test_the_cabinet_is_full():
     assert {s.phase for s in SPECIMENS.values()} == {"given", "forward", "backward", "clipping", "optimizer"}
     for s in SPECIMENS.values():  # nothing is NaN from the start but where that is the case's point
         case = s.make()
-        tensors = (
-            list(case.batch.values())
-            if isinstance(case.batch, dict)
-            else list(case.batch)
-            if isinstance(case.batch, tuple)
-            else [case.batch]
-        )
+        if isinstance(case.batch, dict):
+            tensors = list(case.batch.values())
+        else:
+            tensors = list(case.batch) if isinstance(case.batch, tuple) else [case.batch]
         assert all(t.isfinite().all() for t in [*tensors, *case.model.parameters()]) == (s.phase != "given")
 
 
@@ -119,7 +116,9 @@ class Unit(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.fc, self.drop, self.head = nn.Linear(6, 6, bias=False), nn.Dropout(0.2), nn.Linear(6, 1)
+        self.fc = nn.Linear(6, 6, bias=False)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(6, 1)
         self.saw = []
 
     def forward(self, x, number):

@@ -21,25 +21,11 @@ from vlm_lora_lab.data.doctor import check_data
 from vlm_lora_lab.data.drawn import HELD_OUT, KINDS, Drawn, draw
 from vlm_lora_lab.data.records import Access, RecordError, ask, parse_record, read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import (
-    METRICS,
-    ExactMatch,
-    Mark,
-    Score,
-    ScoreTable,
-    _read,
-    answer_all,
-    bootstrap,
-    check_truths,
-    edit_distance,
-    gallery,
-    generate_answers,
-    iou,
-    metric_of,
-    middle,
-    read_boxes,
-    why_not_together,
-)
+from vlm_lora_lab.evaluate.ask import _read, answer_all, generate_answers, why_not_together
+from vlm_lora_lab.evaluate.boxes import iou, read_boxes
+from vlm_lora_lab.evaluate.gallery import gallery
+from vlm_lora_lab.evaluate.metrics import METRICS, Mark, check_truths, edit_distance, metric_of
+from vlm_lora_lab.evaluate.scores import ExactMatch, Score, ScoreTable, bootstrap, middle
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMV25Config
 

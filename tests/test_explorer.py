@@ -72,7 +72,8 @@ def test_fields_begin_where_the_plan_is_and_move_it():
         and f["rank"].value == 8
     )
     f["targets"].value, f["language rules"].value = " q_proj,v_proj  ", ""
-    f["language"].value, f["alpha"].value, f["dropout"].value = "lora", 12.5, 0.0
+    f["language"].value = "lora"
+    f["alpha"].value, f["dropout"].value = 12.5, 0.0
     assert not f["language"].disabled
     plan = TuningPlan(rank=8, alpha=12.5, targets=("q_proj", "v_proj"))
     assert explorer.plan == plan and explorer.look.preview == Preview.of(on_meta(MODEL), plan)

@@ -19,7 +19,8 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.plan.explorer import PlanExplorer
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan.tuning import TuningPlan
-from vlm_lora_lab.plan.preview import Preview, readable_bytes
+from vlm_lora_lab.plan.preview import Preview
+from vlm_lora_lab.show import readable_bytes
 
 CHROMIUM = Path("/usr/bin/chromium")
 MODEL = "openbmb/MiniCPM-V-2_6"

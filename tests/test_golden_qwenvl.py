@@ -310,11 +310,9 @@ def test_generate(model, batch):
 
 def test_padding_on_either_side_changes_nothing(model, batch):
     model = model.eval()
-    ids, pixels, bound = (
-        batch["input_ids"][1:],
-        batch["pixel_values"][1:],
-        batch["image_bound"][1:] * torch.tensor([0, 1, 1]),
-    )
+    ids = batch["input_ids"][1:]
+    pixels = batch["pixel_values"][1:]
+    bound = batch["image_bound"][1:] * torch.tensor([0, 1, 1])
     pad, mask = torch.full((1, 6), 3), torch.ones(1, 32, dtype=torch.long)
     nothing = torch.zeros(1, 6, dtype=torch.long)
     with torch.no_grad():
@@ -346,7 +344,10 @@ def test_padding_on_either_side_changes_nothing(model, batch):
 def slow_logits(weights, config, ids, alpha, logn):
     "One layer of Qwen in float64, with complex numbers for the rotation."
     w = {k: v.double() for k, v in weights.items()}
-    heads, d, eps, n = config.num_attention_heads, config.kv_channels, config.layer_norm_epsilon, len(ids)
+    heads = config.num_attention_heads
+    d = config.kv_channels
+    eps = config.layer_norm_epsilon
+    n = len(ids)
 
     def norm(x, name):
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[name]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from vlm_lora_lab.data.batch import Processor
 from vlm_lora_lab.data.drawn import draw
-from vlm_lora_lab.evaluate.scores import generate_answers
+from vlm_lora_lab.evaluate.ask import generate_answers
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMOConfig, MiniCPMV, MiniCPMVConfig
 from vlm_lora_lab.models.published import model_class, model_config, on_meta
@@ -27,10 +27,15 @@ from vlm_lora_lab.cli import main
 
 model = load_vlm("lab")
 assert type(model) is MiniCPMV and isinstance(model.config, MiniCPMVConfig)
-for name, ours, config in (("openbmb/MiniCPM-V-2_6", MiniCPMV, MiniCPMVConfig), ("openbmb/MiniCPM-o-2_6", MiniCPMV, MiniCPMOConfig), ("Qwen/Qwen-VL-Chat", QwenVL, QwenVLConfig)):
+for name, ours, config in (
+    ("openbmb/MiniCPM-V-2_6", MiniCPMV, MiniCPMVConfig),
+    ("openbmb/MiniCPM-o-2_6", MiniCPMV, MiniCPMOConfig),
+    ("Qwen/Qwen-VL-Chat", QwenVL, QwenVLConfig),
+):
     built = on_meta(name)
     assert type(built) is ours and isinstance(built.config, config), name
-assert generate_answers(model, Processor.of(model.config, load_tokenizer("lab")), [draw(0, "number")]) == [draw(0, "number").answer]
+asked, processor = draw(0, "number"), Processor.of(model.config, load_tokenizer("lab"))
+assert generate_answers(model, processor, [asked]) == [asked.answer]
 out = Path(sys.argv[1])
 assert main(["train", "--data", sys.argv[2], "--output", str(out), "--max-steps", "3"]) == 0
 assert main(["merge", str(out / "adapter"), "--output", str(out.parent / "merged")]) == 0

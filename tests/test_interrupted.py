@@ -58,7 +58,9 @@ def weights(out):
 def test_a_picture_that_is_lost_in_mid_run_costs_nothing_that_was_learned(
     spoil, cause, workers, data, tmp_path, capsys, monkeypatch
 ):
-    out, pictures, keep = tmp_path / "out", sorted((data / "train").iterdir()), tmp_path / "keep"
+    out = tmp_path / "out"
+    pictures = sorted((data / "train").iterdir())
+    keep = tmp_path / "keep"
     shutil.copytree(data / "train", keep)
     assert main(train(data, tmp_path / "whole")) == 0
     capsys.readouterr()

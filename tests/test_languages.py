@@ -1,85 +1,72 @@
-"""What is said in two languages says the same: the same chapters, links, commands and pictures, in the same order."""
+"""What is said in two languages says the same: the same links, commands, tables and pictures, in the same order."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
-from vlm_lora_lab.study.claims import Ledger
-
 ROOT = Path(__file__).parent.parent
-TWINS = {"README.zh.md": "README.md", "index_zh.md": "index.ipynb"}  # Chinese -> English; they stand in the same folder
+# Chinese -> English
+TWINS = {"README.zh.md": "README.md", "nbs/index_zh.md": "nbs/index.ipynb"} | {
+    p.relative_to(ROOT).as_posix(): f"nbs/pages/{p.name}" for p in sorted((ROOT / "nbs" / "pages" / "zh").glob("*.md"))
+}
+ENGLISH = {english: chinese for chinese, english in TWINS.items()}
 
 
 def text_of(name):
     "A page as Markdown; of a notebook what a reader sees, without outputs."
-    path = ROOT / name if (ROOT / name).exists() else ROOT / "nbs" / name
+    path = ROOT / name
     if path.suffix != ".ipynb":
         return path.read_text(encoding="utf-8")
     cells = [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
     return "\n\n".join(s if kind == "markdown" else f"```python\n{s}\n```" for kind, s in cells if "#| hide" not in s)
 
 
-def chapters(text):
-    "Rows of the chapter table: number and file of each, with the whole row."
-    rows = [
-        line
-        for line in text.splitlines()
-        if re.match(r"\| (\[?\d\d|\[)", line) and ".ipynb" in line and "/issues/" not in line
-    ]
-    return [
-        ("".join(re.findall(r"\d\d", row)[:1]), re.search(r"\(((?:nbs/)?[\w./]+\.ipynb)\)", row)[1], row)
-        for row in rows
-    ]
+def links(name):
+    """Addresses in order; where the two languages lead to pages of their own, both count as the English one.
+
+    Places inside a page have names of their own."""
+    found = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", re.sub(r"```.*?```", "", text_of(name), flags=re.S))
+    pairs = [(a or b).partition("#") for a, b in found]
+    return [(_in_english(name, link) if link else "", mark) for link, mark, _ in pairs]
 
 
-def links(text):
-    """Addresses in order.
-
-    The two languages name each other where the other names it; places inside a page have names of their own."""
-    found = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", re.sub(r"```.*?```", "", text, flags=re.S))
-    twins = {
-        **TWINS,
-        **{f"nbs/{k}": f"nbs/{v}" for k, v in TWINS.items()},
-        "README.md": "README.md",
-        "index.ipynb": "index.ipynb",
-    }
-    return ["#" if link.startswith("#") else twins.get(link, link) for link in (a or b for a, b in found)]
+def _in_english(page, link):
+    if link.startswith("http"):
+        return link.replace("/pages/zh/", "/pages/")
+    path = os.path.normpath((ROOT / page).parent / link)
+    path = Path(path).relative_to(ROOT).as_posix()
+    return "the other language" if path in (page, TWINS.get(page), ENGLISH.get(page)) else TWINS.get(path, path)
 
 
 def blocks(text):
     "Code blocks; what a shell comment says may be said in either language."
     return [
         (kind, re.sub(r"[ \t]+# .*", "", code) if kind == "sh" else code)
-        for kind, code in re.findall(r"```(\w*)\n(.*?)```", text, re.S)
+        for kind, code in re.findall(r"^```([^\n`]*)\n(.*?)^```$", text, re.S | re.M)
     ]
 
 
-@pytest.mark.parametrize("chinese, english", TWINS.items())
-def test_both_languages_list_the_same_chapters(chinese, english):
-    here, there = chapters(text_of(chinese)), chapters(text_of(english))
-    assert len(there) > 45
-    missing = [row for _, file, row in there if file not in {f for _, f, _ in here}]
-    assert not missing, f"{chinese} lacks these rows; translate them and put them in their place:\n" + "\n".join(
-        missing
-    )
-    surplus = [row for _, file, row in here if file not in {f for _, f, _ in there}]
-    assert not surplus, f"{english} does not have these rows of {chinese}:\n" + "\n".join(surplus)
-    assert [c[:2] for c in here] == [c[:2] for c in there]
+def test_every_page_has_a_twin():
+    assert {p.name for p in (ROOT / "nbs" / "pages").glob("*.md")} == {
+        p.name for p in (ROOT / "nbs" / "pages" / "zh").glob("*.md")
+    }
+    assert len(TWINS) > 8
 
 
 @pytest.mark.parametrize("chinese, english", TWINS.items())
 def test_both_languages_link_to_the_same_places_in_the_same_order(chinese, english):
-    here, there = links(text_of(chinese)), links(text_of(english))
+    here, there = links(chinese), links(english)
     for n, (a, b) in enumerate(zip(here, there)):
         assert a == b, f"link {n}: {chinese} has {a}, {english} has {b}"
-    assert len(here) == len(there) > 50, f"from here on only one has links: {here[len(there) :] or there[len(here) :]}"
+    assert len(here) == len(there) > 0, f"from here on only one has links: {here[len(there) :] or there[len(here) :]}"
 
 
 @pytest.mark.parametrize("chinese, english", TWINS.items())
 def test_both_languages_give_the_same_commands_and_headings(chinese, english):
-    assert blocks(text_of(chinese)) == blocks(text_of(english)) and len(blocks(text_of(english))) >= 2
+    assert blocks(text_of(chinese)) == blocks(text_of(english))
 
     def levels(text):
         return re.findall(r"^(#+) ", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
@@ -94,35 +81,23 @@ def test_both_languages_give_the_same_commands_and_headings(chinese, english):
 
 @pytest.mark.parametrize("chinese, english", TWINS.items())
 def test_each_language_leads_to_the_other_at_the_top(chinese, english):
-    def top(name):
-        return "\n".join(text_of(name).splitlines()[:8])
-
-    assert f"]({english})" in top(chinese) and f"]({chinese})" in top(english)
-
-
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_places_inside_a_readme_exist(name):
-    text = text_of(name)
-    headings = {
-        re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in re.findall(r"^#+ (.+)", text, re.M)
-    }
-    inside = re.findall(r"\]\(#([^)]+)\)", text)
-    assert inside and set(inside) <= headings, headings
+    for name in (chinese, english):
+        top = "\n".join(text_of(name).splitlines()[:8])
+        found = [_in_english(name, link) for link in re.findall(r"\]\(([^)\s]+)\)", top)]
+        assert "the other language" in found, name
 
 
-def test_the_chinese_is_chinese():
-    for name in TWINS:
-        plain = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text_of(name), flags=re.S)
-        assert len(re.findall(r"[\u4e00-\u9fff]", plain)) > 1000 and not re.search(
-            r"[\u4e00-\u9fff][,;:!?](?=[\u4e00-\u9fff])", plain
-        ), name
-        for _, _, row in chapters(text_of(name)):
-            assert re.search(r"[\u4e00-\u9fff]", row), f"not translated: {row}"
+@pytest.mark.parametrize("name", [*TWINS, *TWINS.values()])
+def test_places_inside_a_page_exist(name):
+    for link, place in re.findall(r"\]\(((?!http)[^)#\s]*)#([^)]+)\)", text_of(name)):
+        page = Path(os.path.normpath((ROOT / name).parent / link)) if link else ROOT / name
+        found = re.findall(r"^#+ (.+)", text_of(page.relative_to(ROOT).as_posix()), re.M)
+        assert place in {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in found}, (link, place)
 
 
-def test_the_chinese_index_gives_the_ledger_s_verdicts():
-    words = {"confirmed": "成立", "refuted": "不成立", "depends": "视情况"}
-    found = dict(
-        re.findall(r"^\| (C\d+) \| .* \| (\S+) \| \[", (ROOT / "nbs" / "index_zh.md").read_text(encoding="utf-8"), re.M)
-    )
-    assert found == {name: words[entry.verdict.word] for name, entry in Ledger.read().entries.items()}
+@pytest.mark.parametrize("name", TWINS)
+def test_the_chinese_is_chinese(name):
+    plain = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text_of(name), flags=re.S)
+    chinese, latin = re.findall(r"[\u4e00-\u9fff]", plain), re.findall(r"[A-Za-z]+", re.sub(r"<[^>]*>", "", plain))
+    assert len(chinese) > max(50, len(latin))
+    assert not re.search(r"[\u4e00-\u9fff][,;:!?](?=[\u4e00-\u9fff])", plain)

@@ -134,7 +134,8 @@ def test_under_autocast_the_answers_are_peft_s_bits():
 def test_the_whole_lab_model_trains_to_peft_s_bits(four_bit):
     names = linear_layers(load_vlm("lab"))["language"]
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=names)
-    ids, losses, models = torch.arange(20, 100).view(2, 40), [], []
+    ids = torch.arange(20, 100).view(2, 40)
+    losses, models = [], []
     for wrap in (lambda m: add_lora(m, names, 8, 16, 0.1), lambda m: get_peft_model(m, config)):
         torch.manual_seed(0)
         models.append(wrap(load_vlm("lab", four_bit=four_bit)))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import FAMILIES, batch_of, tiny_model
 from safetensors.torch import load_file, save_file
+from standins import noise_checkpoint
 
 from vlm_lora_lab.checkpoint import merge
 from vlm_lora_lab.checkpoint.merge import (
@@ -22,7 +23,6 @@ from vlm_lora_lab.checkpoint.merge import (
     merge_adapter,
     merge_into,
     merge_memory,
-    noise_checkpoint,
     save_merged,
 )
 from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance, save_adapter, seal
@@ -383,7 +383,8 @@ def test_a_full_disk_leaves_nothing(lab, tmp_path):
 def test_killed_at_any_time_it_is_whole_or_not_there(lab, tmp_path):
     start = time.perf_counter()
     whole = tensors(merge_into(lab, tmp_path / "reference").folder)
-    took, killed, finished = time.perf_counter() - start, 0, 0
+    took = time.perf_counter() - start
+    killed = finished = 0
     for i in range(12):
         out = tmp_path / "merged"
         pid = in_a_child(lambda: merge_into(lab, out))

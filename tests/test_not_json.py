@@ -156,15 +156,11 @@ def test_every_command_says_so(name, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["repr.jsonl", "train.yaml", "data.json", "keyed.json"])
 def test_what_it_says_to_type_works(name, tmp_path):
     path = tmp_path / name
-    (
-        MAKE[name][0]
-        if name in MAKE
-        else lambda p: p.write_text(
-            json.dumps(
-                {"version": 2, "data": RECORDS} if name == "data.json" else {r["id"]: r for r in RECORDS}, indent=1
-            )
-        )
-    )(path)
+    if name in MAKE:
+        MAKE[name][0](path)
+    else:
+        keyed = {"version": 2, "data": RECORDS} if name == "data.json" else {r["id"]: r for r in RECORDS}
+        path.write_text(json.dumps(keyed, indent=1))
     with pytest.raises(InputError) as e:
         Rows(path)
     command = e.value.remedy[e.value.remedy.index("python -c") :].replace("python", shlex.quote(sys.executable), 1)

@@ -14,8 +14,9 @@ from vlm_lora_lab.cli import main
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.debug.preflight import check_plan
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.models.files import model_names, stored_in
+from vlm_lora_lab.models.files import stored_in
 from vlm_lora_lab.models.load import load_vlm, model_folder
+from vlm_lora_lab.models.names import StoredNames
 from vlm_lora_lab.models.parts import infer_layout, layout_of
 from vlm_lora_lab.models.published import on_meta, packed_copy
 from vlm_lora_lab.plan.tuning import PlanTable, TuningPlan, apply_plan, experts_left
@@ -80,7 +81,7 @@ def test_what_transformers_packed_is_read_under_its_older_names(family, folders)
         "connector",
         "language",
     }
-    names = model_names(on_meta(folder), stored)
+    names = StoredNames(on_meta(folder), stored).in_model
     assert {names[f"{n}.weight"].removesuffix(".weight") for n in packed} == here
     if family in OLDER:
         assert OLDER[family] in packed and OLDER[family] not in here

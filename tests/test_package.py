@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import vlm_lora_lab
 
@@ -130,11 +131,12 @@ def test_metadata_is_what_settings_ini_says(metadata):
     groups = {k.removesuffix("_requirements"): v.split() for k, v in FACTS.items() if k.endswith("_requirements")}
     assert {"dev", "docs", "gpu"} <= set(groups) == set(metadata.get_all("Provides-Extra"))
 
-    def tight(r):
-        return re.sub(r"[\s\"']", "", r)
-
     wanted = [*FACTS["requirements"].split(), *(f"{r};extra=={extra}" for extra, rs in groups.items() for r in rs)]
-    assert sorted(map(tight, metadata.get_all("Requires-Dist"))) == sorted(wanted)
+
+    def plain(requirements):
+        return sorted(str(Requirement(r)) for r in requirements)
+
+    assert plain(metadata.get_all("Requires-Dist")) == plain(wanted)
     classifiers = metadata.get_all("Classifier")
     pythons = FACTS["pythons"].split()
     assert (
@@ -165,6 +167,32 @@ def test_a_gpu_user_is_pointed_to_every_optional_package_that_is_named():
     }
     offered = {re.split(r"[<>=]", r)[0] for r in FACTS["gpu_requirements"].split()}
     assert "tensorboard" in advised and advised <= offered
+
+
+def test_what_we_reach_into_is_bounded_above_and_the_tested_versions_lie_within():
+    from vlm_lora_lab.compat import SEEN
+
+    bounds = {r.name: r.specifier for r in map(Requirement, FACTS["requirements"].split())}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if "==" in line)
+    assert {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors"} <= set(bounds)
+    for name, specifier in bounds.items():
+        pinned = tested.get(name) or tested.get(name.replace("_", "-"))
+        assert pinned is None or pinned.partition("+")[0] in specifier, name
+        for version in SEEN.get(name, ()):
+            assert version in specifier, name
+    for name, major in dict(torch="3.0", transformers="6.0", peft="1.0", accelerate="2.0", bitsandbytes="1.0").items():
+        assert major not in bounds[name], name
+
+
+def test_the_newest_libraries_are_tried_each_night_and_by_hand():
+    nightly = (ROOT / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8")
+    assert re.search(r"schedule:\n +- cron:", nightly) and "workflow_dispatch:" in nightly
+    order = ["-c constraints.txt", "--upgrade transformers peft", "pytest -q $(python tests/matrix.py --tests)"]
+    assert sorted(order, key=nightly.index) == order
+    listed = subprocess.run([sys.executable, ROOT / "tests" / "matrix.py", "--tests"], capture_output=True, text=True)
+    files = listed.stdout.split()
+    assert "tests/test_compat.py" in files and all((ROOT / f).is_file() for f in files)
 
 
 @tool_needed("twine")

@@ -19,7 +19,7 @@ from vlm_lora_lab.checkpoint.save import adapter_processor, save_adapter
 from vlm_lora_lab.checkpoint.serve import export_adapter
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.evaluate.compare import Checkpoint
-from vlm_lora_lab.data.native import NativeProcessor, keep_limits, load_processor, picture_fields
+from vlm_lora_lab.data.native import NativeProcessor, keep_limits, load_processor
 from vlm_lora_lab.data.records import ask
 from vlm_lora_lab.models.load import lab_folder, load_vlm
 from vlm_lora_lab.models.tokenizer import picture_file
@@ -67,11 +67,11 @@ def test_limits_are_kept_in_the_files(name, tmp_path):
     copied, limit = shutil.copytree(base, tmp_path / "copied"), LIMITS[name]
     few = load_processor(base, max_pixels=limit)
     assert grids(few) != grids(load_processor(base))
-    assert keep_limits(copied, few) == picture_fields(few)
+    assert keep_limits(copied, few) == few.limits()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # also about files that contradict each other
         after = load_processor(copied)
-    assert grids(after) == grids(few) and picture_fields(after) == picture_fields(few)
+    assert grids(after) == grids(few) and after.limits() == few.limits()
     assert grids(load_processor(copied, max_pixels=limit)) == grids(few)
     values, _ = picture_file(copied)
     if name in SLICED:
@@ -200,10 +200,7 @@ def test_the_three_exports_carry_it(adapter, tmp_path):
             assert grids(load_processor(tmp_path / target / "model")) == few
         assert (tmp_path / target / "SERVE.md").read_text() == done.commands + "\n"
         said = {
-            "vllm": [
-                "--mm-processor-kwargs "
-                f"'{json.dumps(picture_fields(load_processor(place / 'base', max_pixels=limit)))}'"
-            ]
+            "vllm": [f"--mm-processor-kwargs '{json.dumps(load_processor(place / 'base', max_pixels=limit).limits())}'"]
         }
         if name in RESIZED:
             said["llama.cpp"] = ["--image-min-tokens 4 ", f"--image-max-tokens {limit // 28**2} "]

@@ -8,9 +8,10 @@ import torch
 from vlm_lora_lab.data.batch import Processor
 from vlm_lora_lab.data.drawn import draw
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import generate_answers
+from vlm_lora_lab.evaluate.ask import generate_answers
 from vlm_lora_lab.models.load import load_vlm, load_tokenizer
-from vlm_lora_lab.models.parts import PARTS, count, layout_of, plain_name
+from vlm_lora_lab.models.names import plain_name
+from vlm_lora_lab.models.parts import PARTS, count, layout_of
 from vlm_lora_lab.plan.tuning import PlanTable, TuningPlan, apply_plan, audit
 
 PLANS = [

@@ -27,7 +27,8 @@ from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
 from vlm_lora_lab.cli import main
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_vlm
-from vlm_lora_lab.models.parts import PARTS, layout_of, plain_name
+from vlm_lora_lab.models.names import plain_name
+from vlm_lora_lab.models.parts import PARTS, layout_of
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan.tuning import TuningPlan, lora_layers
 

@@ -11,11 +11,12 @@ from transformers import TrainingArguments
 
 from vlm_lora_lab.checkpoint.save import load_adapter, save_adapter
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.lora.variants import VARIANTS
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.models.parts import PARTS, count, layout_of, linear_layers, plain_name
+from vlm_lora_lab.models.names import plain_name
+from vlm_lora_lab.models.parts import PARTS, count, layout_of, linear_layers
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan.tuning import (
-    VARIANTS,
     Rule,
     TuningPlan,
     apply_plan,
@@ -131,7 +132,8 @@ def step(model, batch, plan):
 def test_two_hundred_random_plans(family):
     """1,200 in all: what is applied is what was previewed and written; every tenth also trains, and exactly the
     promised tensors move."""
-    generator, applied, refused, trained, reached = random.Random(family), 0, 0, 0, 0
+    generator = random.Random(family)
+    applied = refused = trained = reached = 0
     template = tiny_model(family)
     state, empty = template.state_dict(), on_meta(tiny_config(family))
     while applied < 200:
@@ -216,10 +218,8 @@ def test_learning_rates_reach_the_optimizer(tmp_path):
     for group in trainer.create_optimizer().param_groups:
         for p in group["params"]:
             name = names[id(p)]
-            found.setdefault(
-                (layout_of(model).part_of(name), "B" if ".lora_B." in name else "A" if ".lora_A." in name else "full"),
-                set(),
-            ).add(group["lr"])
+            kind = next((k for k in ("A", "B") if f".lora_{k}." in name), "full")
+            found.setdefault((layout_of(model).part_of(name), kind), set()).add(group["lr"])
     assert found == {
         ("vision", "A"): {7e-5},
         ("vision", "B"): {16 * 7e-5},

@@ -18,17 +18,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage".split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 CHAPTERS = sorted(
     p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
     for p in (ROOT / "nbs").rglob("*.ipynb")
     if ".ipynb_checkpoints" not in p.parts
 )
 LOOKED_AT = (
-    "index",
-    "33_plan.unfreeze",
-    "36_plan.explorer",
-)  # tables; figures and long lines; HTML with colours of its own
+    "pages/chapters",  # tables
+    "33_plan.unfreeze",  # figures and long lines
+    "36_plan.explorer",  # HTML with colours of its own
+)
 CI = "CI" in os.environ
 browser_needed = pytest.mark.skipif(not CHROMIUM.exists() and not CI, reason=f"no {CHROMIUM}; CI does not skip this")
 
@@ -56,7 +65,11 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.loads, self.names, self.code, self.depth = [], [], set(), "", 0
+        self.links = []
+        self.loads = []
+        self.names = set()
+        self.code = ""
+        self.depth = 0
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -119,14 +132,31 @@ def test_the_machinery_of_notebooks_stays_behind_the_scenes(pages):
     )
 
 
+def leads_to(pages, name):
+    "Pages that a page has a link to, in its text or in the menu."
+    return {urldefrag(urljoin(f"/{name}", link))[0].lstrip("/") for link in pages[name].links}
+
+
 def test_the_front_page_leads_to_every_name_and_to_the_other_language(pages):
-    assert {"genindex.html", "py-modindex.html", "index_zh.html"} <= {
-        urldefrag(link)[0] for link in pages["index.html"].links
-    }
-    assert "index.html" in {urldefrag(link)[0] for link in pages["index_zh.html"].links}
-    assert {f"{name}.html" for name in CHAPTERS if "/" not in name} <= {
-        urldefrag(link)[0] for link in pages["index_zh.html"].links
-    }
+    assert {"genindex.html", "py-modindex.html", "index_zh.html"} <= leads_to(pages, "index.html")
+    assert "index.html" in leads_to(pages, "index_zh.html")
+
+
+@pytest.mark.parametrize("folder", ["pages", "pages/zh"])
+def test_the_tables_are_made_and_lead_to_every_chapter_claim_and_public_name(pages, site, folder):
+    import vlm_lora_lab
+
+    def rows(name):
+        text = (site / folder / f"{name}.html").read_text(encoding="utf-8")
+        return re.findall(r"<tr.*?</tr>", text.split("<article")[1].split("</article>")[0], re.S)
+
+    listed = "".join(rows("chapters"))
+    assert [name for name in CHAPTERS if name != "index" and f"{name}.html" not in listed] == []
+    assert len(rows("claims")) == 30 and all(".html" in row for row in rows("claims")[1:])
+    assert "check-data" in "".join(rows("use"))
+    named = "".join(rows("python"))
+    for name, module in vlm_lora_lab.PUBLIC.items():
+        assert f"#vlm_lora_lab.{module}.{name}" in named, name
 
 
 def test_every_exported_name_has_an_entry_with_its_comments(pages, site):
@@ -195,7 +225,10 @@ def tab(browser, address):
     assert complaints == []
 
 
-LUMINANCE = """e => { const [r, g, b] = getComputedStyle(e).{what}.match(/[\\d.]+/g).map(Number); return (r * 299 + g * 587 + b * 114) / 255000 }"""
+LUMINANCE = """e => {
+    const [r, g, b] = getComputedStyle(e).{what}.match(/[\\d.]+/g).map(Number);
+    return (r * 299 + g * 587 + b * 114) / 255000
+}"""
 
 
 @browser_needed
@@ -206,8 +239,10 @@ def test_three_pages_fit_and_can_be_read(tab, width, scheme, tmp_path):
     for name in LOOKED_AT:
         page = tab(f"{name}.html", width, scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the window"
-        outside = """w => [...document.querySelectorAll('article h1, article p, article li, article .cell, article table, article img, article pre')]
-            .filter(e => !e.parentElement.closest('.output, table, pre, .highlight') && e.getBoundingClientRect().right > w + 1).map(e => e.outerHTML.slice(0, 80))"""
+        blocks = ", ".join(f"article {e}" for e in ("h1", "p", "li", ".cell", "table", "img", "pre"))
+        outside = f"""w => [...document.querySelectorAll('{blocks}')]
+            .filter(e => !e.parentElement.closest('.output, table, pre, .highlight'))
+            .filter(e => e.getBoundingClientRect().right > w + 1).map(e => e.outerHTML.slice(0, 80))"""
         assert page.evaluate(outside, width) == [], name
         assert (
             page.evaluate(
@@ -219,8 +254,9 @@ def test_three_pages_fit_and_can_be_read(tab, width, scheme, tmp_path):
         ink = page.locator("article p").first.evaluate(LUMINANCE.replace("{what}", "color"))
         paper = page.locator("body").evaluate(LUMINANCE.replace("{what}", "backgroundColor"))
         assert (ink < 0.3 and paper > 0.9) if scheme == "light" else (ink > 0.6 and paper < 0.2), (ink, paper)
-        page.screenshot(path=keep / f"{name}-{width}-{scheme}.png", full_page=True)
-        assert (keep / f"{name}-{width}-{scheme}.png").stat().st_size > 20_000
+        picture = keep / f"{name.replace('/', '.')}-{width}-{scheme}.png"
+        page.screenshot(path=picture, full_page=True)
+        assert picture.stat().st_size > 20_000
 
 
 @browser_needed

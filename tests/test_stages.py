@@ -23,6 +23,7 @@ from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
+from vlm_lora_lab.models.names import TensorName
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan, audit, lora_layers
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint
@@ -40,7 +41,6 @@ from vlm_lora_lab.train.stages import (
     probe_logits,
     read_stages,
     route,
-    tensor_name,
     where_stopped,
 )
 
@@ -105,7 +105,9 @@ def few_steps(model, batch, n=2):
 
 
 def state(model):
-    return {tensor_name(n): p.detach().clone() for n, p in model.named_parameters() if ".original_module." not in n}
+    return {
+        TensorName.of(n).own: p.detach().clone() for n, p in model.named_parameters() if not TensorName.of(n).original
+    }
 
 
 @pytest.mark.parametrize("i, name", list(enumerate(PAIRS)), ids=list(PAIRS))
@@ -113,7 +115,8 @@ def test_a_change_of_stage_keeps_the_model_and_trains_what_the_plan_says(i, name
     "Every pair on two families of seven, so that each family meets several."
     for family in (SOME[i % len(SOME)], SOME[(i + 3) % len(SOME)]):
         model, stages = tiny_model(family), PAIRS[name]
-        batch, way, lora = batch_of(family, model), route(model, stages), {}
+        batch, way = batch_of(family, model), route(model, stages)
+        lora = {}
         before = logits(model, batch)
         for turn in way.turns:
             was = state(model) | lora
@@ -127,7 +130,7 @@ def test_a_change_of_stage_keeps_the_model_and_trains_what_the_plan_says(i, name
             ]
             # kept LoRA and weights, to the last bit
             assert all(torch.equal(was[n], after[n]) for n in same) and len(same) > 20
-            asks = {tensor_name(n) for n, p in model.named_parameters() if p.requires_grad}
+            asks = {TensorName.of(n).own for n, p in model.named_parameters() if p.requires_grad}
             assert {n for n in asks if ".lora_" not in n} == turn.full and {
                 n.partition(".lora_")[0] for n in asks if ".lora_" in n
             } == set(turn.trained)
@@ -165,7 +168,7 @@ def test_a_merge_is_peft_s():
             ours = state(enter_stage(bare, way.turns[1], lora))
             theirs = apply_plan(load_vlm("lab"), plan)
             for n, p in theirs.named_parameters():
-                p.data = lora.get(tensor_name(n), p.data)
+                p.data = lora.get(TensorName.of(n).own, p.data)
             for n, p in theirs.merge_and_unload(safe_merge=True).named_parameters():
                 torch.testing.assert_close(ours[n], p, rtol=1e-6, atol=1e-7)
 
@@ -200,7 +203,8 @@ def test_over_16_bit_what_was_learned_stays_in_32():
         Stage(TuningPlan(language="lora on 0-1", connector="full", rank=4), lora="merge"),
         Stage(TuningPlan(language="lora on 3", connector="freeze", rank=4)),
     )
-    way, model, train = route(on_meta("lab"), stages), load_vlm("lab", dtype=torch.bfloat16), samples()
+    way, train = route(on_meta("lab"), stages), samples()
+    model = load_vlm("lab", dtype=torch.bfloat16)
     model = enter_stage(model, way.turns[0], {})
     torch.manual_seed(0)
     for p in (p for p in model.parameters() if p.requires_grad):
@@ -239,7 +243,8 @@ def batch_for(train):
 def test_random_stages_become_one_plan_that_says_exactly_what_was_trained():
     """Route by route: the plan under which a result is saved names every layer that holds LoRA and every weight that
     changed, and nothing else."""
-    rng, models, routed = random.Random(0), {f: tiny_model(f).to("meta") for f in SOME}, 0
+    rng, routed = random.Random(0), 0
+    models = {f: tiny_model(f).to("meta") for f in SOME}
 
     def word():
         return rng.choice(
@@ -380,7 +385,8 @@ def test_a_run_that_was_killed_goes_on_from_the_last_complete_state(stage, step,
 import os, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_stages import At, staged
-staged({str(tmp_path)!r}, callbacks=lambda number: [At({step}, lambda: os.kill(os.getpid(), signal.SIGKILL))] if number == {stage} else [])
+killed = At({step}, lambda: os.kill(os.getpid(), signal.SIGKILL))
+staged({str(tmp_path)!r}, callbacks=lambda number: [killed] if number == {stage} else [])
 """
     died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
@@ -429,14 +435,16 @@ def test_moments_are_carried_exactly_and_only_where_a_tensor_goes_on(tmp_path):
             self.number = number
 
         def note(self, when, model, optimizer):
-            names = {p: tensor_name(n) for n, p in model.named_parameters()}
+            names = {p: TensorName.of(n).own for n, p in model.named_parameters()}
             seen[self.number, when] = {
                 names[p]: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items() if s
             }
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             self.note("begin", model, optimizer)
-            seen[self.number, "trained"] = {tensor_name(n) for n, p in model.named_parameters() if p.requires_grad}
+            seen[self.number, "trained"] = {
+                TensorName.of(n).own for n, p in model.named_parameters() if p.requires_grad
+            }
 
         def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
             self.note("end", model, optimizer)
@@ -444,7 +452,8 @@ def test_moments_are_carried_exactly_and_only_where_a_tensor_goes_on(tmp_path):
     done, _ = staged(tmp_path, stages, callbacks=lambda number: [Look(number)])
     assert seen[1, "begin"] == {}
     for number in (2, 3):
-        before, after, trained = seen[number - 1, "end"], seen[number, "begin"], seen[number, "trained"]
+        before, after = seen[number - 1, "end"], seen[number, "begin"]
+        trained = seen[number, "trained"]
         assert after.keys() == before.keys() & trained and after.keys() < trained
         assert all(torch.equal(after[n][k], before[n][k]) for n in after for k in ("exp_avg", "exp_avg_sq", "step"))
         assert (done.runs[number - 1].carried, done.runs[number - 1].fresh) == (len(after), len(trained) - len(after))
@@ -461,7 +470,7 @@ def test_the_first_step_after_a_change_is_adamw_s_own(tmp_path):
         def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
             noted.update(
                 {
-                    tensor_name(n): (
+                    TensorName.of(n).own: (
                         p.detach().clone(),
                         p.grad.clone(),
                         {k: v.clone() for k, v in optimizer.state[p].items()},
@@ -474,7 +483,8 @@ def test_the_first_step_after_a_change_is_adamw_s_own(tmp_path):
     done, _ = staged(tmp_path, stages, callbacks=lambda number: [Look()] if number == 2 else [])
     after = state(done.model)
     for name, (p, g, s) in noted.items():
-        t, m, v = s["step"] + 1, 0.9 * s["exp_avg"] + 0.1 * g, 0.999 * s["exp_avg_sq"] + 0.001 * g * g
+        t = s["step"] + 1
+        m, v = 0.9 * s["exp_avg"] + 0.1 * g, 0.999 * s["exp_avg_sq"] + 0.001 * g * g
         by_hand = p * (1 - 1e-3 * 0.01) - 1e-3 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
         torch.testing.assert_close(after[name], by_hand, rtol=1e-4, atol=1e-7)
 

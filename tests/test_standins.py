@@ -10,11 +10,12 @@ import torch
 from real import SOURCES, folder, real
 from standins import account_of, differences, may_differ, shrunk, stand_in, stored_dtype, weights_besides_embeddings
 
-from vlm_lora_lab.data.native import NATIVE, load_processor
+from vlm_lora_lab.data.native import load_processor
+from vlm_lora_lab.families.base import family_named, family_of
 from vlm_lora_lab.models.files import stored_in
 from vlm_lora_lab.models.load import check_nf4, load_tokenizer, load_vlm
 from vlm_lora_lab.models.published import PUBLISHED, on_meta
-from vlm_lora_lab.models.tokenizer import PUBLISHED_IDS, check_special_ids, version_of
+from vlm_lora_lab.models.tokenizer import check_special_ids, version_of
 
 TIED = {
     "Qwen/Qwen2-VL-2B-Instruct",
@@ -150,7 +151,7 @@ def test_it_loads_whole_and_in_4_bit_with_every_tensor_in_its_place(name, tmp_pa
     assert check_nf4(load_vlm(base, four_bit=True))
 
 
-PREPARED = [n for n, p in PUBLISHED.items() if p.config["model_type"] in {*NATIVE, "minicpmv", "minicpmo", "qwen"}]
+PREPARED = [n for n, p in PUBLISHED.items() if (f := family_of(p.config)) and f.eyes]
 
 
 @pytest.mark.parametrize("name", PREPARED)
@@ -164,7 +165,7 @@ def test_special_ids_are_the_published_ones(tokenizer_like):
     for name in ("openbmb/MiniCPM-Llama3-V-2_5", "openbmb/MiniCPM-V-2_6", "openbmb/MiniCPM-V-4_5"):
         tokenizer, version = tokenizer_like(name), version_of(PUBLISHED[name].config)
         assert check_special_ids(tokenizer, version)
-        assert {t: tokenizer.convert_tokens_to_ids(t) for t in PUBLISHED_IDS[version]} == PUBLISHED_IDS[version]
+        assert {t: tokenizer.convert_tokens_to_ids(t) for t in family_named(version).ids} == family_named(version).ids
     assert tokenizer_like("openbmb/MiniCPM-Llama3-V-2_5").pad_token == "!"
     name = "Qwen/Qwen2-VL-2B-Instruct"
     tokenizer, config = tokenizer_like(name), PUBLISHED[name].config

@@ -15,13 +15,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer
 
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.families.base import families, family_named
 from vlm_lora_lab.models.load import lab_folder
 from vlm_lora_lab.models.tokenizer import (
-    PUBLISHED_IDS,
-    PUBLISHED_TOKENS,
     QWEN_SPECIAL,
     QWEN_SPLIT,
-    VERSIONS,
     check_special_ids,
     check_vocabulary,
     image_settings,
@@ -443,8 +441,8 @@ def published():
     "Tokenizers of the published sizes, with the published special tokens and other words in between."
 
     def make(version, **changed):
-        at = {i: t for t, i in (PUBLISHED_IDS[version] | changed).items()}
-        words = Tokenizer(models.WordLevel({at.get(i, f"w{i}"): i for i in range(PUBLISHED_TOKENS[version])}))
+        at = {i: t for t, i in (family_named(version).ids | changed).items()}
+        words = Tokenizer(models.WordLevel({at.get(i, f"w{i}"): i for i in range(family_named(version).id_count)}))
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(tokenizer_object=words)
@@ -454,7 +452,7 @@ def published():
 
 def test_published_ids_are_as_published():
     "UPSTREAM's table and the files it was read from, written here a second time."
-    p = PUBLISHED_IDS
+    p = {f.key: f.ids for f in families() if f.ids}
     assert {
         v: (t["<unk>"], t["<image>"], t["</image>"], t["<slice>"], t["</slice>"]) for v, t in p.items() if v != "qwenvl"
     } == {
@@ -476,11 +474,11 @@ def test_published_ids_are_as_published():
     assert [p["qwenvl"][t] for t in tail] == list(range(151851, 151860))
 
 
-@pytest.mark.parametrize("version", PUBLISHED_IDS)
+@pytest.mark.parametrize("version", [f.key for f in families() if f.ids])
 def test_a_moved_token_is_named(published, version):
     assert check_special_ids(published(version), version) is True
     token = "<imgpad>" if version == "qwenvl" else "</slice>"
-    expected = PUBLISHED_IDS[version][token]
+    expected = family_named(version).ids[token]
     with pytest.raises(
         InputError,
         match=f"{token} is id {expected - 40000 if version != '2.0' else 400}, and {expected} in the published version "
@@ -490,7 +488,7 @@ def test_a_moved_token_is_named(published, version):
 
 
 def test_a_small_or_unpublished_tokenizer_makes_no_claim(json_folder):
-    for version in VERSIONS:
+    for version in [f.key for f in families() if f.ours]:
         assert check_special_ids(tokenizer_of(json_folder), version) is False
     with pytest.raises(InputError, match=r"no version '3\.0'"):
         check_special_ids(tokenizer_of(json_folder), "3.0")
@@ -506,7 +504,7 @@ def test_qwen_vl_at_full_size_has_the_published_ids(tmp_path):
             tokens.append(new)
     write(tmp_path, qwen__tiktoken=b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
     tokenizer = tokenizer_of(tmp_path)
-    assert len(tokenizer) == PUBLISHED_TOKENS["qwenvl"] and check_special_ids(tokenizer, "qwenvl")
+    assert len(tokenizer) == family_named("qwenvl").id_count and check_special_ids(tokenizer, "qwenvl")
     special = special_tokens(tokenizer, "qwenvl")
     assert (special.image, special.filler, special.stop) == ((151857, 151858), 151859, (151643, 151645))
 

@@ -1,4 +1,4 @@
-"""The vision cache: what it serves is what the tower would say; when anything that matters changes, it serves nothing."""
+"""The vision cache serves what the tower would say; when anything that matters changes, it serves nothing."""
 
 import copy
 import json
@@ -14,14 +14,15 @@ from vlm_lora_lab.data.batch import Collator, Processor, Samples
 from vlm_lora_lab.data.records import read_conversations, samples_folder
 from vlm_lora_lab.debug.nan import NanDoctor, NonFiniteStep
 from vlm_lora_lab.errors import InputError
+from vlm_lora_lab.families.base import families_of
 from vlm_lora_lab.job import Job
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.parts import layout_of
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
-from vlm_lora_lab.train.cache import SEAMS, VisionCache, cache_folder, choose_cache, is_random, why_not
+from vlm_lora_lab.train.cache import VisionCache, cache_folder, choose_cache, is_random, why_not
 from vlm_lora_lab.train.run import Schedule, fit
 
-OPEN = [f for f in FAMILIES if f.partition("-")[0] in SEAMS]
+OPEN = [f for f in FAMILIES if families_of(f.partition("-")[0])[0].seam]
 QUIET = dict(say=lambda line: None)
 
 
@@ -152,7 +153,9 @@ def changed_type(m, b):
 def changed_setting(m, b):
     m.config.vision_config.num_attention_heads = 2
     for layer in m.vpm.encoder.layers:
-        layer.self_attn.num_heads, layer.self_attn.head_dim, layer.self_attn.scale = 2, 24, 24**-0.5
+        layer.self_attn.num_heads = 2
+        layer.self_attn.head_dim = 24
+        layer.self_attn.scale = 24**-0.5
 
 
 def changed_kernel(m, b):
@@ -450,7 +453,9 @@ def test_who_decides(rows):
 
 def test_a_training_with_the_cache_is_the_training_without(rows, tmp_path):
     "Pictures of one size: bit for bit, with the connector trained, evaluation and a resume included."
-    schedule, losses, weights = Schedule(epochs=3, batch_size=4, learning_rate=1e-3, save_every=4), {}, {}
+    schedule = Schedule(epochs=3, batch_size=4, learning_rate=1e-3, save_every=4)
+    losses = {}
+    weights = {}
     for name in ("without", "memory", "disk", "resumed"):
         model = lab().float()
         samples = Samples([r for r in rows], Processor.of(model.config, load_tokenizer("lab")))
@@ -525,7 +530,8 @@ def test_a_job(rows, tmp_path, capsys, monkeypatch):
     assert cache_folder() == tmp_path / "cache"
     data = str(samples_folder() / "mixed.json")
     (tmp_path / "job.yaml").write_text(
-        f"data: {data}\noutput: {tmp_path / 'a'}\nvision_cache: disk\nfour_bit: false\nschedule: {{max_steps: 8, batch_size: 2}}\n"
+        f"data: {data}\noutput: {tmp_path / 'a'}\nvision_cache: disk\nfour_bit: false\n"
+        "schedule: {max_steps: 8, batch_size: 2}\n"
     )
     assert main(["train", str(tmp_path / "job.yaml")]) == 0
     assert "pictures from the cache" in capsys.readouterr().out and list((tmp_path / "cache").glob("*/*.safetensors"))

@@ -9,8 +9,8 @@ from families import OURS, STAND_INS, made, native_folder, written
 from PIL import Image
 
 from vlm_lora_lab.cli import main
-from vlm_lora_lab.data.native import NATIVE
 from vlm_lora_lab.data.records import samples_folder
+from vlm_lora_lab.families.base import families as known
 from vlm_lora_lab.models.load import lab_folder, load_tokenizer, load_vlm
 
 # a picture is 16 patches, and four slices at most
@@ -27,6 +27,9 @@ def checkpoint(family, folder):
         written(folder, "preprocessor_config.json", {"scale_resolution": 56, "max_slice_nums": 4})
     changes = {"scale_resolution": 56, "max_slice_nums": 4} if family == "minicpmv-2.0" else SMALL
     return written(folder, "config.json", changes)
+
+
+NATIVE = [t for f in known() if f.eyes and not f.words for t in f.model_types]
 
 
 @pytest.mark.parametrize("family", [*OURS, *NATIVE])

@@ -121,7 +121,9 @@ def test_sixteen_bits_differ_by_their_rounding(dtype, bound):
 
 def test_labels_that_are_shifted_already_and_other_words_for_nothing():
     torch.manual_seed(0)
-    head, x, labels = nn.Linear(8, 40), torch.randn(2, 9, 8), torch.randint(0, 40, (2, 9))
+    head = nn.Linear(8, 40)
+    x = torch.randn(2, 9, 8)
+    labels = torch.randint(0, 40, (2, 9))
     for kwargs in (
         dict(shift_labels=labels),
         dict(ignore_index=3),
@@ -150,7 +152,9 @@ class Odd(nn.Module):
 
     def __init__(self, between=lambda x: x, own=None):
         super().__init__()
-        self.config, self.between, self.own = tiny_config("llava"), between, own
+        self.config = tiny_config("llava")
+        self.between = between
+        self.own = own
         self.emb, self.lm_head = nn.Embedding(50, 16), nn.Linear(16, 50)
 
     @property

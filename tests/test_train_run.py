@@ -71,11 +71,9 @@ def test_accumulated_batches_make_the_step_of_one_batch(tmp_path):
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
 def test_accumulated_batches_make_the_step_of_one_batch_for_transformers_models(family, tmp_path):
     torch.manual_seed(0)
-    given, rows, seen = (
-        {k: v[:1] for k, v in batch_of(family, tiny_model(family)).items() if k in ("input_ids", "attention_mask")},
-        [],
-        [],
-    )
+    given = {k: v[:1] for k, v in batch_of(family, tiny_model(family)).items() if k in ("input_ids", "attention_mask")}
+    rows = []
+    seen = []
     given["input_ids"][given["input_ids"] == 300] = 5  # no picture, and no place for one
     for i in range(4):
         labels = given["input_ids"].clone()

@@ -14,7 +14,8 @@ from vlm_lora_lab.data.batch import Processor, Samples
 from vlm_lora_lab.data.drawn import HELD_OUT, Drawn
 from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import ExactMatch, generate_answers
+from vlm_lora_lab.evaluate.ask import generate_answers
+from vlm_lora_lab.evaluate.scores import ExactMatch
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.train.run import Schedule, fit, last_checkpoint
@@ -22,7 +23,9 @@ from vlm_lora_lab.train.watch import LivePlot, Watch, tensorboard, training_curv
 
 
 def test_a_run_learns_the_same_whether_it_is_asked_or_not(tmp_path):
-    few, ends, asked = [Drawn(HELD_OUT, 8)[i] for i in range(8)], [], []
+    few = [Drawn(HELD_OUT, 8)[i] for i in range(8)]
+    ends = []
+    asked = []
     for way in ("silent", "asked"):
         torch.manual_seed(0)
         model = apply_plan(load_vlm("lab", four_bit=True), TuningPlan(dropout=0.1))

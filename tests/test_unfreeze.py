@@ -5,7 +5,8 @@ import torch
 from families import batch_of, tiny_model
 from test_rules import step
 
-from vlm_lora_lab.models.parts import PARTS, layout_of, plain_name
+from vlm_lora_lab.models.names import plain_name
+from vlm_lora_lab.models.parts import PARTS, layout_of
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 from vlm_lora_lab.plan.unfreeze import Snapshot
 

@@ -15,10 +15,11 @@ from vlm_lora_lab.data.dialects import to_record
 from vlm_lora_lab.data.doctor import check_data
 from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.data.records import DIALECTS, Access, Conversations, RecordError, dialect_of, parse_record
-from vlm_lora_lab.data.tokens import FAMILIES, IGNORE, encode
+from vlm_lora_lab.data.tokens import IGNORE, encode
+from vlm_lora_lab.families.base import family_named
 from vlm_lora_lab.data.view import see
 from vlm_lora_lab.errors import InputError
-from vlm_lora_lab.evaluate.scores import check_truths, metric_of
+from vlm_lora_lab.evaluate.metrics import check_truths, metric_of
 from vlm_lora_lab.models.load import lab_folder
 
 
@@ -241,7 +242,7 @@ def test_other_weights_are_refused(mark, root):
         parse_record(turns({"weight": 1, "loss": False}), Access(root))
 
 
-@pytest.mark.parametrize("name", ["lab", "2.0", "2.5", "2.6", "4.0", "4.5", "qwen"])
+@pytest.mark.parametrize("name", ["lab", "2.0", "2.5", "2.6", "4.0", "4.5", "qwenvl"])
 def test_labels_leave_out_a_whole_turn(name, root):
     "Word for word: what is learned is the other answer with its end, and the text is the same."
     if name == "lab":
@@ -251,7 +252,7 @@ def test_labels_leave_out_a_whole_turn(name, root):
         tokenizer = AutoTokenizer.from_pretrained(lab_folder())
         tokenizer.chat_template = None
         tokenizer.add_tokens(["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
-        encoded, decode = (lambda c: encode(c, tokenizer, 4, family=FAMILIES[name])), tokenizer.decode
+        encoded, decode = (lambda c: encode(c, tokenizer, 4, words=family_named(name).words)), tokenizer.decode
     whole = encoded(parse_record(turns(), Access(root)))
     for marks in (({"weight": 0}, {}), ({}, {"weight": 0})):
         c = parse_record(turns(*marks), Access(root))

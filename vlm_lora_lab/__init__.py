@@ -2,18 +2,13 @@ __version__ = "0.1.0"
 
 import logging
 import sys
-import warnings
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
-# Messages of our dependencies that need no action and would only make a reader wonder.
-# On a CPU, bitsandbytes 0.50 says on import that optional `kernels` are missing; its own code serves.
+# On a CPU, bitsandbytes 0.50 says on import that optional `kernels` are missing; its own code serves. Nothing else is
+# said under this name. What else would be said for no reason is answered where it arises: see `compat`.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
-# PEFT 0.21 uses names that transformers 5.23 is about to rename.
-warnings.filterwarnings("ignore", message=r".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-# With gradient checkpointing, transformers leaves its cache of keys and values out of training by itself, and says so.
-logging.getLogger("transformers.utils.generic").addFilter(lambda record: "use_cache=True" not in record.getMessage())
 
 # Modules that have moved, and where to: an import under the old name gives the new module.
 MOVED = {
@@ -43,3 +38,42 @@ class _Moved(MetaPathFinder, Loader):
 
 
 sys.meta_path.append(_Moved())
+
+# The public surface: name -> the module that defines it, which is imported when the name is first asked for. Everything
+# else is internal: it may move or change from one version to the next.
+PUBLIC = {
+    "load_vlm": "models.load",
+    "load_processor": "data.native",
+    "read_conversations": "data.records",
+    "samples_folder": "data.records",
+    "ask": "data.records",
+    "generate_answers": "evaluate.scores",
+    "ExactMatch": "evaluate.scores",
+    "TuningPlan": "plan.tuning",
+    "apply_plan": "plan.tuning",
+    "Job": "job",
+    "Schedule": "train.run",
+    "train": "job",
+    "save_adapter": "checkpoint.save",
+    "load_adapter": "checkpoint.save",
+    "inspect_adapter": "checkpoint.inspect",
+    "merge_adapter": "checkpoint.merge",
+    "export_adapter": "checkpoint.serve",
+    "rescue": "checkpoint.rescue.write",
+    "InputError": "errors",
+}
+__all__ = [*PUBLIC]
+
+
+def __getattr__(name):
+    "A public name, imported when it is first asked for."
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "train":  # also the name of a room, which is what an import would put here; it can be called
+        return import_module(".train", __name__)
+    globals()[name] = getattr(import_module(f".{PUBLIC[name]}", __name__), name)
+    return globals()[name]
+
+
+def __dir__():
+    return sorted({*globals(), *PUBLIC})

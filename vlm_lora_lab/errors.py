@@ -150,6 +150,8 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+# encoding, a character that its texts are made of, the share of such characters outside of ASCII, and how many there
+# must be
 _USUAL = (
     ("EUC-KR", lambda c: "가" <= c <= "힣", 0.9, 8),
     ("SHIFT_JIS", lambda c: "ぁ" <= c <= "ヿ", 0.3, 1),
@@ -163,7 +165,7 @@ _USUAL = (
     ),
     ("BIG5", lambda c: c in "，。、：；？！「」（）" or 0xA4 <= c.encode("big5")[0] <= 0xC6, 0.9, 1),
     ("WINDOWS-1251", lambda c: "А" <= c <= "я", 0.9, 3),
-)  # encoding, a character that its texts are made of, the share of such characters outside of ASCII, how many there must be
+)
 
 
 def encoding_of(

@@ -30,13 +30,15 @@ from .debug.nan import POLICIES, NanDoctor, NonFiniteStep
 from .debug.preflight import Check, Preflight, check_steps, filled_up
 from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors
 from .errors import unknown_keys, write_json
-from .evaluate.scores import ExactMatch, Score, check_truths, generate_answers, metric_of
+from .evaluate.ask import generate_answers
+from .evaluate.metrics import check_truths, metric_of
+from .evaluate.scores import ExactMatch, Score
 from .models.files import save_vlm
 from .models.load import load_vlm, model_folder
 from .models.published import on_meta, read_json
 from .plan.tuning import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
-from .settings import FilePath, OneOf, Settings, Within, inside, shown
+from .settings import FilePath, Metavar, OneOf, Settings, Within, inside, shown
 from .show import save_figure
 from .train.cache import CHOICES, choose_cache, why_not
 from .train.devices import agreeing, check_devices, devices, meet, split_up
@@ -55,7 +57,8 @@ class Job(Settings):
     output: Annotated[str, FilePath()]  # folder for checkpoints, adapter and report
     model: Annotated[str, FilePath()] = "lab"  # "lab", a folder, or owner/name on the Hugging Face hub
     eval_data: Annotated[str, FilePath()] | None = None  # JSON file of conversations to be asked about afterwards
-    metric: str = "exact"  # how those answers are judged: exact, cer, anls, iou or iou@0.5
+    # how those answers are judged: exact, cer, anls, iou or iou@0.5
+    metric: Annotated[str, Metavar("NAME")] = "exact"
     # folder that picture paths start from; default: that of the JSON file
     image_root: Annotated[str, FilePath()] | None = None
     allow_pickle: bool = False  # convert pickled weights (*.bin) once, through a reader that runs no code

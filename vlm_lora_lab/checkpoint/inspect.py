@@ -6,8 +6,6 @@
 __all__ = ['LEVELS', 'Finding', 'Holding', 'Inspection', 'Seen', 'inspect_adapter']
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #4bee2b9b
-import html
-import re
 import textwrap
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -21,12 +19,17 @@ from tqdm.auto import tqdm
 
 from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base
 from .save import is_base, wrong_in
+from ..compat import no_false_warning
 from ..errors import InputError
-from ..models.files import account, stored_in
-from ..models.parts import FAMILIES, PARTS, count, layout_of, plain_name
+from ..families.base import families, families_of, is_ours
+from ..lora.variants import title_of
+from ..models.files import FLOATS, account, stored_in
 from ..models.load import stand_in
+from ..models.names import StoredNames, TensorName, places_of, plain_name
+from ..models.parts import PARTS, count, layout_of
 from ..models.published import lab_folder, on_meta, read_json
-from ..plan.tuning import TuningPlan, full_modules, lora_layers, no_false_warning
+from ..plan.tuning import TuningPlan, full_modules, lora_layers
+from ..show import Html, element, html_list, html_table, readable_file_size, text_lines
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #eb8b7edd
 LEVELS = ("error", "warning", "note")
@@ -58,14 +61,6 @@ class Holding:
     rank: str = ""  # of its LoRA
     alpha: str = ""
 
-
-def _size(n):
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:,.0f} {unit}" if unit in ("B", "kB") else f"{n:,.1f} {unit}"
-        n /= 1000
-    return None
-
 # %% ../../nbs/72_checkpoint.inspect.ipynb #d86c88f7
 @dataclass(frozen=True)
 class Inspection:
@@ -87,7 +82,7 @@ class Inspection:
     def _cells(self):
         yield ("part", "what", "tensors", "weights", "rank", "alpha", "on disk")
         for r in self.rows:
-            yield r.part, r.kind, f"{r.tensors:,}", f"{r.weights:,}", r.rank, r.alpha, _size(r.nbytes)
+            yield r.part, r.kind, f"{r.tensors:,}", f"{r.weights:,}", r.rank, r.alpha, readable_file_size(r.nbytes)
         yield (
             "all",
             "",
@@ -95,17 +90,12 @@ class Inspection:
             f"{sum(r.weights for r in self.rows):,}",
             "",
             "",
-            _size(sum(r.nbytes for r in self.rows)),
+            readable_file_size(sum(r.nbytes for r in self.rows)),
         )
 
     def __repr__(self):
-        cells, wide = list(self._cells()), max((len(label) for label, _ in self.about), default=0)
-        widths = [max(len(row[i]) for row in cells) for i in range(7)]
-        lines = [f"{self.folder}: {self.kind}", *(f"  {label.ljust(wide)}  {value}" for label, value in self.about), ""]
-        lines += [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-            for row in cells
-        ]
+        lines = [f"{self.folder}: {self.kind}", *(f"  {line}" for line in text_lines(self.about, "<")), ""]
+        lines += text_lines(self._cells(), "<<>")
         said = [
             textwrap.fill(str(f), 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
             for f in self.findings
@@ -113,19 +103,10 @@ class Inspection:
         return "\n".join([*lines, "", *(said or ["Nothing suspicious was found."])])
 
     def _repr_html_(self):
-        def tag(cells, t):
-            return "<tr>" + "".join(f"<{t}>{html.escape(c)}</{t}>" for c in cells) + "</tr>"
-
-        head, *body = self._cells()
-        about = " · ".join(f"{html.escape(label)}: {html.escape(value)}" for label, value in self.about)
-        said = (
-            "".join(f"<li>{html.escape(str(f))}</li>" for f in self.findings)
-            or "<li>Nothing suspicious was found.</li>"
-        )
-        return (
-            f"<p><b>{html.escape(self.folder)}</b>: {self.kind}<br>{about}</p>"
-            f"<table><thead>{tag(head, 'th')}</thead><tbody>{''.join(tag(r, 'td') for r in body)}</tbody></table><ul>{said}</ul>"
-        )
+        about = " · ".join(f"{label}: {value}" for label, value in self.about)
+        said = [str(f) for f in self.findings] or ["Nothing suspicious was found."]
+        title = element("p", element("b", self.folder), f": {self.kind}", Html("<br>"), about)
+        return title + html_table(self._cells()) + html_list(said)
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #13b8cee5
 @dataclass(frozen=True)
@@ -142,8 +123,9 @@ class Seen:
 
 def _look(
     files: list[Path],
-    base: dict | None,  # plain name -> where the base stores it, from `stored_in`
+    base: dict | None,  # name -> where the base stores it, from `_stored`
     findings: list[Finding],
+    names: dict[str, str] | None = None,  # in these files -> in the model, where they differ
 ) -> dict[str, Seen]:
     "Every tensor of some safetensors files, one after the other."
     seen, sizes = {}, {f: f.stat().st_size for f in files}
@@ -155,7 +137,7 @@ def _look(
                 with safe_open(file, framework="pt") as f:
                     for name in f.keys():
                         t = f.get_tensor(name)
-                        seen[name] = _seen(t, _match(plain_name(name), tuple(t.shape), base) if base else None)
+                        seen[name] = _seen(t, _match((names or {}).get(name, name), base) if base else None)
                         bar.update(t.nbytes)
             except (SafetensorError, OSError, ValueError) as e:
                 findings.append(
@@ -222,45 +204,35 @@ class _Place:
 
 
 def _stored(base, findings):
-    "Where the base keeps its tensors."
+    "Where the base keeps its tensors, by their names in its files and in the model."
     if base.folder is None:
         return None
     try:
-        return {
-            n: _Place(s.file, n, s.shape)
-            for n, s in stored_in(base.folder).items()
-            if s.dtype in ("F64", "F32", "F16", "BF16")
+        stored = stored_in(base.folder)
+        there = {n: _Place(s.file, n, s.shape) for n, s in stored.items() if s.dtype in FLOATS}
+        return there | {
+            new: there[old] for old, new in StoredNames(base.empty, stored).in_model.items() if old in there
         }
     except InputError as e:
         findings.append(Finding("warning", f"the base could not be compared: {e.found}", e.remedy))
         return None
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #b73ba04c
-def _match(name, shape, stored):
-    """The base's tensor of a name. transformers stores some families under older names; then the longest common end
-    decides, if only one has it."""
-    if name in stored:
-        return stored[name]
-    parts, best, found = name.split(".")[::-1], 1, []
-    for place in stored.values():
-        if place.shape == shape and place.name.endswith(f".{parts[0]}"):
-            other = place.name.split(".")[::-1]
-            common = next((i for i, (a, b) in enumerate(zip(parts, other)) if a != b), min(len(parts), len(other)))
-            if common > best:
-                best, found = common, [place]
-            elif common == best:
-                found.append(place)
-    return found[0] if len(found) == 1 and best > 1 else None
+def _match(key, there):
+    "The base's tensor of a name; None: it has none, it cannot be told which, or the name is one of LoRA's."
+    said = TensorName.of(key)
+    found = [] if said.lora else places_of(said.plain, there)
+    return there[found[0]] if len(found) == 1 else None
 
 
 def _layout(names, model_type, base):
     "Which family keeps its parts so; None if several or none do."
     if base.empty is not None:
         return layout_of(base.empty)
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    if known := families_of(model_type):
+        return known[0].layout
     fits = []
-    for layout in dict.fromkeys(FAMILIES.values()):
+    for layout in dict.fromkeys(f.layout for f in families()):
         try:
             fits.append((layout, [layout.part_of(n) for n in names]))
         except KeyError:
@@ -276,8 +248,6 @@ def _part(layout, name):
         return ".".join(plain_name(name).split(".")[:2])
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #1d8fe481
-_LORA = re.compile(r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?$")
-_NAMED = re.compile(r"\.lora_[AB]\.(?!weight$)([^.]+)\.weight$|\.modules_to_save\.([^.]+)\.")
 _UP = {"lora_B", "lora_embedding_A"}  # PEFT starts these at zero
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -290,12 +260,9 @@ def _say(level, names, text, remedy=""):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #fef307a3
 def _check_lora(seen, config):
     "What LoRA's matrices tell: pairs, ranks, whether they ever moved."
-    pairs, ranks = defaultdict(dict), {}
-    for key in seen:
-        if m := _LORA.match(key):
-            pairs[m[1]][m[2]] = key
-    zero, half, wrong = [], [], []
-    for module, keys in pairs.items():
+    ranks, wrong = {}, []
+    zero, half = [], []
+    for name, keys in _pairs(seen).items():
         down, up = (
             keys.get(k) or keys.get(e) for k, e in (("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B"))
         )
@@ -304,18 +271,35 @@ def _check_lora(seen, config):
             continue
         zero += [keys[k] for k in _UP & set(keys) if seen[keys[k]].zero]
         rank = seen[down].shape[0] if seen[down].shape else 0
-        name = plain_name(module)
-        packed = f"{name}.in_proj_weight"  # a parameter without a layer of its own, chapter 32
-        name = packed if packed in (config.get("target_parameters") or ()) else name
-        said = [
-            config.get(p, {}).get(get_pattern_key(config.get(p, {}), name), config.get(v))
-            for p, v in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        ]
-        ranks[module] = (rank, said[1])
-        if said[0] != rank:
-            wrong.append(f"{name} (rank {rank}, not {said[0]})")
+        named, asked, alpha = _asked(name, config)
+        ranks[name] = (rank, alpha)
+        if asked != rank:
+            wrong.append(f"{named} (rank {rank}, not {asked})")
+    return ranks, list(_said_of_lora(seen, zero, half, wrong, len(ranks)))
+
+
+def _pairs(seen):
+    "Layer -> LoRA's matrices beside it -> key."
+    pairs = defaultdict(dict)
+    for key in seen:
+        said = TensorName.of(key)
+        if said.lora and not said.adapter:
+            pairs[said.module][said.lora] = key
+    return pairs
+
+
+def _asked(layer, config):
+    "The name under which adapter_config.json speaks of a layer, and the rank and alpha that it gives it."
+    packed = f"{layer}.in_proj_weight"  # a parameter without a layer of its own, chapter 32
+    name = packed if packed in (config.get("target_parameters") or ()) else layer
+    ranks, alphas = config.get("rank_pattern", {}), config.get("alpha_pattern", {})
+    rank = ranks.get(get_pattern_key(ranks, name), config.get("r"))
+    return name, rank, alphas.get(get_pattern_key(alphas, name), config.get("lora_alpha"))
+
+
+def _said_of_lora(seen, zero, half, wrong, layers):
     found = []
-    if named := [k for k in seen if _NAMED.search(k)]:
+    if named := [k for k in seen if TensorName.of(k).adapter]:
         found.append(
             _say(
                 "error",
@@ -324,7 +308,7 @@ def _check_lora(seen, config):
                 "Save with save_pretrained or save_adapter, not from state_dict()",
             )
         )
-    if zero and len(zero) == len(ranks):
+    if zero and len(zero) == layers:
         found.append(
             _say(
                 "error",
@@ -338,7 +322,7 @@ def _check_lora(seen, config):
             _say(
                 "warning",
                 zero,
-                f"layers that never learned, whose second matrix still is zero as at the start, out of {len(ranks)}",
+                f"layers that never learned, whose second matrix still is zero as at the start, out of {layers}",
                 "See chapter 60: gradients",
             )
         )
@@ -360,7 +344,7 @@ def _check_lora(seen, config):
                 "Configuration and weights belong to different trainings",
             )
         )
-    return ranks, found
+    return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #f8271e7c
 def _check_keys(seen, folder, base):
@@ -393,7 +377,7 @@ def _check_keys(seen, folder, base):
                 "What was trained there is lost; train again, and save with save_adapter",
             )
         )
-    if left := {k for k in seen if k not in places and not _NAMED.search(k)}:
+    if left := {k for k in seen if k not in places and not TensorName.of(k).adapter}:
         found.append(
             _say(
                 "error",
@@ -416,10 +400,10 @@ def _check_keys(seen, folder, base):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #5f361b13
 def _check_plan(seen, plan, base, layout):
     "Does the file hold what the plan promised?"
-    modules, full = {plain_name(k) for k in seen if ".lora_" in k}, {plain_name(k) for k in seen if ".lora_" not in k}
+    said = {k: TensorName.of(k) for k in seen}
     if base.empty is None:
         promised = {(p, r.word) for p in PARTS for r in plan.rules(p) if r.word != "freeze"}
-        there = {(_part(layout, k), "lora" if ".lora_" in k else "full") for k in seen}
+        there = {(_part(layout, k), "lora" if t.lora else "full") for k, t in said.items()}
         lost = {f"{p} ({word})" for p, word in promised - there}
         return (
             [
@@ -435,7 +419,8 @@ def _check_plan(seen, plan, base, layout):
         )
     # PEFT names the module of a packed projection
     beside = {n: n.removesuffix(".in_proj_weight") for n in lora_layers(base.empty, plan)}
-    lacking = {n for n, of in beside.items() if not any(m.startswith(f"{of}.lora_") or m == of for m in modules)}
+    modules, full = {t.module for t in said.values() if t.lora}, {t.plain for t in said.values() if not t.lora}
+    lacking = {n for n, of in beside.items() if of not in modules}
     wholes = full_modules(base.empty, plan)
     lacking |= {n for w in wholes for n, _ in base.empty.get_submodule(w).named_parameters(prefix=w) if n not in full}
     return (
@@ -463,16 +448,17 @@ def _copies(keys, config, layout):
     return [
         k
         for k in keys
-        if ".lora_" not in k
-        and config.get("ensure_weight_tying")
+        if config.get("ensure_weight_tying")
         and layout
-        and plain_name(k).rpartition(".")[0] in layout.head
+        and not TensorName.of(k).lora
+        and TensorName.of(k).module in layout.head
     ]
 
 
 def _check_full(seen, config, layout, provenance, base):
     "What is held in full: asked for or not, the base's own or not, the whole base or not."
-    full, saved = [k for k in seen if not _LORA.match(k) and not _NAMED.search(k)], config.get("modules_to_save") or []
+    said, saved = {k: TensorName.of(k) for k in seen}, config.get("modules_to_save") or []
+    full = [k for k, t in said.items() if not t.lora and not t.adapter]
 
     def inside(k, m):
         return f".{m}." in f".{plain_name(k)}."
@@ -506,6 +492,12 @@ def _check_full(seen, config, layout, provenance, base):
                 "tensors in full that could not be compared with the base, which stores them under other names",
             )
         )
+    return by_hand, found + list(_check_by_hand(by_hand, seen, provenance, base))
+
+
+def _check_by_hand(by_hand, seen, provenance, base):
+    "What was put into the file outside of modules_to_save."
+    found = []
     if unsaid := [k for k in by_hand if k not in provenance.get("by_hand", by_hand if not provenance else ())]:
         found.append(
             _say(
@@ -531,10 +523,19 @@ def _check_full(seen, config, layout, provenance, base):
                     "Save what was trained: save_adapter",
                 )
             )
-    return by_hand, found
+    return found
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #dc047e39
 def _check_beside(folder, provenance, base, adapter=True):
+    found = _check_pickles(folder)
+    try:
+        found += _check_seal(folder, provenance, adapter)
+    except InputError as e:
+        return [*found, Finding("error", f"provenance.json cannot be read: {e.found}", "Copy the folder again")]
+    return found + _check_origin(provenance, base)
+
+
+def _check_pickles(folder):
     found = []
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
     if state := [n for n in pickles if _STATE.fullmatch(n)]:
@@ -549,11 +550,14 @@ def _check_beside(folder, provenance, base, adapter=True):
                 "Weights in them are missing from this account",
             )
         )
+    return found
+
+
+def _check_seal(folder, provenance, adapter):
+    "Raises `InputError` when provenance.json cannot be read."
+    found = []
     if (folder / "provenance.json").is_file():
-        try:
-            broken = broken_seals(folder)
-        except InputError as e:
-            return [*found, Finding("error", f"provenance.json cannot be read: {e.found}", "Copy the folder again")]
+        broken = broken_seals(folder)
         if broken is None:
             found.append(
                 Finding(
@@ -574,6 +578,12 @@ def _check_beside(folder, provenance, base, adapter=True):
                 "would go unnoticed",
             )
         )
+    return found
+
+
+def _check_origin(provenance, base):
+    "What provenance.json says of the base, of other adapters and of the training."
+    found = []
     if (
         (provenance.get("base_fingerprint") or provenance.get("base_sha256"))
         and base.folder is not None
@@ -633,7 +643,7 @@ def _holdings(seen, kind_of, layout, ranks):
     order = {p: i for i, p in enumerate(PARTS)}
     rows = []
     for (part, kind), keys in sorted(groups.items(), key=lambda g: (order.get(g[0][0], 9), g[0])):
-        mine = {ranks[m[1]] for k in keys if (m := _LORA.match(k)) and m[1] in ranks}
+        mine = {ranks[t.module] for t in map(TensorName.of, keys) if t.lora and t.module in ranks}
 
         def joined(i):
             return "+".join(f"{v:g}" for v in sorted({r[i] for r in mine if isinstance(r[i], (int, float))}))
@@ -642,12 +652,6 @@ def _holdings(seen, kind_of, layout, ranks):
         weights = 0 if kind == _COPY else sum(torch.Size(seen[k].shape).numel() for k in keys)
         rows.append(Holding(part, kind, len(keys), weights, sum(seen[k].nbytes for k in keys), joined(0), joined(1)))
     return tuple(rows)
-
-
-def _variant(config):
-    said = [n for flag, n in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(flag)]
-    start = config.get("init_lora_weights", True)
-    return " + ".join(said or ["LoRA"]) + (f", started by {start}" if isinstance(start, str) else "")
 
 
 def _json_or(path, findings, kinds=()):
@@ -668,10 +672,8 @@ def _json_or(path, findings, kinds=()):
 # %% ../../nbs/72_checkpoint.inspect.ipynb #6d502aa2
 def _adapter(folder, base):
     findings = []
-    config, provenance = (
-        _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG),
-        _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE),
-    )
+    config = _json_or(folder / "adapter_config.json", findings, SAYS_CONFIG)
+    provenance = _json_or(folder / "provenance.json", findings, SAYS_PROVENANCE)
     provenance = {k: v for k, v in provenance.items() if k not in ("unsealed", "plan")}
     if not (folder / "provenance.json").is_file():
         try:
@@ -681,6 +683,44 @@ def _adapter(folder, base):
     said = provenance.get("base") or config.get("base_model_name_or_path")
     base = _base_of(base or (find_base(said, folder) if isinstance(said, str) else said))
     file = folder / "adapter_model.safetensors"
+    findings += _check_files(file, config, findings)
+    seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
+    layout = _layout(list(seen), provenance.get("model_type"), base)
+    ranks, said = _check_lora(seen, config)
+    tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
+    findings += [*_check_values(seen), *said, *more]
+    if seen and ((folder / "plan.json").is_file() or provenance.get("plan")):
+        findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
+    findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
+    findings += _not_known(base, layout, seen)
+    copies, by_hand = _copies(seen, config, layout), set(by_hand)
+
+    def kind_of(k):
+        if TensorName.of(k).lora:
+            return "LoRA"
+        said = ((_COPY, copies), ("table", tables), ("by hand", by_hand))
+        return next((kind for kind, keys in said if k in keys), "in full")
+
+    about = _about(config, provenance, base, layout)
+    return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
+
+
+def _about(config, provenance, base, layout):
+    "Labels and values above the table."
+    beside = {True: "a base in 4 bit", False: "a whole base"}
+    return (
+        ("base", base.name or "not said"),
+        ("family", layout.family if layout else "not known"),
+        ("variant", title_of(config) if config else "not known"),
+        ("trained beside", beside.get(provenance.get("four_bit"), "not known")),
+        ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
+        ("data", ", ".join(provenance.get("data") or ()) or "not known"),
+    )
+
+
+def _check_files(file, config, before):
+    "The two files of an adapter, as far as nothing was said of them before."
+    findings = []
     if not file.is_file():
         findings.append(
             Finding(
@@ -689,7 +729,7 @@ def _adapter(folder, base):
                 "Copy the whole folder; a pickle (adapter_model.bin) is not opened here",
             )
         )
-    if not config and not any(f.text.startswith("adapter_config") for f in findings):
+    if not config and not any(f.text.startswith("adapter_config") for f in before):
         findings.append(
             Finding(
                 "error",
@@ -703,14 +743,12 @@ def _adapter(folder, base):
                 "warning", f"this is PEFT's {config.get('peft_type')}, not LoRA; only names and values are looked at"
             )
         )
-    seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
-    layout = _layout(list(seen), provenance.get("model_type"), base)
-    ranks, said = _check_lora(seen, config)
-    tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
-    findings += [*_check_values(seen), *said, *more]
-    if seen and ((folder / "plan.json").is_file() or provenance.get("plan")):
-        findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
-    findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
+    return findings
+
+
+def _not_known(base, layout, seen):
+    "What could not be looked at, and why."
+    findings = []
     if base.why:
         findings.append(
             Finding(
@@ -723,33 +761,7 @@ def _adapter(folder, base):
         findings.append(
             Finding("note", "the family could not be told from the names; parts are shown as the beginnings of names")
         )
-    copies = _copies(seen, config, layout)
-
-    def kind_of(k):
-        return (
-            "LoRA"
-            if ".lora_" in k
-            else _COPY
-            if k in copies
-            else "table"
-            if k in tables
-            else "by hand"
-            if k in set(by_hand)
-            else "in full"
-        )
-
-    about = (
-        ("base", base.name or "not said"),
-        ("family", layout.family if layout else "not known"),
-        ("variant", _variant(config) if config else "not known"),
-        (
-            "trained beside",
-            {True: "a base in 4 bit", False: "a whole base"}.get(provenance.get("four_bit"), "not known"),
-        ),
-        ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
-        ("data", ", ".join(provenance.get("data") or ()) or "not known"),
-    )
-    return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
+    return findings
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #18b3d50f
 def _plan_findings(folder, plan, seen, base, layout):
@@ -771,36 +783,16 @@ def _model(folder, base):
         findings.append(Finding("error", f"config.json cannot be used: {here.why}", "Copy the folder again"))
     try:
         stored = stored_in(folder)
-        if (
-            here.empty is not None
-            and layout_of(here.empty).family.startswith(("MiniCPM-V", "MiniCPM-o", "Qwen-VL"))
-            and config.get("model_type") in ("minicpmv", "minicpmo", "qwen")
-        ):
+        if here.empty is not None and is_ours(config):
             account(stored, here.empty, folder)
     except InputError as e:
         findings.append(Finding("error", e.found, e.remedy))
         stored = {}
     there = _stored(base, findings)
-    seen = _look(sorted({s.file for s in stored.values()}), there, findings)
+    names = StoredNames(here.empty, stored).in_model if here.empty is not None else {}
+    seen = _look(sorted({s.file for s in stored.values()}), there, findings, names)
     findings += _check_values(seen) + _check_beside(folder, {}, base, adapter=False)
-    compared = {k: s.same for k, s in seen.items() if s.same is not None}
-    if compared and all(compared.values()):
-        findings.append(
-            Finding(
-                "error",
-                f"all {len(compared)} tensors equal those of {base.name!r}: whatever was merged into it changed "
-                "nothing",
-                "Look into the adapter: vlm-lora-lab inspect",
-            )
-        )
-    elif compared:
-        findings.append(
-            Finding(
-                "note", f"{sum(not s for s in compared.values())} of {len(compared)} tensors differ from {base.name!r}"
-            )
-        )
-    elif base.why:
-        findings.append(Finding("warning", f"it could not be compared with a base ({base.why})"))
+    findings += _check_same(seen, base)
     if (folder / "adapter_config.json").exists():
         findings.append(
             Finding(
@@ -819,6 +811,29 @@ def _model(folder, base):
     return Inspection(
         folder.name, "whole model", about, _holdings(seen, lambda k: "weights", layout, {}), _sorted(findings)
     )
+
+
+def _check_same(seen, base):
+    "Does a whole model differ from its base at all?"
+    findings, compared = [], {k: s.same for k, s in seen.items() if s.same is not None}
+    if compared and all(compared.values()):
+        findings.append(
+            Finding(
+                "error",
+                f"all {len(compared)} tensors equal those of {base.name!r}: whatever was merged into it changed "
+                "nothing",
+                "Look into the adapter: vlm-lora-lab inspect",
+            )
+        )
+    elif compared:
+        findings.append(
+            Finding(
+                "note", f"{sum(not s for s in compared.values())} of {len(compared)} tensors differ from {base.name!r}"
+            )
+        )
+    elif base.why:
+        findings.append(Finding("warning", f"it could not be compared with a base ({base.why})"))
+    return findings
 
 # %% ../../nbs/72_checkpoint.inspect.ipynb #b1290c1d
 def inspect_adapter(

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'KINDS', 'TOLERANCE', 'Reader', 'Lora', 'Adapter', 'by_peft', 'nf4_and_back', 'Change', 'changes', 'Merged',
-           'merge_into', 'changes_nothing', 'merge_adapter', 'save_merged', 'SameModel', 'same_model', 'merge_memory',
-           'noise_checkpoint']
+           'merge_into', 'changes_nothing', 'merge_adapter', 'save_merged', 'SameModel', 'same_model', 'merge_memory']
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #b0179667
 import json
-import re
 import struct
 import tempfile
 import zlib
@@ -19,26 +17,23 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
-from .save import _or_rescue, check_base, check_seals, check_settings, fingerprint, lora_config
+from .save import _or_rescue, check_base, check_seals, check_settings, lora_config
 from .save import read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
-from ..models.files import FLOATS, INDEX, copy_beside, model_names, save_vlm, shape_of, stored_in
+from ..lora.variants import lora_layer, tensor_of, variant_of
+from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in
 from ..models.files import true_config, weight_files
 from ..models.load import load_vlm, model_folder
-from ..models.minicpmv import MiniCPMV
+from ..models.names import LORA, PREFIX, StoredNames, TensorName
 from ..models.parts import linear_layers, mixed_precision
 from ..models.published import on_meta, read_json
-from ..models.qwenvl import QwenVL
-from ..plan.tuning import TuningPlan, apply_plan
 from ..settings import Within, fitting
 from ..train.identity import located
 
@@ -117,7 +112,8 @@ class _Shard:
             header[name] = {"dtype": _NAMES[kind], "shape": list(shape), "data_offsets": [at, at := at + size]}
         head = json.dumps(header, separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
-        self.path, self.size, self.sum, self.file = path, 8 + len(head) + at, 0, open(path, "wb")
+        self.path, self.file = path, open(path, "wb")
+        self.size, self.sum = 8 + len(head) + at, 0
         self._put(struct.pack("<Q", len(head)) + head)
 
     def _put(self, data):
@@ -148,18 +144,13 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        return self.config.lora_alpha / (self.config.r**0.5 if self.config.use_rslora else self.config.r)
+        return variant_of(self.config).scale(self.config.lora_alpha, self.config.r)
 
     @property
     def embedding(self) -> bool:
         return "lora_embedding_A" in self.keys
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #ad4ad88e
-_LORA = r"(.+)\.(?:(lora_[AB])(?:\.weight)|(lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?)"
-# of LoRA's matrices; what else PEFT offers changes the base in ways that cannot be repeated from the file
-_STARTS = (True, False, "gaussian", "pissa")
-
-
 class Adapter:
     "An adapter's file, opened: LoRA by layer, and tensors trained in full."
 
@@ -168,11 +159,8 @@ class Adapter:
         folder: str | Path,  # written by `save_adapter`; also a checkpoint of a run, or a plain folder of PEFT's
         base: str | Path | None = None,  # the model it belongs to, where the folder does not say
     ):
-        self.folder, self.provenance, file = (
-            Path(folder),
-            read_provenance(folder, base),
-            Path(folder) / "adapter_model.safetensors",
-        )
+        self.folder, self.provenance = Path(folder), read_provenance(folder, base)
+        file = self.folder / "adapter_model.safetensors"
         check_seals(self.folder)
         try:
             with safe_open(file, framework="pt"):  # it looks at the whole header, and at the length of the file
@@ -185,7 +173,7 @@ class Adapter:
                 "Copy the whole folder again from where it was trained",
             ) from None
         if (
-            self.config.init_lora_weights not in _STARTS
+            not variant_of(self.config).repeatable
             or self.config.lora_bias
             or self.config.layer_replication
             or self.config.use_qalora
@@ -212,28 +200,29 @@ class Adapter:
     def _sort(self, layers, file):
         "Every key to its kind. Raises `InputError` for one that has none."
         for key in self.reader.places:
-            name = key.removeprefix("base_model.model.")
-            if m := re.fullmatch(_LORA, name):
-                # PEFT nests a layer inside an attention whose parameter has LoRA
-                layers.setdefault(m[1].replace(".base_layer.", "."), {})[m[2] or m[3]] = key
-            elif name == key or ".lora_" in name or "token_adapter" in name:
+            said = TensorName.of(key)
+            known = said.lora in LORA and said.tensor == "weight" if said.lora else "token_adapter" not in key
+            if not key.startswith(PREFIX) or said.adapter or said.original or not known:
                 raise InputError(
                     f"the key {key} means nothing here", file, "Give an adapter of LoRA and modules_to_save"
                 )
-            elif name.endswith(".base_layer.weight"):
-                self.copies[name.replace(".base_layer.", ".")] = key
+            if said.lora:
+                layers.setdefault(said.module, {})[said.lora] = key
+            elif said.base_weight:
+                self.copies[said.plain] = key
             else:
-                self.full[name] = key
+                self.full[said.plain] = key
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #2fd80dac
 def _layer(adapter, module, keys):
     "The configuration of one layer, patterns resolved."
     c, remedy = adapter.config, "Copy the whole folder again from where it was trained"
+    variant = variant_of(c)
     first, second = sorted(k for k in keys if k != "lora_magnitude_vector") if len(keys) > 1 else (None, None)
     if (
         first not in ("lora_A", "lora_embedding_A")
         or second != first[:-1] + "B"
-        or ("lora_magnitude_vector" in keys) != bool(c.use_dora)
+        or ("lora_magnitude_vector" in keys) != variant.lengths
     ):
         raise InputError(f"of LoRA for {module} there is only {', '.join(sorted(keys))}", adapter.folder, remedy)
     tensor = "in_proj_weight" if f"{module}.in_proj_weight" in (c.target_parameters or ()) else "weight"
@@ -241,18 +230,9 @@ def _layer(adapter, module, keys):
     r = c.rank_pattern.get(get_pattern_key(c.rank_pattern, named), c.r)
     alpha = c.alpha_pattern.get(get_pattern_key(c.alpha_pattern, named), c.lora_alpha)
     found = adapter.reader.places[keys[first]][2][0]
-    if found != r and c.init_lora_weights != "pissa":  # PiSSA has no more directions than the matrix
+    if found != r and not variant.moves_base:  # PiSSA has no more directions than the matrix
         raise InputError(f"adapter_config.json gives {module} rank {r}, and the file {found}", adapter.folder, remedy)
-    start = "pissa" if c.init_lora_weights == "pissa" else False
-    alone = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        target_modules=["layer"],
-        use_rslora=c.use_rslora,
-        use_dora=c.use_dora,
-        init_lora_weights=start,
-    )
-    return Lora(alone, keys, tensor)
+    return Lora(variant.config(r, alpha), keys, tensor)
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #0919849b
 def by_peft(
@@ -263,24 +243,16 @@ def by_peft(
     keep: bool = False,  # True: only what the variant takes out of the base (PiSSA), without adding what was learned
 ) -> torch.Tensor:  # (rows, width), float32
     "Merge one layer with PEFT's own arithmetic. Raises `ValueError` when the result is not finite."
-    holder = nn.Module()
-    make = nn.Embedding if lora.embedding else nn.Linear
-    holder.layer = make(
-        *(weight.shape if lora.embedding else weight.shape[::-1]),
-        device="meta",
-        **({} if lora.embedding else {"bias": False}),
-    )
-    holder.layer.weight = nn.Parameter(weight, requires_grad=False)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that are overwritten below
-        inject_adapter_in_model(lora.config, holder)
-    layer = holder.layer
+    layer = lora_layer(weight, lora.config, lora.embedding)
     for kind, key in lora.keys.items():
         t = reader.whole(key).float()
         # the others have a row or a column for each row of the weight
         if kind != "lora_A" and not (kind == "lora_magnitude_vector" and lora.embedding):
-            t = t[:, rows] if kind == "lora_embedding_A" else t if kind == "lora_embedding_B" else t[rows]
-        stored = getattr(layer, kind)["default"]
-        stored = stored if isinstance(stored, nn.Parameter) else stored.weight
+            if kind == "lora_embedding_A":
+                t = t[:, rows]
+            elif kind != "lora_embedding_B":
+                t = t[rows]
+        stored = tensor_of(layer, kind)
         if stored.shape != t.shape:
             raise InputError(
                 f"{key} is {shape_of(t.shape)}, and the base asks for {shape_of(stored.shape)}",
@@ -328,25 +300,6 @@ class Change:
     def touched(self) -> bool:
         return bool(self.full or (self.lora and not self.keep))
 
-
-def _renamed(model, stored):
-    "Names in the model -> names in the files, as transformers renames when it loads."
-    if isinstance(model, (MiniCPMV, QwenVL)):
-        return {n: n for n in model.state_dict() if n in stored}, lambda name: name
-    state, steps = model.state_dict(), get_model_conversion_mapping(model)
-    renamings, converters = ([s for s in steps if isinstance(s, kind)] for kind in (WeightRenaming, WeightConverter))
-    # a tensor that is rebuilt can be copied, but not changed
-    found = {name: old for old, name in model_names(model, stored).items()}
-    back = [r.reverse_transform() for r in renamings[::-1] if not isinstance(r, PrefixChange)]
-
-    def as_stored(name):
-        old = name
-        for renaming in back:
-            old, _ = renaming.rename_source_key(old)
-        return old if rename_source_key(old, renamings, converters, model.base_model_prefix, state)[0] == name else name
-
-    return found, as_stored
-
 # %% ../../nbs/71_checkpoint.merge.ipynb #2a821fc5
 def _check_copies(adapter, source, names):
     "What PEFT copied from the base is the base's. Raises `InputError` where it was changed."
@@ -369,6 +322,54 @@ def _check_copies(adapter, source, names):
             )
 
 
+def _keep_together(wanted, head, embeddings, names, adapter):
+    "A tied head takes what its embeddings learned."
+    if any("lora" in wanted[n] for n in {head, embeddings} & set(wanted)):
+        raise InputError(
+            "ensure_weight_tying is set, and tied embeddings have LoRA",
+            adapter.folder,
+            "Merge it with PEFT's merge_and_unload",
+        )
+    learned = wanted.get(embeddings) or wanted[head]
+    wanted |= {n: learned for n in (head, embeddings) if n in names}  # a base may store it twice as well
+    if head not in names:
+        wanted.pop(head, None)
+
+
+def _check_onto(onto, packed, source):
+    if packed and onto == "original":
+        raise InputError(
+            f"{str(source)!r} is published in 4 bit, so there is no original to merge onto",
+            "merge, onto",
+            "Write 'nf4'",
+        )
+
+
+def _check_place(name, what, names, adapter):
+    if name not in names:
+        key = what.get("full") or next(iter(what["lora"].keys.values()))
+        raise InputError(
+            f"{key} has no place in {adapter.provenance['base']!r}, or one that transformers rebuilds on loading",
+            adapter.folder,
+            "Give the base that the adapter was trained on",
+        )
+    if len(what) > 1:
+        raise InputError(
+            f"{name} is both replaced and added to",
+            adapter.folder,
+            "Copy the whole folder again from where it was trained",
+        )
+
+
+def _check_shape(what, shape, adapter):
+    if "full" in what and (found := adapter.reader.places[what["full"]][2]) != shape:
+        raise InputError(
+            f"{what['full']} is {shape_of(found)}, and the base has {shape_of(shape)} there",
+            adapter.folder,
+            "Give the base that the adapter was trained on",
+        )
+
+
 def changes(
     adapter: Adapter,
     source: Path,  # the base's folder
@@ -379,14 +380,10 @@ def changes(
 
     Raises `InputError` for what the adapter holds and the base has no place for."""
     stored, model = stored_in(source), on_meta(source)
-    names, as_stored = _renamed(model, stored)
+    known = StoredNames(model, stored)
+    names = known.in_files  # a tensor that is rebuilt is not in there: it can be copied, but not changed
     packed = {n for n, s in stored.items() if s.dtype in ("NF4", "FP4")}
-    if packed and onto == "original":
-        raise InputError(
-            f"{str(source)!r} is published in 4 bit, so there is no original to merge onto",
-            "merge, onto",
-            "Write 'nf4'",
-        )
+    _check_onto(onto, packed, source)
     rounds = onto == "nf4" and adapter.provenance["four_bit"] and not packed
     low = {f"{n}.weight" for n in linear_layers(model)["language"]} if rounds else set()
     tied, apart = getattr(model, "all_tied_weights_keys", None) or {}, False
@@ -397,46 +394,20 @@ def changes(
     wanted = {n: {"full": k} for n, k in adapter.full.items()}
     for module, lora in adapter.loras.items():
         wanted.setdefault(f"{module}.{lora.tensor}", {})["lora"] = lora
+    by_hand = {TensorName.of(k).plain for k in adapter.provenance.get("by_hand") or ()}
     for head, embeddings in tied.items():
         if not {head, embeddings} & set(wanted):
             continue
-        by_hand = {k.removeprefix("base_model.model.") for k in adapter.provenance.get("by_hand") or ()}
         # the two stayed one tensor, which PEFT stores twice
         if adapter.config.ensure_weight_tying or (embeddings in by_hand and head not in adapter.full):
-            if any("lora" in wanted[n] for n in {head, embeddings} & set(wanted)):
-                raise InputError(
-                    "ensure_weight_tying is set, and tied embeddings have LoRA",
-                    adapter.folder,
-                    "Merge it with PEFT's merge_and_unload",
-                )
-            learned = wanted.get(embeddings) or wanted[head]
-            wanted |= {n: learned for n in (head, embeddings) if n in names}  # a base may store it twice as well
-            if head not in names:
-                wanted.pop(head, None)
+            _keep_together(wanted, head, embeddings, names, adapter)
             continue
-        apart, names[head] = True, names.get(head) or as_stored(head)
+        apart, names[head] = True, names.get(head) or known.to_store(head)
         result[names[head]] = Change(names[embeddings], packed=result[names[embeddings]].packed)
     for name, what in wanted.items():
-        if name not in names:
-            key = what.get("full") or next(iter(what["lora"].keys.values()))
-            raise InputError(
-                f"{key} has no place in {adapter.provenance['base']!r}, or one that transformers rebuilds on loading",
-                adapter.folder,
-                "Give the base that the adapter was trained on",
-            )
-        if len(what) > 1:
-            raise InputError(
-                f"{name} is both replaced and added to",
-                adapter.folder,
-                "Copy the whole folder again from where it was trained",
-            )
-        was, shape = result[names[name]], stored[result[names[name]].source].shape
-        if "full" in what and (found := adapter.reader.places[what["full"]][2]) != shape:
-            raise InputError(
-                f"{what['full']} is {shape_of(found)}, and the base has {shape_of(shape)} there",
-                adapter.folder,
-                "Give the base that the adapter was trained on",
-            )
+        _check_place(name, what, names, adapter)
+        was = result[names[name]]
+        _check_shape(what, stored[was.source].shape, adapter)
         result[names[name]] = Change(
             was.source,
             was.rounded and "full" not in what,
@@ -454,8 +425,8 @@ def _pieces(change, base, adapter, chunk=None):
         whole = _unpacked(base, change.source) if change.packed else nf4_and_back(base.whole(change.source).float())
         shape, whole = whole.shape, whole.flatten()
     width = torch.Size(shape[1:]).numel()
-    c = change.lora.config if change.lora else None
-    at_once = bool(c) and (c.init_lora_weights == "pissa" or (c.use_dora and change.lora.embedding))
+    variant = variant_of(change.lora.config) if change.lora else None
+    at_once = variant and (variant.moves_base or (variant.lengths and change.lora.embedding))
     numel = torch.Size(shape).numel()
     step = numel if at_once else max(1, (chunk or CHUNK) // width) * width
     for i in range(0, numel, step):
@@ -568,10 +539,7 @@ def merge_into(
     folder = empty_folder(folder)
     if onto not in ("nf4", "original"):
         raise InputError(f"onto is {onto!r}", "merge", "Write 'nf4' or 'original'")
-    opened = Adapter(adapter, base)
-    source = model_folder(base or opened.provenance["base"])
-    check_base(adapter, source, opened.provenance, quick=quick)
-    check_settings(adapter, source, opened.provenance)
+    opened, source = _open(adapter, base, quick)
     with _or_rescue(opened.folder, opened.provenance):
         plan, apart = changes(opened, source, onto, keep)
     sums, kinds = _Sums(), Counter()
@@ -579,26 +547,9 @@ def merge_into(
         copy_beside(source, partial)
         shards = _write(partial, plan, source, opened, dtype, max_shard_size, sums, kinds)
         touched = [n for n, c in plan.items() if c.touched]
-        if touched and len(sums.unmoved) == len(touched) and not sums.asked:
-            raise Finding(
-                "the merged model equals its base: this adapter changes nothing",
-                adapter,
-                "Was it trained? Look at what it holds: vlm-lora-lab inspect",
-            )
-        if touched and sums.kept < 0.1 * sums.asked:
-            kind = str(dtype or "the type of the base").removeprefix("torch.")
-            raise Finding(
-                f"the merged model all but equals its base: {sums.kept / sums.asked:.1%} of what this adapter changes "
-                f"is left in {kind}",
-                adapter,
-                "Write it in float32 (--dtype float32)",
-            )
-        config = true_config(read_json(source / "config.json"), kinds, tied=not apart)
-        write_json(partial / "config.json", config)
-        if own := opened.provenance.get("own_tokenizer") or "":
-            take_tokenizer(adapter, partial)
-        if seen := opened.provenance.get("max_pixels", 0):
-            keep_limits(partial, load_processor(partial, max_pixels=seen))
+        _refuse_unchanged(sums, len(touched), adapter, dtype)
+        write_json(partial / "config.json", true_config(read_json(source / "config.json"), kinds, tied=not apart))
+        seen, own = _take_along(adapter, opened.provenance, partial)
         result = Merged(
             folder,
             len(plan),
@@ -612,17 +563,50 @@ def merge_into(
             seen,
             own,
         )
-        write_json(
-            partial / "merge.json",
-            {
-                "adapter": located(adapter),
-                "onto": onto,
-                "base": located(base or opened.provenance["base"]),
-                "base_fingerprint": opened.provenance["base_fingerprint"],
-                **{k: v for k, v in asdict(result).items() if k != "folder"},
-            },
-        )
+        said = {
+            "adapter": located(adapter),
+            "onto": onto,
+            "base": located(base or opened.provenance["base"]),
+            "base_fingerprint": opened.provenance["base_fingerprint"],
+        }
+        write_json(partial / "merge.json", said | {k: v for k, v in asdict(result).items() if k != "folder"})
     return result
+
+
+def _open(adapter, base, quick):
+    "The adapter, and the folder of its base, which must be the one that it was trained on."
+    opened = Adapter(adapter, base)
+    source = model_folder(base or opened.provenance["base"])
+    check_base(adapter, source, opened.provenance, quick=quick)
+    check_settings(adapter, source, opened.provenance)
+    return opened, source
+
+
+def _take_along(adapter, provenance, folder):
+    "The adapter's tokenizer and limit of pixels, if it has its own; returns both, as `Merged` says them."
+    if own := provenance.get("own_tokenizer") or "":
+        take_tokenizer(adapter, folder)
+    if seen := provenance.get("max_pixels", 0):
+        keep_limits(folder, load_processor(folder, max_pixels=seen))
+    return seen, own
+
+
+def _refuse_unchanged(sums, touched, adapter, dtype):
+    "Raises `Finding` where nothing of what the adapter changes is in the files, or all but nothing."
+    if touched and len(sums.unmoved) == touched and not sums.asked:
+        raise Finding(
+            "the merged model equals its base: this adapter changes nothing",
+            adapter,
+            "Was it trained? Look at what it holds: vlm-lora-lab inspect",
+        )
+    if sums.kept < 0.1 * sums.asked:
+        kind = str(dtype or "the type of the base").removeprefix("torch.")
+        raise Finding(
+            f"the merged model all but equals its base: {sums.kept / sums.asked:.1%} of what this adapter changes "
+            f"is left in {kind}",
+            adapter,
+            "Write it in float32 (--dtype float32)",
+        )
 
 # %% ../../nbs/71_checkpoint.merge.ipynb #923ae314
 def _write(folder, plan, source, adapter, dtype, max_shard_size, sums, kinds):
@@ -779,50 +763,3 @@ def merge_memory(
     "The most that `merge_into` holds at a time, predicted."
     largest = max(model.get_submodule(n).weight.numel() for n in linear_layers(model)["language"])
     return 4 * (7 * min(largest, CHUNK) + (2 * largest + largest // 8 if four_bit else 0)) + 4 * CHUNK
-
-
-def noise_checkpoint(
-    folder: str | Path,  # must exist
-    values: dict,  # of a config.json
-    plan: TuningPlan,
-    four_bit: bool = True,  # what the adapter says of its training
-    shards: int = 4,
-) -> tuple[Path, Path]:  # folder of a base, folder of an adapter for it
-    "Weights of noise in the shapes of a configuration, for measuring; nothing of that size is held."
-    base, adapter, noise = Path(folder) / "base", Path(folder) / "adapter", 0.02 * torch.randn(2**20)
-    base.mkdir()
-    adapter.mkdir()
-    write_json(base / "config.json", values)
-    state = {n: (torch.bfloat16, tuple(t.shape)) for n, t in on_meta(values).state_dict().items()}
-    room, weight_map = sum(torch.Size(s).numel() for _, s in state.values()) / shards, {}
-    for i, n in enumerate(state):
-        weight_map[n] = min(shards - 1, int(sum(torch.Size(s).numel() for _, s in list(state.values())[:i]) / room))
-    model = apply_plan(on_meta(values), plan)
-    model.active_peft_config.save_pretrained(adapter)
-    learned = {
-        n: (torch.float32, tuple(t.shape))
-        for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    files = {
-        base / f"model-{i + 1:05}-of-{shards:05}.safetensors": {n: state[n] for n, k in weight_map.items() if k == i}
-        for i in range(shards)
-    }
-    for file, entries in {**files, adapter / "adapter_model.safetensors": learned}.items():
-        shard = _Shard(file, [(n, *e) for n, e in entries.items()])
-        for kind, shape in entries.values():
-            for left in range(torch.Size(shape).numel(), 0, -len(noise)):
-                shard.add(noise[:left].to(kind))
-        shard.close()
-    write_json(
-        base / INDEX,
-        {
-            "metadata": {},
-            "weight_map": {n: f"model-{k + 1:05}-of-{shards:05}.safetensors" for n, k in weight_map.items()},
-        },
-    )
-    write_json(adapter / "plan.json", plan.to_dict())
-    write_json(
-        adapter / "provenance.json",
-        {"base": str(base), "base_fingerprint": fingerprint(base), "four_bit": four_bit, "versions": {}},
-    )
-    return base, adapter

@@ -24,33 +24,37 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..compat import no_false_warning
 from ..data.batch import BaseProcessor
 from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
 from ..models.files import copy_beside, stored_in
 from ..models.load import load_tokenizer, load_vlm, model_folder, stand_in
-from ..models.parts import layout_of, plain_name
+from ..models.names import TensorName, plain_name
+from ..models.parts import layout_of
 from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
-from ..plan.tuning import TuningPlan, audit, lora_layers, no_false_warning
+from ..plan.tuning import TuningPlan, audit, lora_layers
 from ..settings import FilePath, Within, fitting
+from ..show import package_versions
 from ..train.identity import STARTED, file_sha256, located
 from ..train.run import last_checkpoint
 
@@ -239,8 +243,8 @@ def _read_text(path):
 def _unwrapped(model):
     "The PEFT model inside whatever distributes or compiles it."
     while not isinstance(model, PeftModel):
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
+        inner = getattr(model, "module", None) or extract_model_from_parallel(model, keep_torch_compile=False)
+        if not isinstance(inner, nn.Module) or inner is model:
             raise InputError(
                 f"this {type(model).__name__} carries no adapter", "save_adapter", "Save a whole model with save_vlm"
             )
@@ -273,7 +277,7 @@ def kept_tensors(
     """Everything that belongs to an adapter, under the keys that plain PEFT reads.
 
     Raises `InputError` for a model that FSDP 1 has taken apart."""
-    if any("_fsdp_wrapped_module" in n for n, _ in model.named_parameters()):
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         raise InputError(
             "FSDP 1 has taken this model apart under other names",
             "save_adapter",
@@ -283,19 +287,23 @@ def kept_tensors(
         model, state_dict=model.state_dict(keep_vars=True), adapter_name=adapter, save_embedding_layers=False
     )
     stored = {id(t) for t in state.values()}
-    others = re.compile("|".join(rf"\.{re.escape(a)}(\.|$)" for a in model.peft_config if a != adapter) or "(?!)")
+    others = set(model.peft_config) - {adapter}
     hand = {
-        n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in stored and not others.search(n)
+        n: p
+        for n, p in model.named_parameters()
+        if p.requires_grad and id(p) not in stored and TensorName.of(n).adapter not in others
     }
     return state | hand, list(hand)
 
 # %% ../../nbs/70_checkpoint.save.ipynb #1f0fdffe
-def _collected(state, given, names):
+def _collected(live, given, model):
     """The tensors on the CPU, whole, each in memory of its own; and the keys of those that are not here.
 
     Every process must call it."""
-    found, empty, seen = {}, [], set()
-    for key, t in state.items():
+    names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()} if given is not None else {}
+    found, empty = {}, []
+    seen = set()
+    for key, t in live.items():
         if given is not None:
             t = given.get(names[id(t)])
         if t is None or t.numel() == 0:
@@ -417,20 +425,11 @@ def save_adapter(
     peft, folder = _unwrapped(model), Path(folder)
     if plan is not None:
         audit(peft, plan)
-    adapter = _adapter_name(peft, adapter)
-    live, by_hand = kept_tensors(peft, adapter)
+    live, by_hand = kept_tensors(peft, adapter := _adapter_name(peft, adapter))
     if not any(t.requires_grad for t in live.values()):
         warnings.warn(f"nothing of the adapter {adapter!r} asks for a gradient; it is saved as it is.", stacklevel=2)
-    tensors, empty = _collected(
-        live, state, {id(p): n for n, p in peft.state_dict(keep_vars=True).items()} if state is not None else None
-    )
-    if bad := not_finite(tensors):
-        raise InputError(
-            f"{len(bad)} of {len(tensors)} trained tensors hold NaN or infinity, such as {bad[0]}",
-            folder,
-            "Nothing was written: such an adapter is of no use. Take an earlier checkpoint, and train on with a lower "
-            "learning rate",
-        )
+    tensors, empty = _collected(live, state, peft)
+    _refuse_not_finite(tensors, folder)
     config = copy.deepcopy(peft.peft_config[adapter])
     config.base_model_name_or_path, config.inference_mode = located(base), True
     provenance = {
@@ -445,16 +444,22 @@ def save_adapter(
         "data": data or {},
         "metrics": metrics or {},
         "max_pixels": max_pixels,
-        "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+        "versions": package_versions(),
+        **({"from_adapter": ancestor} if ancestor else {}),
+        "base_sha256": base_hash,
     }
-    if ancestor:
-        provenance["from_adapter"] = ancestor
-    _first_process_only(
-        lambda: _write(
-            folder, tensors, empty, config, plan, base, tokenizer, provenance | {"base_sha256": base_hash}, hash_base
-        )
-    )
+    _first_process_only(lambda: _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base))
     return folder
+
+
+def _refuse_not_finite(tensors, folder):
+    if bad := not_finite(tensors):
+        raise InputError(
+            f"{len(bad)} of {len(tensors)} trained tensors hold NaN or infinity, such as {bad[0]}",
+            folder,
+            "Nothing was written: such an adapter is of no use. Take an earlier checkpoint, and train on with a lower "
+            "learning rate",
+        )
 
 # %% ../../nbs/70_checkpoint.save.ipynb #4838840f
 def _write(folder, tensors, empty, config, plan, base, tokenizer, provenance, hash_base):
@@ -492,7 +497,8 @@ _CARD = """---
 library_name: peft
 base_model: {base}
 ---
-An adapter of {count} tensors for `{base}`, in PEFT's format. `provenance.json` says what it belongs to and holds a hash of every file.
+An adapter of {count} tensors for `{base}`, in PEFT's format. \
+`provenance.json` says what it belongs to and holds a hash of every file.
 
 ```python
 from vlm_lora_lab.checkpoint.save import load_adapter
@@ -837,10 +843,9 @@ def _of_plain(folder, base):
             folder,
             "Copy the whole folder again from where it was trained",
         )
-    config = read_json(folder / "adapter_config.json")
-    for error in wrong_in(
-        config, SAYS_CONFIG | {"base_model_name_or_path": str | None}, str(folder / "adapter_config.json")
-    ).values():
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    for error in wrong_in(config, SAYS_CONFIG | {"base_model_name_or_path": str | None}, str(path)).values():
         raise error
     named = config.get("base_model_name_or_path")
     base = base or (find_base(named, folder) if named else None)
@@ -851,18 +856,7 @@ def _of_plain(folder, base):
             folder,
             f"See what can be kept of it: {command}",
         )
-    if others := sorted(
-        f.name
-        for f in folder.iterdir()
-        if f.suffix in (".safetensors", ".bin", ".pt", ".pth")
-        and f.name != "adapter_model.safetensors"
-        and not _STATE.fullmatch(f.name)
-    ):
-        raise InputError(
-            f"weights lie beside this adapter, which PEFT would not read ({', '.join(others[:3])})",
-            folder,
-            f"Another program wrote them. Take them along: {command}",
-        )
+    _refuse_others_beside(folder, command)
     if base is None:
         raise InputError(
             "adapter_config.json does not say which model this adapter belongs to",
@@ -890,6 +884,21 @@ def _of_plain(folder, base):
     }
 
 
+def _refuse_others_beside(folder, command):
+    if others := sorted(
+        f.name
+        for f in folder.iterdir()
+        if f.suffix in (".safetensors", ".bin", ".pt", ".pth")
+        and f.name != "adapter_model.safetensors"
+        and not _STATE.fullmatch(f.name)
+    ):
+        raise InputError(
+            f"weights lie beside this adapter, which PEFT would not read ({', '.join(others[:3])})",
+            folder,
+            f"Another program wrote them. Take them along: {command}",
+        )
+
+
 def _at_hand(base):
     "Is this model here? A stranger's file may not make us fetch one."
     if str(base) == "lab" or os.path.isdir(base) or stand_in(base):
@@ -915,12 +924,26 @@ def _or_rescue(folder, provenance):
 # %% ../../nbs/70_checkpoint.save.ipynb #d4eaaaf9
 def _kept_whole(weights):
     "The modules whose own weights an adapter holds, and which therefore cannot be in 4 bit."
-    plain = (
-        k.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        for k, t in weights.items()
-        if ".lora_" not in k and t.dim() == 2
-    )
-    return sorted({n.removesuffix(".weight") for n in plain if n.endswith(".weight")})
+    matrices = (TensorName.of(k) for k, t in weights.items() if t.dim() == 2)
+    return sorted({m.module for m in matrices if not m.lora and m.tensor == "weight"})
+
+
+def _read_adapter(folder):
+    "Weights and configuration. Raises `InputError` for a file that is damaged, or holds what LoRA cannot be."
+    try:
+        weights, config = load_file(folder / "adapter_model.safetensors"), PeftConfig.from_pretrained(str(folder))
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
+        raise InputError(
+            f"a file is truncated or damaged ({e})", folder, "Copy the whole folder again from where it was trained"
+        ) from None
+    if whole := [k for k, t in weights.items() if TensorName.of(k).lora and not t.is_floating_point()]:
+        raise InputError(
+            f"{whole[0]} holds whole numbers ({str(weights[whole[0]].dtype).removeprefix('torch.')}), and LoRA's "
+            "matrices are fractions",
+            folder,
+            "Copy the whole folder again from where it was trained",
+        )
+    return weights, config
 
 
 def _places(adapted, weights, folder):
@@ -991,19 +1014,7 @@ def load_adapter(
     lora_config(folder)
     base = base or provenance["base"]
     check_base(folder, base, provenance, verify, quick)
-    try:
-        weights, config = load_file(folder / "adapter_model.safetensors"), PeftConfig.from_pretrained(str(folder))
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
-        raise InputError(
-            f"a file is truncated or damaged ({e})", folder, "Copy the whole folder again from where it was trained"
-        ) from None
-    if whole := [k for k, t in weights.items() if ".lora_" in k and not t.is_floating_point()]:
-        raise InputError(
-            f"{whole[0]} holds whole numbers ({str(weights[whole[0]].dtype).removeprefix('torch.')}), and LoRA's "
-            "matrices are fractions",
-            folder,
-            "Copy the whole folder again from where it was trained",
-        )
+    weights, config = _read_adapter(folder)
     # PEFT would warn that the base lies elsewhere now
     config.inference_mode, config.base_model_name_or_path = not trainable, None
     if model is None:
@@ -1017,7 +1028,7 @@ def load_adapter(
     for key, t in weights.items():  # in the type of the file: PEFT would round it to the base's
         places[key].data = t.to(places[key].device, copy=True)  # out of the mapped file, whose bytes lie where they lie
     # PEFT writes an embedding's own weight beside its LoRA
-    copies = {k for k in weights if provenance.get("unsealed") and k.endswith(".base_layer.weight")}
+    copies = {k for k in weights if provenance.get("unsealed") and TensorName.of(k).base_weight}
     trained = {id(places[k]) for k in set(weights) - copies - set(provenance.get("not_trained", ()))}
     for p in adapted.parameters():
         if p.is_floating_point():
@@ -1172,11 +1183,12 @@ def start_from(
             f"this file is truncated or damaged ({e})", path, "Copy the whole folder again from where it was trained"
         ) from None
     # an embedding's own, which PEFT writes beside its LoRA
-    weights = {k: t for k, t in weights.items() if not k.endswith(".base_layer.weight")}
+    weights = {k: t for k, t in weights.items() if not TensorName.of(k).base_weight}
     places, _ = kept_tensors(model)
-    plain = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    named = ((TensorName.of(n), p) for n, p in model.named_parameters() if p.requires_grad)
+    full = {said.own: p for said, p in named if not said.lora}
     for key, tensor in weights.items():
-        place = places.get(key, plain.get(plain_name(key)))
+        place = places.get(key, full.get(TensorName.of(key).own))
         if place is None or place.shape != tensor.shape or not tensor.is_floating_point():
             raise InputError(f"{key} does not fit the plan's model", path, _merge_first(folder))
         place.copy_(tensor)

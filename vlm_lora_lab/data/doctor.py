@@ -6,7 +6,6 @@
 __all__ = ['SEVERITIES', 'Finding', 'Look', 'look', 'Compare', 'Report', 'check_data', 'mutate']
 
 # %% ../../nbs/28_data.doctor.ipynb #c2dee9e0
-import html
 import signal
 import time
 from collections import Counter
@@ -22,11 +21,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .batch import BaseProcessor
+from .dialects import DIALECTS, dialect_of
 from .files import Inline, Remote, Rows, parse_json
-from .records import DIALECTS, Access, RecordError, Unread, dialect_of, parse_record
-from .slicing import load_image, opened, picture_size
+from .media import MENTION, RecordError, Unread, load_image, numbered, opened, picture_size
+from .records import Access, parse_record
 from .tokens import IGNORE
 from ..errors import InputError
+from ..show import Html, element, html_list, html_table, text_lines
 
 # %% ../../nbs/28_data.doctor.ipynb #fc00a739
 SEVERITIES = ("note", "warning", "error")
@@ -75,9 +76,18 @@ def _print(*parts):
     return int.from_bytes(digest.digest(), "little")
 
 
+def _name(image):
+    "What a picture is known by before it is opened."
+    if isinstance(image, Inline):
+        return image.data
+    if isinstance(image, Remote):
+        return image.url
+    return image.tobytes() if isinstance(image, Image.Image) else image
+
+
 def _look_at_picture(image, how, where, limits):
     "Size and fingerprint of one picture, and what is odd about it."
-    odd, name = [], image.data if isinstance(image, Inline) else image.url if isinstance(image, Remote) else image
+    odd = []
     if how == "decode":
         moves = False
         if not isinstance(image, (Image.Image, Remote)):
@@ -89,7 +99,7 @@ def _look_at_picture(image, how, where, limits):
             odd.append(("note", "the picture has several frames or pages; the model sees the first"))
     else:
         size = None if how == "none" and not isinstance(image, Image.Image) else picture_size(image, where, limits)
-        key = _print(name.tobytes() if isinstance(name, Image.Image) else name)
+        key = _print(_name(image))
     if size and min(size) < 8:
         odd.append(("warning", f"the picture has {size[0]} × {size[1]} pixels; there is little to see"))
     return size, key, odd
@@ -112,22 +122,23 @@ def look(
     line: int | None = None,  # of the file
 ) -> Look:
     "Look at one record. Raises nothing, whatever it is."
-    findings, where, name, value = [], "", "", None
+    findings: list[Finding] = []
+    name, value = "", None
 
     def say(level, kind, reason, remedy="", field=""):
         return findings.append(Finding(level, kind, reason, remedy, number, line, name, field))
 
     try:
-        value = parse_json(record, where, access.limits) if isinstance(record, bytes) else record
+        value = parse_json(record, "", access.limits) if isinstance(record, bytes) else record
         name = str(value.get("id", number))[:100] if isinstance(value, dict) else ""
-        conversation = parse_record(value, access, where, number)
+        conversation = parse_record(value, access, "", number)
     except InputError as e:
         say("error", getattr(e, "kind", "json"), e.found, e.remedy, field=getattr(e, "field", ""))
         return Look(tuple(findings), _dialect(value), id=name)
     sizes, seen = [], []
     for i, image in enumerate(conversation.images):
         try:
-            size, key, odd = _look_at_picture(image, pictures, where, access.limits)
+            size, key, odd = _look_at_picture(image, pictures, "", access.limits)
         except InputError as e:
             say("error", "picture", e.found, e.remedy, field=f"picture {i}")
             continue
@@ -329,7 +340,8 @@ def _headlines(report):
         f"{worst['warning']:,} have warnings"
         f" ({report.seconds:.1f} s, {report.rows / max(report.seconds, 1e-9):,.0f} a second)"
     )
-    dialects = ", ".join(f"{DIALECTS.get(k, 'not recognised')} {n:,}" for k, n in report.dialects.most_common())
+    titles = {name: dialect.title for name, dialect in DIALECTS.items()}
+    dialects = ", ".join(f"{titles.get(k, 'not recognised')} {n:,}" for k, n in report.dialects.most_common())
     yield f"dialect: {dialects or 'none'}; pictures: {d['pictures']:,}"
     if t := d["tokens"]:
         yield (
@@ -365,42 +377,41 @@ def _safe(text):
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 # %% ../../nbs/28_data.doctor.ipynb #3b0bd06c
+_HEADS = ("severity", "line", "record", "id", "field", "reason")
+
+
 def _text_of(report, show):
-    heads = ("severity", "line", "record", "id", "field", "reason")
     rows = [[_safe(cell)[: 24 if i < 5 else 200] for i, cell in enumerate(row)] for row in _table(report, show)]
-    widths = [max(len(r[i]) for r in [heads, *rows]) for i in range(5)]
     lines = [_safe(report.name), *(f"  {_safe(h)}" for h in _headlines(report))]
     if rows:
-        lines += [""] + ["  " + "  ".join([*(c.ljust(w) for c, w in zip(r, widths)), r[5]]) for r in [heads, *rows]]
+        lines += ["", *(f"  {line}" for line in text_lines([_HEADS, *rows], "<"))]
     if len(report.findings) > show:
         lines.append(f"  … and {len(report.findings) - show:,} more; --format json lists all")
     return "\n".join(lines)
 
 
-_STYLE = """<style>.doctor{font:14px/1.45 system-ui,sans-serif;max-width:70em}.doctor table{border-collapse:collapse;margin:.8em 0}
+_STYLE = """<style>.doctor{font:14px/1.45 system-ui,sans-serif;max-width:70em}\
+.doctor table{border-collapse:collapse;margin:.8em 0}
 .doctor th,.doctor td{text-align:left;vertical-align:top;padding:.25em .7em;border-bottom:1px solid #8884}
 .doctor td{white-space:nowrap}.doctor td:last-child{white-space:normal;max-width:38em;overflow-wrap:anywhere}
-.doctor .error{border-left:5px solid #d1603d}.doctor .warning{border-left:5px double #b8860b}.doctor .note{border-left:5px dotted #8a8a8a}</style>"""
+.doctor .error{border-left:5px solid #d1603d}.doctor .warning{border-left:5px double #b8860b}\
+.doctor .note{border-left:5px dotted #8a8a8a}</style>"""
 
 
 def _body_of(report, show):
-    e = html.escape
-    rows = "".join(
-        f'<tr class="{r[0]}">' + "".join(f"<td>{e(_safe(c))}</td>" for c in r) + "</tr>" for r in _table(report, show)
-    )
-    heads = "".join(f"<th>{h}</th>" for h in ("severity", "line", "record", "id", "field", "reason"))
-    more = f"<p>… and {len(report.findings) - show:,} more.</p>" if len(report.findings) > show else ""
-    table = (
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{more}"
-        if rows
-        else "<p>Nothing to say about any record.</p>"
-    )
-    facts = "".join(f"<li>{e(_safe(h))}</li>" for h in _headlines(report))
-    return f'{_STYLE}<div class="doctor"><h3>{e(_safe(report.name))}</h3><ul>{facts}</ul>{table}</div>'
+    rows = [[_safe(cell) for cell in row] for row in _table(report, show)]
+    if rows:
+        said = html_table([_HEADS, *rows], classes=[row[0] for row in rows])
+        if len(report.findings) > show:
+            said = Html(said + element("p", f"… and {len(report.findings) - show:,} more."))
+    else:
+        said = element("p", "Nothing to say about any record.")
+    facts = html_list(_safe(h) for h in _headlines(report))
+    return _STYLE + element("div", element("h3", _safe(report.name)), facts, said, class_="doctor")
 
 
 def _page_of(report, show):
-    head = f'<head><meta charset="utf-8"><title>{html.escape(_safe(report.name))}</title></head>'
+    head = f'<head><meta charset="utf-8">{element("title", _safe(report.name))}</head>'
     return f'<!doctype html><html lang="en">{head}<body>{_body_of(report, show)}</body></html>\n'
 
 # %% ../../nbs/28_data.doctor.ipynb #1eb0e011
@@ -489,60 +500,50 @@ def check_data(
     return report
 
 # %% ../../nbs/28_data.doctor.ipynb #4bcfab2b
+_JUNK = (
+    *(None, True, 0, -1, 1e308, "", MENTION, numbered(0), "\x00", "\ud800", "../x", "http://x/y", "<|im_end|>"),
+    *([], {}, [[]], {"": ""}, "x" * 50),
+)
+_KEYS = ("id", "image", "images", "conversations", "messages", "from", "role", "type", "text", "")
+
+
+def _mutate_dict(value, rng):
+    "Drop a key, give its value to another key, or spoil its value."
+    value, key = dict(value), rng.choice(list(value))
+    action = rng.randrange(4)
+    if action == 0:
+        del value[key]
+    elif action == 1:
+        value[rng.choice(_KEYS)] = value[key]
+    else:
+        value[key] = mutate(value[key], rng)
+    return value
+
+
+def _mutate_list(value, rng):
+    "Drop an element, repeat one, or spoil one."
+    value, i = list(value), rng.randrange(len(value))
+    action = rng.randrange(4)
+    if action == 0:
+        del value[i]
+    elif action == 1:
+        value.insert(i, value[rng.randrange(len(value))])
+    else:
+        value[i] = mutate(value[i], rng)
+    return value
+
+
 def mutate(
     value: Any,  # a record, or a part of one
     rng: Random,
 ) -> Any:  # a value that JSON can hold, most likely spoilt
     "Spoil a record in a random place; for tests of what reads it."
-    junk = [
-        None,
-        True,
-        0,
-        -1,
-        1e308,
-        "",
-        "<image>",
-        "<image_00>",
-        "\x00",
-        "\ud800",
-        "../x",
-        "http://x/y",
-        "<|im_end|>",
-        [],
-        {},
-        [[]],
-        {"": ""},
-        "x" * 50,
-    ]
-    if rng.random() < 0.15:
-        return rng.choice(junk)
-    if isinstance(value, dict) and value:
-        value, key = dict(value), rng.choice(list(value))
-        action = rng.randrange(4)
-        if action == 0:
-            del value[key]
-        elif action == 1:
-            value[
-                rng.choice(["id", "image", "images", "conversations", "messages", "from", "role", "type", "text", ""])
-            ] = value[key]
-        else:
-            value[key] = mutate(value[key], rng)
-        return value
-    if isinstance(value, list) and value:
-        value, i = list(value), rng.randrange(len(value))
-        action = rng.randrange(4)
-        if action == 0:
-            del value[i]
-        elif action == 1:
-            value.insert(i, value[rng.randrange(len(value))])
-        else:
-            value[i] = mutate(value[i], rng)
-        return value
-    if isinstance(value, str) and value:
-        i = rng.randrange(len(value))
-        return (
-            value[:i]
-            + rng.choice(["", *(j for j in junk if isinstance(j, str))])
-            + value[rng.randrange(i, len(value)) :]
-        )
-    return rng.choice(junk)
+    if rng.random() < 0.15 or not value or not isinstance(value, (dict, list, str)):
+        return rng.choice(_JUNK)
+    if isinstance(value, dict):
+        return _mutate_dict(value, rng)
+    if isinstance(value, list):
+        return _mutate_list(value, rng)
+    i = rng.randrange(len(value))
+    middle = rng.choice(["", *(j for j in _JUNK if isinstance(j, str))])
+    return value[:i] + middle + value[rng.randrange(i, len(value)) :]

@@ -50,7 +50,9 @@ class _Window:
     "A text file seen through a window that only moves forward, with byte offset and line of its first character."
 
     def __init__(self, file, skip):
-        self.file, self.text, self.at, self.offset, self.line, self.ended = file, "", 0, skip, 1, False
+        self.file, self.ended = file, False
+        self.text, self.at = "", 0
+        self.offset, self.line = skip, 1
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def more(self):
@@ -139,18 +141,21 @@ class _Places:
     "Where the records of a file are: bytes, bytes, number of the first line."
 
     def __init__(self):
-        self.starts, self.sizes, self.lines, self.broken = array("Q"), array("Q"), array("Q"), None
+        self.starts, self.sizes = array("Q"), array("Q")
+        self.lines, self.broken = array("Q"), None
 
     def note(self, start, size, line):
-        for numbers, value in ((self.starts, start), (self.sizes, size), (self.lines, line)):
-            numbers.append(value)
+        self.starts.append(start)
+        self.sizes.append(size)
+        self.lines.append(line)
 
 
 def _walk_lines(file, skip, limit, places):
     "Note every line that is not blank."
     offset, number = skip, 0
     while line := file.readline(limit + 2):
-        number, size, blank = number + 1, len(line), not line.strip()
+        number += 1
+        size, blank = len(line), not line.strip()
         while not line.endswith(b"\n") and (line := file.readline(_PIECE)):
             size += len(line)
         if not blank or size > limit:
@@ -262,7 +267,7 @@ _BEGINNINGS = (
     ),
 )
 
-
+# %% ../../nbs/26_data.files.ipynb #df707bcd
 def _zipped(path):
     "What a file is that begins like a zip archive."
     try:
@@ -289,7 +294,7 @@ def _binary_kind(path, head):
         return "pickle", ""
     return next(((what, remedy) for mark, what, remedy in _BEGINNINGS if head.startswith(mark)), None)
 
-
+# %% ../../nbs/26_data.files.ipynb #4d15b53b
 def _is_json(text):
     with suppress(ValueError, RecursionError):
         json.loads(text)
@@ -332,7 +337,7 @@ def _text_kind(path, text):
         "Give a list of records [ {…}, {…} ], or one record per line",
     )
 
-
+# %% ../../nbs/26_data.files.ipynb #390a4b49
 def _foreign(path, head):
     "The error for a file that is no JSON in UTF-8; None: it looks like it. Only its beginning is read."
     kind = _binary_kind(path, head)
@@ -429,7 +434,8 @@ class Rows(Sequence):
     ):
         self.path, self.limits = Path(path), limits
         places, first = _walk(self.path, limits)
-        self.starts, self.sizes, self.lines = places.starts, places.sizes, places.lines
+        self.starts, self.sizes = places.starts, places.sizes
+        self.lines = places.lines
         self.broken = places.broken and InputError(
             places.broken[0], f"{path}, {places.broken[1]}", _remedy(places.broken[0])
         )
@@ -463,7 +469,8 @@ def _refuse_one_object(rows):
     many lines."""
     if len(rows) > 1 and _is_json(rows.raw(0)):
         return
-    size, value, end = rows.starts[-1] + rows.sizes[-1], None, 0
+    size = rows.starts[-1] + rows.sizes[-1]
+    value, end = None, 0
     with open(rows.path, "rb") as file:
         text = file.read(min(size, rows.limits.record_bytes)).decode("utf-8-sig", "ignore").lstrip()
     with suppress(ValueError, RecursionError):
@@ -487,7 +494,7 @@ def _refuse_one_object(rows):
     ):
         _refuse_wrapped(rows.path, value)
 
-
+# %% ../../nbs/26_data.files.ipynb #c773d9cb
 def _lists(value):
     "Keys under which there are records: lists of objects, and rather those that look like conversations."
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)}
@@ -615,7 +622,7 @@ def _meant(name, root):
         near = ""
     return f"{says}{'. ' * bool(says)}Did you mean {near!r}?" if near else says
 
-
+# %% ../../nbs/26_data.files.ipynb #46ce697e
 def find_picture(
     reference: str,  # as the record has it
     root: str | Path,  # folder that relative paths start from, and that no path may leave

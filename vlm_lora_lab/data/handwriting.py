@@ -13,9 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from .dialects import convert
+from .dialects import DIALECTS
 from .drawn import STRIP, draw
-from .records import DIALECTS
+from .media import MENTION, numbered
+from .records import convert
 
 # %% ../../nbs/25_data.handwriting.ipynb #e5707960
 SPLITS = {"train": (0.7, 2000), "validation": (0.1, 200), "test": (0.2, 200)}  # share of the scans, number of pictures
@@ -81,16 +82,12 @@ def build(
         for i in range(SPLITS[split][1]):
             image, value = compose(pick(pool, rng), rng)
             image.save(folder / "handwriting" / split / f"{i:04}.png", optimize=True)
-            rows.append(
-                {
-                    "id": f"{split}-{i:04}",
-                    "image": f"{split}/{i:04}.png",
-                    "conversations": turns(f"<image>\n{QUESTION}", value),
-                }
-            )
+            talk = turns(f"{MENTION}\n{QUESTION}", value)
+            rows.append({"id": f"{split}-{i:04}", "image": f"{split}/{i:04}.png", "conversations": talk})
         write(folder / "handwriting" / f"{split}.json", rows)
     (folder / "pictures").mkdir(exist_ok=True)
-    pair, shapes, total = draw(0, "pair"), draw(1, "caption"), draw(2, "sum")
+    pair, shapes = draw(0, "pair"), draw(1, "caption")
+    total = draw(2, "sum")
     drawn: list[Any] = [*pair.images, *shapes.images]
     for i, picture in enumerate(drawn):
         picture.save(folder / "pictures" / f"{i}.png", optimize=True)
@@ -100,12 +97,12 @@ def build(
             {
                 "id": "one-picture",
                 "image": "pictures/2.png",
-                "conversations": turns(f"<image>\n{shapes.question}", shapes.answer),
+                "conversations": turns(f"{MENTION}\n{shapes.question}", shapes.answer),
             },
             {
                 "id": "two-pictures",
-                "image": {"<image_00>": "pictures/0.png", "<image_01>": "pictures/1.png"},
-                "conversations": turns(f"<image_00>\n<image_01>\n{pair.question}", pair.answer),
+                "image": {numbered(i): f"pictures/{i}.png" for i in range(2)},
+                "conversations": turns(f"{numbered(0)}\n{numbered(1)}\n{pair.question}", pair.answer),
             },
             {"id": "no-picture", "conversations": turns(total.question, total.answer)},
         ],

@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 
 from .batch import BaseProcessor
-from .records import Conversation
-from .slicing import load_image
+from .media import Conversation
 from .tokens import IGNORE, drop_turns
+from ..show import Html, html_table
 
 # %% ../../nbs/29_data.view.ipynb #7fe6d1d1
 KINDS = {"learned": "learned", "prompt": "prompt", "picture": "picture", "padding": "padding"}
@@ -46,7 +46,8 @@ def pieces_of(
     padding: int = 0,  # tokens that are added behind
 ) -> tuple[Piece, ...]:
     "Cut a text into pieces for the eye; no token is left out."
-    pieces, at, picture = [], 0, 0
+    pieces: list[Piece] = []
+    at, picture = 0, 0
     while at < len(ids):
         kind, end = _kind(at, labels, places), at + 1
         if kind == "picture":
@@ -73,8 +74,10 @@ background:#fff;padding:.5em}
 .tv .t{flex:1 1 24em;min-width:18em}.tv .p{flex:0 1 auto;font:12px/1.3 system-ui,sans-serif}
 .tv span{border:1px solid #bbb;border-radius:3px;padding:1px 3px;margin:1px;white-space:pre-wrap}
 .tv .learned{background:#1b6ca8;border-color:#1b6ca8;color:#fff;font-weight:600}.tv .prompt{background:#fff}
-.tv .picture{background:repeating-linear-gradient(45deg,#f3d9cf,#f3d9cf 4px,#fff 4px,#fff 8px);border-color:#d1603d;white-space:nowrap}
-.tv .padding{border-style:dashed;white-space:nowrap;color:#777;background:#f6f6f6}.tv table{border-collapse:collapse}.tv td{padding:1px}.tv img{display:block;border:1px solid #d1603d}
+.tv .picture{background:repeating-linear-gradient(45deg,#f3d9cf,#f3d9cf 4px,#fff 4px,#fff 8px);\
+border-color:#d1603d;white-space:nowrap}
+.tv .padding{border-style:dashed;white-space:nowrap;color:#777;background:#f6f6f6}\
+.tv table{border-collapse:collapse}.tv td{padding:1px}.tv img{display:block;border:1px solid #d1603d}
 .tv .k{font:12px/2 system-ui,sans-serif;margin-bottom:.4em}</style>"""
 
 
@@ -122,13 +125,11 @@ class TokenView:
             if grid:
                 cols, rows = grid
 
-                def cell(i):
-                    return f"<td>{_image_html(tiles[1 + i], max(60, 260 // max(cols, rows)))}</td>"
-
-                body = "".join("<tr>" + "".join(cell(r * cols + c) for c in range(cols)) + "</tr>" for r in range(rows))
+                slices = [Html(_image_html(tile, max(60, 260 // max(cols, rows)))) for tile in tiles[1:]]
+                table = html_table([slices[r * cols : (r + 1) * cols] for r in range(rows)], head=False)
                 out += (
                     f"<div>pictures {number + 1} to {number + cols * rows}, slices of {tiles[1].width} × "
-                    f"{tiles[1].height}</div><table>{body}</table>"
+                    f"{tiles[1].height}</div>{table}"
                 )
             number += len(tiles)
         return out
@@ -146,7 +147,7 @@ def see(
     answer: bool = True,  # with the last answer (training), or only its prompt (generation)
 ) -> TokenView:
     "What a model sees of a conversation. Raises `InputError` as the processor does."
-    images = [load_image(i, conversation.where) for i in conversation.images]
+    images = conversation.pixels()
     e = processor.encode(conversation, [processor.grid(i.size) for i in images], answer)
     images = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
     padding = max(0, (pad_to or 0) - len(e.input_ids))

@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,19 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig, PreTrainedConfig, TrainerCallback
 
+from ..compat import attention_of, no_false_warning, set_attention, without_adapters
 from .gradients import loss_of, undisturbed
 from .specimens import weight_norms
 from .trace import Event, trace
 from ..errors import InputError, complete_or_nothing, empty_folder
-from ..models.parts import PARTS, layout_of
+from ..families.base import is_ours
 from ..models.load import load_vlm
+from ..models.parts import PARTS, layout_of
 from ..models.precision import not_finite
 from ..models.published import model_class, model_config
+from ..show import PACKAGES, package_versions
 
 # %% ../../nbs/61_debug.nan.ipynb #cede18c9
 CAUSES = {  # cause -> what it means, what to do
@@ -275,15 +277,15 @@ def _in_dtype(model, dtype):
 @contextmanager
 def _attention(model, kind):
     "Another implementation of attention: transformers' layers look the name up in their configuration at each call."
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
-    was = [(c, c._attn_implementation) for c in configs.values()]
+    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
+    was = [(c, attention_of(c)) for c in configs.values()]
     try:
         for config, _ in was:
-            config._attn_implementation = kind
+            set_attention(config, kind)
         yield
     finally:
         for config, old in was:
-            config._attn_implementation = old
+            set_attention(config, old)
 
 
 @contextmanager
@@ -310,11 +312,11 @@ def _trials(model, batch):
         if {p.dtype for p in model.parameters() if p.is_floating_point()} != {dtype}:
             yield str(dtype).removeprefix("torch."), _in_dtype(model, dtype), cast(dtype)
     config = getattr(model, "config", None)
-    if hasattr(config, "_attn_implementation"):
-        other = "sdpa" if config._attn_implementation == "eager" else "eager"
+    if isinstance(config, PreTrainedConfig):
+        other = "sdpa" if attention_of(config) == "eager" else "eager"
         yield f"{other} attention", _attention(model, other), batch
     if adapters := [m for m in model.modules() if isinstance(m, BaseTunerLayer)]:
-        yield "without LoRA", _changed(adapters, "_disable_adapters", True), batch
+        yield "without LoRA", without_adapters(adapters), batch
     if "attention_mask" in tensors:
         yield (
             "a mask of ones",
@@ -520,7 +522,8 @@ sys.path.insert(0, "")  # your own modules, from where you are
 
 from vlm_lora_lab.debug.nan import replay
 
-print(replay(Path(__file__).parent) or "The step is healthy here: it depends on the machine. See case.json for the one it was seen on.")
+print(replay(Path(__file__).parent) or "The step is healthy here: it depends on the machine. \
+See case.json for the one it was seen on.")
 '''
 
 
@@ -559,12 +562,12 @@ def save_case(
         "build": build,
         "base": getattr(base, "name_or_path", None),
         "scale": scale,
-        "attention": getattr(getattr(base, "config", None), "_attn_implementation", None),
+        "attention": attention_of(getattr(base, "config", None)),
         "trained": [n for n, p in model.named_parameters() if p.requires_grad],
         "settings": {k: v for k, v in batch.items() if isinstance(v, (bool, int, float, str)) or v is None},
         "facts": dict(facts or {}),
         "gpu": gpu,
-        "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft")},
+        "versions": package_versions(*PACKAGES[:4]),
         "diagnosis": {k: v for k, v in asdict(diagnosis).items() if k != "event"},
     }
     folder = empty_folder(folder)
@@ -650,12 +653,8 @@ def _rebuild(folder, case):
         model = load_vlm(case["base"], four_bit=True)
     elif case["rebuild"] == "config":
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = (
-            model_config(values)
-            if values["model_type"] in ("minicpmv", "minicpmo", "qwen")
-            else AutoConfig.for_model(**values)
-        )
-        config._attn_implementation = case["attention"]
+        config = model_config(values) if is_ours(values) else AutoConfig.for_model(**values)
+        set_attention(config, case["attention"])
         model = (getattr(transformers, case["class"], None) or model_class(config))(config)
     else:
         raise InputError(
@@ -664,7 +663,8 @@ def _rebuild(folder, case):
             "Call replay(folder, model=…), or give the doctor build='module:function'",
         )
     if (folder / "adapter_config.json").is_file():
-        model = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
+        with no_false_warning():
+            model = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
     return model
 
 # %% ../../nbs/61_debug.nan.ipynb #b45101e5

@@ -7,7 +7,6 @@ __all__ = ['VERDICTS', 'NAMES', 'Check', 'Preflight', 'check_data', 'check_plan'
            'check_longest', 'check_steps', 'filled_up', 'preflight']
 
 # %% ../../nbs/64_debug.preflight.ipynb #8f76c4ea
-import html
 import sys
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..compat import switch_checkpointing, without_cache_note
 from ..data.batch import BaseProcessor
 from ..data.records import unread_lines
 from .gradients import audit_gradients, loss_of, undisturbed
@@ -27,6 +27,7 @@ from ..errors import InputError
 from ..models.parts import layout_of
 from ..models.precision import precision_of
 from ..plan.tuning import PlanTable, TuningPlan, apply_plan
+from ..show import element, html_table, peak_memory
 from ..train.loss import label_only
 from ..train.run import Schedule, is_out_of_memory
 
@@ -73,10 +74,7 @@ class Preflight:
     __repr__ = __str__
 
     def _repr_html_(self):
-        def row(c):
-            return f"<tr><td>{c.verdict}</td><td>{c.name}</td><td><pre>{html.escape(c.says)}</pre></td></tr>"
-
-        return f"<table>{''.join(map(row, self.checks))}</table>"
+        return html_table([(c.verdict, c.name, element("pre", c.says)) for c in self.checks], head=False)
 
 # %% ../../nbs/64_debug.preflight.ipynb #ace60265
 def check_data(
@@ -167,29 +165,16 @@ def check_precision(
     )
 
 # %% ../../nbs/64_debug.preflight.ipynb #aea1c097
-def _memory(device):
-    "Bytes in use at the worst moment so far."
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 @contextmanager
 def _as_in_training(model):
     """Logits only where there are labels (chapter 50) and activations computed again in the backward pass: as `fit`
     does it."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    switch_checkpointing(model)
     try:
-        with label_only(model):
+        with label_only(model), without_cache_note():
             yield
     finally:
-        model.gradient_checkpointing_disable()
+        switch_checkpointing(model, False)
 
 
 def check_longest(
@@ -209,7 +194,7 @@ def check_longest(
             loss = loss_of(model, batch)
             loss.backward()
             value = loss.item()
-            seconds, peak = time.perf_counter() - start, _memory(device)
+            seconds, peak = time.perf_counter() - start, peak_memory(device.type)
             diagnosis = diagnose(model, batch)
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_ROOMS = ("scores",)  # where a name of this package is looked for
+_ROOMS = ("ask", "boxes", "metrics", "scores", "gallery")  # where a name of this package is looked for
 
 
 def __getattr__(name):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +30,13 @@ from ..data.files import Inline, Remote
 from ..data.native import load_processor
 from ..data.records import Conversation, Conversations
 from ..errors import InputError, claimed, explain_write_errors, write_json
-from .scores import RESAMPLES, Metric, Score, ScoreTable, answer_all, bootstrap, check_truths
-from .scores import html_table, metric_of, middle, text_table
+from .ask import answer_all
+from .metrics import Metric, check_truths, metric_of
+from .scores import RESAMPLES, Score, ScoreTable, bootstrap, middle
 from ..models.load import load_vlm, model_folder
 from ..models.published import read_json
-from ..show import COLORS, figure, save_figure
-from ..train.identity import located
+from ..show import COLORS, figure, html_table, package_versions, save_figure, text_table
+from ..train.identity import file_sha256, located
 
 # %% ../../nbs/81_evaluate.compare.ipynb #1acc3b33
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def comparison_figure(
 ) -> Figure:
     """Scores on the left; on the right differences to the first by kind of question, or, with one checkpoint alone, its
     score by kind."""
-    names, kinds, one = _named(list(comparison.scores)), list(comparison.table.kinds), len(comparison.scores) == 1
+    names, kinds = _named(list(comparison.scores)), list(comparison.table.kinds)
+    one = len(names) == 1
     fig, (left, right) = figure(
         1, 2, width=8, height=min(30, 1.1 + 0.22 * max(len(names), len(kinds) * (1 if one else len(names) - 1)))
     )
@@ -207,17 +208,7 @@ def _dot(ax, value, interval, y, colour, filled, label=None):
 @lru_cache(maxsize=64)
 def _file_digest(path, size, changed):
     "SHA-256 of a file; asked again only when its size or time changed."
-    digest = hashlib.sha256()
-    with (
-        open(path, "rb") as file,
-        tqdm(
-            total=size, unit="B", unit_scale=True, desc=f"reading {path.name}", leave=False, delay=2, disable=None
-        ) as bar,
-    ):
-        while block := file.read(2**22):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 _PARTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.safetensors")
@@ -233,6 +224,14 @@ def folder_digest(
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
+def _bytes_of(source):
+    "What tells one picture that is not read yet from another: its address, or its bytes."
+    if isinstance(source, (Remote, Inline)):
+        said = source.url if isinstance(source, Remote) else source.data
+        return said if isinstance(said, bytes) else said.encode()
+    return Path(source).read_bytes()
+
+
 def data_digest(
     conversations: Sequence[Conversation],
 ) -> str:  # hexadecimal SHA-256
@@ -246,8 +245,7 @@ def data_digest(
             if isinstance(i, Image.Image):
                 digest.update(f"{i.mode} {i.size}".encode() + i.tobytes())
             else:
-                data = i.url if isinstance(i, Remote) else i.data if isinstance(i, Inline) else Path(i).read_bytes()
-                digest.update(hashlib.sha256(data if isinstance(data, bytes) else data.encode()).digest())
+                digest.update(hashlib.sha256(_bytes_of(i)).digest())
     return digest.hexdigest()
 
 # %% ../../nbs/81_evaluate.compare.ipynb #434c4c14
@@ -327,7 +325,7 @@ class Checkpoint:
             "four_bit": self.four_bit,
             "max_pixels": self.max_pixels,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+            "versions": package_versions(),
         }
 
 # %% ../../nbs/81_evaluate.compare.ipynb #3f457d49
@@ -517,7 +515,8 @@ def _compared(chosen, processors, wanted, data, conversations, output, batch_siz
 # %% ../../nbs/81_evaluate.compare.ipynb #93504535
 def _ask_all(chosen, processors, conversations, output, batch_size, limits, say):
     "Load one checkpoint after the other, and ask; name -> answers, and what to report about each."
-    rows, about, asked = {}, [], data_digest(conversations)
+    rows, about = {}, []
+    asked = data_digest(conversations)
     for c in chosen:
         key = {"questions": asked} | limits | c.depends_on()
         file = (
@@ -556,11 +555,9 @@ def _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
 # %% ../../nbs/81_evaluate.compare.ipynb #cb06a6da
 def _tell(say, checkpoint, rows, new, seconds, limit):
     cut, kind = sum(r["cut"] for r in rows), f"adapter on {checkpoint.base}" if checkpoint.adapter else "whole model"
-    source = (
-        f"{new:,} questions in {seconds:.0f} s" + (f", {len(rows) - new:,} answered before" if new < len(rows) else "")
-        if new
-        else f"all {len(rows):,} answers were there"
-    )
+    source = f"{new:,} questions in {seconds:.0f} s" if new else f"all {len(rows):,} answers were there"
+    if 0 < new < len(rows):
+        source += f", {len(rows) - new:,} answered before"
     say(f"{checkpoint.name} ({kind}{', 4 bit' if checkpoint.four_bit else ''}): {source}")
     if cut:
         say(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'FLOATS', 'Stored', 'weight_files', 'stored_in', 'Account', 'account', 'shape_of', 'has_pickles',
-           'convert_pickles', 'model_names', 'no_bar_if_small', 'save_vlm', 'copy_beside', 'true_config']
+           'convert_pickles', 'no_bar_if_small', 'save_vlm', 'copy_beside', 'true_config']
 
 # %% ../../nbs/17_models.files.ipynb #18a521d3
 import json
@@ -21,15 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as hf_logging
 
 from ..errors import InputError, claimed, complete_or_nothing, empty_folder, explain_write_errors, write_json
 from .parts import Layout, layout_of
-from .minicpmv import MiniCPMV
 from .published import on_meta, read_json
-from .qwenvl import QwenVL
 
 # %% ../../nbs/17_models.files.ipynb #4b27eb66
 INDEX = "model.safetensors.index.json"
@@ -241,7 +237,8 @@ def _convert(folder):
         bins = sorted({folder / f for f in weight_map.values()})
     if lost := [b.name for b in bins if not b.is_file()]:
         raise InputError(f"{', '.join(lost)} is missing", folder, "Fetch the missing file")
-    names, written, where = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))], [], {}
+    names = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))]
+    written, where = [], {}
     try:
         for source, name in zip(
             tqdm(
@@ -309,26 +306,6 @@ def _unpickle(file):
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and plain(v) for k, v in tensors.items()):
         raise InputError("this pickle holds no dictionary of tensors", file, "Give the files of the model itself")
     return tensors
-
-# %% ../../nbs/17_models.files.ipynb #c17a87aa
-def model_names(
-    model: nn.Module,  # whole, or on the meta device
-    stored: dict[str, Stored],  # from `stored_in`
-) -> dict[str, str]:  # names in the files -> names in the model
-    """The tensors that one file holds as one tensor of the model, renamed as transformers does when it loads.
-
-    What is rebuilt of several, or of another shape, is left out."""
-    state = model.state_dict()
-    if isinstance(model, (MiniCPMV, QwenVL)):
-        return {n: n for n in stored if n in state}
-    steps = get_model_conversion_mapping(model)
-    renamings, converters = ([s for s in steps if isinstance(s, kind)] for kind in (WeightRenaming, WeightConverter))
-    found = {}
-    for old in stored:
-        name, converted = rename_source_key(old, renamings, converters, model.base_model_prefix, state)
-        if name in state and converted is None and stored[old].shape == tuple(state[name].shape):
-            found[old] = name
-    return found
 
 # %% ../../nbs/17_models.files.ipynb #ff1a2761
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}

@@ -29,14 +29,15 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from ..compat import plain_kernel
 from ..errors import InputError
-from .files import FLOATS, account, convert_pickles, has_pickles, model_names, no_bar_if_small
+from ..families.base import family_named, is_ours
+from .files import FLOATS, account, convert_pickles, has_pickles, no_bar_if_small
 from .files import shape_of, stored_in, weight_files
-from .minicpmv import MiniCPMV, MiniCPMVConfig
+from .names import StoredNames
 from .parts import layout_of, linear_layers
 from .precision import precision_for
 from .published import lab_folder, model_config, on_meta, packed_copy, read_json
-from .qwenvl import QwenVL, QwenVLConfig
 from .tokenizer import check_special_ids, check_vocabulary, special_tokens, tokenizer_of, version_of
 
 # %% ../../nbs/14_models.load.ipynb #5a7d0c12
@@ -171,12 +172,13 @@ def load_tokenizer(
     values = read_json(folder / "config.json")
     config, tokenizer = model_config(values, folder / "config.json"), tokenizer_of(folder)
     check_vocabulary(tokenizer, config.get_text_config().vocab_size)
-    if isinstance(config, (MiniCPMVConfig, QwenVLConfig)):
+    if is_ours(values):
         version = version_of(values, folder / "config.json")
         special_tokens(tokenizer, version)
         check_special_ids(tokenizer, version)
-    if isinstance(config, MiniCPMVConfig) and tokenizer.unk_token is None:
-        tokenizer.unk_token = "<unk>"
+        filler = family_named(version).words.filler
+        if tokenizer.unk_token is None and filler == "<unk>":
+            tokenizer.unk_token = filler
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never looked at: the attention mask hides it
     return tokenizer
@@ -288,7 +290,7 @@ def load_vlm(
             stored[odd[0]].file,
             "Give a checkpoint in 16 or 32 bit, or in bitsandbytes' 4 bit",
         )
-    aside = account(stored, empty, folder).aside if isinstance(empty, (MiniCPMV, QwenVL)) else ()
+    aside = account(stored, empty, folder).aside if is_ours(config) else ()
     packed = _packed(config, stored, folder, empty)
     device, as_stored = _device(device), False
     if dtype is None:
@@ -328,7 +330,7 @@ def load_vlm(
         else ()
     ):
         # see "Evaluated once, trained never" in chapter 14
-        model.get_submodule(layer).support_avx512bf16_for_cpu = False
+        plain_kernel(model.get_submodule(layer))
     return model.eval()
 
 # %% ../../nbs/14_models.load.ipynb #8c663e93
@@ -429,10 +431,8 @@ def _packed(config, stored, folder, empty):
             folder,
             "The folder mixes files of different models",
         )
-    names, layers = (
-        model_names(empty, stored) if packed else {},
-        {n for names in linear_layers(empty).values() for n in names},
-    )
+    names = StoredNames(empty, stored).in_model if packed else {}
+    layers = {n for names in linear_layers(empty).values() for n in names}
     found = {}
     for old in sorted(packed):
         name, file = names.get(f"{old}.weight", "").removesuffix(".weight"), stored[f"{old}.weight"].file

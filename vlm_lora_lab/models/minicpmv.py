@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from ..compat import attention_of, computes_again, set_attention
 from .resampler import CrossAttention, Resampler, sincos_2d
 
 # %% ../../nbs/12_models.minicpmv.ipynb #81349515
@@ -192,7 +193,9 @@ def position_buckets(
     n: int,  # patches along one side of the picture
     side: int,  # positions along one side of the learned table
 ) -> torch.Tensor:  # (n,) int: the position of each patch
-    """Spread `n` patches over `side` learned positions, in upstream's 32-bit arithmetic (`modeling_navit_siglip.py`)."""
+    """Spread `n` patches over `side` learned positions, in upstream's 32-bit arithmetic.
+
+    Source: `modeling_navit_siglip.py`."""
     step = 1 / torch.tensor(n)  # float32, because n is an integer tensor upstream
     fractions = torch.arange(0, 1 - 1e-6, step)
     edges = torch.arange(1 / side, 1.0, 1 / side)
@@ -241,8 +244,8 @@ class VisionTower(nn.Module):
         see_padding: bool = False,  # and it is as long as the longest in the batch (2.5, `batch_vision_input`)
     ):
         super().__init__()
-        if config._attn_implementation is None:  # a tower on its own
-            config._attn_implementation = "sdpa"
+        if attention_of(config) is None:  # a tower on its own
+            set_attention(config, "sdpa")
         self.config, self.rows_and_columns, self.see_padding = config, rows_and_columns, see_padding
         self.embeddings = PatchEmbeddings(config)
         self.encoder = SiglipEncoder(config)
@@ -394,13 +397,14 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         "Resampler",
     ]
     _skip_keys_device_placement = ["past_key_values", "cache"]
+    is_gradient_checkpointing = property(computes_again)
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)
         # never None here, nor is the number of heads: the configuration fills them in
         vision: Any = config.vision_config
         heads: Any = config.resampler_num_heads
-        vision._attn_implementation = config._attn_implementation
+        set_attention(vision, attention_of(config))
         if config.timm_tower:
             self.vpm = TimmTower(vision, config.drop_vision_last_layer)
         else:

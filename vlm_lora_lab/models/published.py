@@ -14,17 +14,15 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from ..errors import InputError, json_value, text_of
-from .minicpmv import MiniCPMOConfig, MiniCPMV, MiniCPMVConfig
-from .qwenvl import QwenVL, QwenVLConfig
+from ..families.base import families, families_of, resolved
 
 # %% ../../nbs/16_models.published.ipynb #4f93f8aa
 def model_config(
@@ -36,7 +34,7 @@ def model_config(
     Raises `InputError` for a family that is not known, or for values that its class refuses."""
     kind = values.get("model_type")
     kind = kind if isinstance(kind, str) else repr(kind)
-    ours: dict[str, Any] = {"minicpmv": MiniCPMVConfig, "minicpmo": MiniCPMOConfig, "qwen": QwenVLConfig}
+    ours = {t: f.config for f in families() if f.ours for t in f.model_types}
     if kind == "qwen" and "visual" not in values:
         raise InputError(
             "model_type is 'qwen', but there is no 'visual' in it: this is Qwen, which has no eyes",
@@ -44,7 +42,7 @@ def model_config(
             "Give a Qwen-VL checkpoint",
         )
     if kind not in ours and (
-        kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping
+        kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     ):
         raise InputError(
             f"model_type is {kind!r}, which is no vision-language model known here",
@@ -54,7 +52,7 @@ def model_config(
         )
     try:
         # it takes pieces out of what it is given
-        return (ours.get(kind) or CONFIG_MAPPING[kind]).from_dict(
+        return (resolved(ours.get(kind)) or CONFIG_MAPPING[kind]).from_dict(
             deepcopy({k: v for k, v in values.items() if k != "auto_map"})
         )
     except InputError:
@@ -89,11 +87,9 @@ def model_class(
     config: PreTrainedConfig,  # from `model_config`
 ) -> type[PreTrainedModel]:
     "The class that reads checkpoints of this configuration."
-    if isinstance(config, MiniCPMVConfig):
-        return MiniCPMV
-    if isinstance(config, QwenVLConfig):
-        return QwenVL
-    return AutoModelForImageTextToText._model_mapping[type(config)]
+    if known := [f for f in families_of(config.model_type) if f.ours]:
+        return resolved(known[0].model)
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
 # %% ../../nbs/16_models.published.ipynb #763bd34e
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attention_forward
 from transformers.utils import can_return_tuple
 
+from ..compat import attention_of, computes_again
 from ..errors import InputError
 from .minicpmv import CACHE
 from .resampler import CrossAttention, sincos_2d
@@ -276,7 +277,7 @@ class QwenAttention(nn.Module):
             q = q * logn.to(q.dtype)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self.config), eager_attention_forward)
         dropout = self.config.attn_dropout_prob if self.training else 0.0
         x, _ = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.c_proj(x.flatten(2))
@@ -365,6 +366,7 @@ class QwenVLBase(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
     _no_split_modules = ["QwenBlock", "QwenVisual"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
+    is_gradient_checkpointing = property(computes_again)
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # only where the configuration ties them
 
     def _init_weights(self, module):

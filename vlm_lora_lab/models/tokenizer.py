@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AGAIN', 'BYTE_SYMBOLS', 'QWEN_SPLIT', 'QWEN_SPECIAL', 'NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'BYTE',
-           'CHATML', 'USER_AI', 'GENERIC', 'KEPT', 'VERSIONS', 'PUBLISHED_IDS', 'PUBLISHED_TOKENS', 'CLIP_MEAN',
-           'CLIP_STD', 'PICTURES', 'merges_of', 'SentencePieces', 'read_sentencepiece', 'tokenizer_of', 'version_of',
-           'SpecialTokens', 'special_tokens', 'check_special_ids', 'check_vocabulary', 'ImageSettings', 'picture_file',
-           'check_pictures', 'image_settings']
+           'CHATML', 'USER_AI', 'GENERIC', 'KEPT', 'CLIP_MEAN', 'CLIP_STD', 'PICTURES', 'merges_of', 'SentencePieces',
+           'read_sentencepiece', 'tokenizer_of', 'version_of', 'SpecialTokens', 'special_tokens', 'check_special_ids',
+           'check_vocabulary', 'ImageSettings', 'picture_file', 'check_pictures', 'sliced_settings', 'image_settings',
+           'square_settings']
 
 # %% ../../nbs/15_models.tokenizer.ipynb #ee38b0b5
 import base64
@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import InputError, json_value
+from ..families.base import Family, families, family_named, family_of, is_ours, resolved
 
 # %% ../../nbs/15_models.tokenizer.ipynb #4ae9abcd
 AGAIN = "Fetch the file again, for instance with: hf download REPOSITORY --local-dir FOLDER"
@@ -442,7 +443,7 @@ def _source(folder, config):
         raise InputError(
             f"tokenizer_class is {name!r}", folder / "tokenizer_config.json", "It must be the name of a class"
         )
-    ours = str(_json(folder / "config.json").get("model_type", "")) in ("minicpmv", "minicpmo", "qwen")
+    ours = is_ours(_json(folder / "config.json"))
     if has("qwen.tiktoken") and not (has("tokenizer.json") and name in GENERIC):
         return "qwen.tiktoken"
     if (
@@ -535,27 +536,20 @@ def tokenizer_of(
     return tokenizer
 
 # %% ../../nbs/15_models.tokenizer.ipynb #ed52659d
-VERSIONS = ("2.0", "2.5", "2.6", "4.0", "4.5", "o-2.6", "qwenvl")
-
-
 def version_of(
     config: dict,  # of config.json
     where: str | Path = "config.json",  # for the message
-) -> str:  # one of `VERSIONS`
+) -> str:  # key of a family
     "Which model a configuration describes. Raises `InputError` for one that is none of ours."
-    kind, version = config.get("model_type"), config.get("version")
-    if kind == "qwen" and "visual" in config:
-        return "qwenvl"
-    name = {"minicpmv": str(version or "2.0"), "minicpmo": f"o-{version or '2.6'}"}.get(str(kind))
-    if name not in VERSIONS or (
-        kind == "minicpmv" and not version and not {"vision_encoder", "scale_emb"} & set(config)
-    ):
+    family, said = family_of(config), config.get("version")
+    if family is None or not family.ours or (not said and family.signs and not set(family.signs) & set(config)):
+        keys = ", ".join(f.key for f in families() if f.ours)
         raise InputError(
-            f"model_type {kind!r} with version {version!r} is none of {', '.join(VERSIONS)}",
+            f"model_type {config.get('model_type')!r} with version {said!r} is none of {keys}",
             where,
             "Take the published config.json",
         )
-    return name
+    return family.key
 
 # %% ../../nbs/15_models.tokenizer.ipynb #4ae9254b
 @dataclass(frozen=True)
@@ -577,76 +571,32 @@ class SpecialTokens:
 
 def special_tokens(
     tokenizer: PreTrainedTokenizerBase,
-    version: str,  # one of `VERSIONS`
+    version: str,  # key of a family
 ) -> SpecialTokens:
     "The special ids of a model, by their names. Raises `InputError` for a tokenizer that lacks one."
-    if version not in VERSIONS:
-        raise InputError(f"there is no version {version!r}", "version", f"Write one of {', '.join(VERSIONS)}")
+    words = family_named(version).words
     vocab, where = tokenizer.get_vocab(), tokenizer.name_or_path or "tokenizer"
-    qwen, numbered = version == "qwenvl", version not in ("2.0", "2.5", "qwenvl")
-    turn_end = {"2.0": "</s>", "2.5": "<|eot_id|>"}.get(version, "<|im_end|>")
-    pairs = (
-        [("<img>", "</img>")]
-        if qwen
-        else [("<image>", "</image>"), ("<slice>", "</slice>")] + [("<image_id>", "</image_id>")] * numbered
-    )
-    filler = "<imgpad>" if qwen else "<unk>"
-    if missing := [t for t in (*sum(pairs, ()), filler, turn_end) if t not in vocab]:
+    pairs = [words.brackets]
+    pairs += [("<slice>", "</slice>")] if words.sliced else []
+    pairs += [("<image_id>", "</image_id>")] if words.sliced and words.numbered else []
+    if missing := [t for t in (*sum(pairs, ()), words.filler, words.end) if t not in vocab]:
         raise InputError(
             f"the tokenizer lacks {', '.join(missing)}", where, f"It is not the tokenizer of version {version}"
         )
     ids: list[Any] = [(vocab[a], vocab[b]) for a, b in pairs] + [None, None]
-    return SpecialTokens(ids[0], ids[1], ids[2], vocab[filler], tokenizer.eos_token_id, vocab[turn_end])
+    return SpecialTokens(ids[0], ids[1], ids[2], vocab[words.filler], tokenizer.eos_token_id, vocab[words.end])
 
 # %% ../../nbs/15_models.tokenizer.ipynb #cade62e6
-def _series(first, *names):
-    return {name: first + i for i, name in enumerate(names)}
-
-
-_TAGS = (
-    "<image>",
-    "</image>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
-    "<quad>",
-    "</quad>",
-    "<point>",
-    "</point>",
-    "<slice>",
-    "</slice>",
-)
-# From the tokenizer_config.json of the hub's openbmb/MiniCPM-V-2, -Llama3-V-2_5, -V-2_6, -V-4_5, and of
-# Qwen/Qwen-VL-Chat the order in its tokenization.
-PUBLISHED_IDS = {
-    "2.0": _series(0, "<unk>", "<s>", "</s>") | _series(101, *_TAGS),
-    "2.5": {"!": 0, "<unk>": 128002, "<|eot_id|>": 128009}
-    | _series(128000, "<|begin_of_text|>", "<|end_of_text|>")
-    | _series(128010, *_TAGS),
-    "2.6": {"<unk>": 128244}
-    | _series(151643, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "</image>")
-    | _series(151656, "<slice>", "</slice>", "<image_id>", "</image_id>"),
-    "4.5": {"<unk>": 128244, "<think>": 151667}
-    | _series(151643, "<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    | _series(151669, *_TAGS, "<image_id>", "</image_id>"),
-    "qwenvl": _series(151643, *QWEN_SPECIAL),
-}  # version -> token -> id
-# how many a published tokenizer has
-PUBLISHED_TOKENS = {"2.0": 122753, "2.5": 128256, "2.6": 151666, "4.5": 151748, "qwenvl": 151860}
-
-
 def check_special_ids(
     tokenizer: PreTrainedTokenizerBase,
-    version: str,  # one of `VERSIONS`
+    version: str,  # key of a family
 ) -> bool:  # whether there was something to compare: a table, and a tokenizer of the published size or above
     "Compare special ids with the published ones. Raises `InputError` naming token, id found and id expected."
-    if version not in VERSIONS:
-        raise InputError(f"there is no version {version!r}", "version", f"Write one of {', '.join(VERSIONS)}")
+    family = family_named(version)
     vocab, where = tokenizer.get_vocab(), tokenizer.name_or_path or "tokenizer"
-    if version not in PUBLISHED_IDS or len(vocab) < PUBLISHED_TOKENS[version]:
+    if not family.ids or len(vocab) < family.id_count:
         return False
-    for token, expected in PUBLISHED_IDS[version].items():
+    for token, expected in family.ids.items():
         if (found := vocab.get(token)) != expected:
             raise InputError(
                 f"{token} is id {'none' if found is None else found}, and {expected} in the published version "
@@ -692,6 +642,18 @@ class ImageSettings:
     std: tuple[float, float, float]
     use_image_id: bool  # number the pictures in the text
     resample: str = "bicubic"
+
+    def numbers(self) -> dict:
+        "As a processor wants them."
+        return {
+            "query_num": self.query_num,
+            "patch_size": self.patch_size,
+            "scale_resolution": self.size,
+            "max_slice_nums": self.max_slice_nums,
+            "use_image_id": self.use_image_id or self.kind == "square",
+            "mean": self.mean,
+            "std": self.std,
+        }
 
 
 def picture_file(
@@ -833,17 +795,20 @@ def _colours(key, value, where):
     return tuple(map(float, value))
 
 # %% ../../nbs/15_models.tokenizer.ipynb #4cefab2e
-def _minicpm_settings(folder, config, version):
+def sliced_settings(
+    folder: Path,
+    config: dict,  # of config.json
+    family: Family,
+) -> ImageSettings:
     "From the picture processor's file and config.json, which must not contradict each other in what weights depend on."
     pre, file = picture_file(folder)
     inner, tower = config.get("slice_config") or {}, config.get("vision_config") or {}
 
-    def recipe(v):
-        return "2.6" if v not in ("2.0", "2.5") else v  # 4.5 publishes 2.6 in its preprocessor_config.json
-
-    if pre.get("version") is not None and recipe(str(pre["version"])) != recipe(version):
+    recipe = family.words.recipe  # 4.5 publishes 2.6 in its preprocessor_config.json
+    there = [f.words.recipe for f in families() if f.words and f.key == str(pre.get("version"))] or ["2.6"]
+    if pre.get("version") is not None and there != [recipe]:
         raise InputError(
-            f"version is {pre['version']} in {file} and {version} in config.json",
+            f"version is {pre['version']} in {file} and {family.key} in config.json",
             folder,
             "Take both files from the same model",
         )
@@ -867,20 +832,21 @@ def _minicpm_settings(folder, config, version):
     )
     sliced = _yes_or_no("slice_mode", choose("slice_mode", True), folder)
     slices = _positive("max_slice_nums", choose("max_slice_nums", 9), folder)
-    colours = [
+    mean, std = (
         _colours(
             ours, _agreed(ours, folder, {f"{file} {k}": pre.get(k) for k in (ours, theirs)}, [0.5] * 3), folder / file
         )
         for ours, theirs in (("norm_mean", "image_mean"), ("norm_std", "image_std"))
-    ]
+    )
     return ImageSettings(
         "patches",
         _positive("scale_resolution", choose("scale_resolution", 448), folder),
         _positive("patch_size", patch, folder),
         slices if sliced else 1,
         _positive("query_num", queries, folder),
-        *colours,
-        _yes_or_no("use_image_id", choose("use_image_id", recipe(version) == "2.6"), folder),
+        mean,
+        std,
+        _yes_or_no("use_image_id", choose("use_image_id", recipe == "2.6"), folder),
     )
 
 
@@ -928,9 +894,16 @@ def image_settings(
     warns where they differ in a choice."""
     folder = Path(folder)
     config = _json(folder / "config.json", optional=False)
-    version = version_of(config, folder / "config.json")
-    if version != "qwenvl":
-        return _minicpm_settings(folder, config, version)
+    family = family_named(version_of(config, folder / "config.json"))
+    return resolved(family.settings)(folder, config, family)
+
+
+def square_settings(
+    folder: Path,
+    config: dict,  # of config.json
+    family: Family,
+) -> ImageSettings:
+    "From config.json, with what a picture processor's file says, if there is one. Raises `InputError`."
     if not isinstance(visual := config["visual"], dict):
         raise InputError("visual is not an object", folder / "config.json", AGAIN)
     pre, file = picture_file(folder)

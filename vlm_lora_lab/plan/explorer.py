@@ -14,10 +14,12 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import InputError
+from ..lora.variants import VARIANTS
 from ..models.parts import PARTS, layout_of
 from ..models.published import PUBLISHED, on_meta
-from .tuning import VARIANTS, WORDS, TuningPlan
-from .preview import Preview, readable_bytes
+from .preview import Preview
+from .tuning import WORDS, TuningPlan
+from ..show import Html, element, html_items, html_table, readable_bytes
 
 # %% ../../nbs/36_plan.explorer.ipynb #cd0e161d
 @lru_cache(maxsize=16)
@@ -120,13 +122,17 @@ def _blocks(shares, length=24):
 
 def _paint(shares, length=130):
     "A bar as HTML: painted where styles are kept, blocks where they are not."
-    style = "display:inline-block;height:13px;vertical-align:middle;overflow:hidden;white-space:nowrap;color:transparent;border-radius:1px"
-    return "".join(
-        f'<span title="{w}: {s:.2%}" '
-        f'style="{style};width:{max(3, length * s):.0f}px;background:{MARKS[w][1]}">{MARKS[w][0] * max(1, round(24 * s))}</span>'
-        for w, s in shares.items()
-        if s
+    style = (
+        "display:inline-block;height:13px;vertical-align:middle;overflow:hidden;white-space:nowrap;color:transparent;"
+        "border-radius:1px"
     )
+
+    def bar(word, share):
+        mark, paint = MARKS[word]
+        own = f"{style};width:{max(3, length * share):.0f}px;background:{paint}"
+        return element("span", mark * max(1, round(24 * share)), title=f"{word}: {share:.2%}", style=own)
+
+    return "".join(bar(word, share) for word, share in shares.items() if share)
 
 # %% ../../nbs/36_plan.explorer.ipynb #db0ecedd
 def _text_lines(look):
@@ -141,18 +147,11 @@ def _text_lines(look):
     yield f"{'':12}{'  '.join(f'{m} {w}' for w, (m, _) in MARKS.items())}"
 
 
-def _table(head, rows):
-    "Rows of cells that are HTML already. It scrolls by itself where it is too wide."
+def _table(rows):
+    "Rows of cells. It scrolls by itself where it is too wide."
     style = "text-align:left;padding:2px 14px 2px 0;vertical-align:top;background:none"
-
-    def row(tag, cells):
-        return "<tr>" + "".join(f'<{tag} style="{style}">{c}</{tag}>' for c in cells) + "</tr>"
-
-    table = (
-        "<table "
-        f'style="border-collapse:collapse;margin:0;line-height:1.3"><thead>{row("th", head)}</thead><tbody>{"".join(row("td", r) for r in rows)}</tbody></table>'
-    )
-    return f'<div style="overflow-x:auto;width:0;min-width:100%">{table}</div>'
+    table = html_table(rows, style="border-collapse:collapse;margin:0;line-height:1.3", cell_style=style)
+    return element("div", table, style="overflow-x:auto;width:0;min-width:100%")
 
 
 def _html(look):
@@ -164,16 +163,16 @@ def _html(look):
         )
     seen, plan = look.preview, look.preview.plan
     bars = [
-        (part, html.escape(line), f"{weights:,}<br>{_paint(held)}", f"{learns:,}<br>{_paint(learned)}")
+        (part, line, Html(f"{weights:,}<br>{_paint(held)}"), Html(f"{learns:,}<br>{_paint(learned)}"))
         for part, line, weights, learns, held, learned in _bars(look)
     ]
-    scale = plan.alpha / (plan.rank**0.5 if plan.variant == "rslora" else plan.rank)
+    scale = VARIANTS[plan.variant].scale(plan.alpha, plan.rank)
     notes = (
         [f"rank {plan.rank}, and LoRA is scaled by {scale:.3g}", *list(seen._notes())[1:]]
         if "lora" in plan.said
         else list(seen._notes())[1:]
     )
-    matches = [f"<b>{part}</b>: {html.escape(matched)}" for part, _, _, _, matched in seen.rows if matched]
+    matches = [Html(f"<b>{part}</b>: {html.escape(matched)}") for part, _, _, _, matched in seen.rows if matched]
     lines = "".join(
         '<pre style="user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;margin:2px '
         f'0">{html.escape(line)}</pre>'
@@ -184,9 +183,9 @@ def _html(look):
         f"weights trained ({seen.trained / sum(r[2] for r in seen.rows):.2%}) · "
         f'adapter on disk <b class="adapter">{readable_bytes(seen.adapter_bytes)}</b> · trained weights, gradients and '
         f'AdamW <b class="memory">{readable_bytes(seen.training_bytes)}</b></p>'
-        + _table(("part", "word", "weights", "trained"), bars)
-        + "<ul "
-        f"style='line-height:1.4;overflow-wrap:anywhere'>{''.join(f'<li>{m}</li>' for m in matches)}{''.join(f'<li>{html.escape(n)}</li>' for n in notes)}</ul><p>Copy me:</p>{lines}"
+        + _table([("part", "word", "weights", "trained"), *bars])
+        + f"<ul style='line-height:1.4;overflow-wrap:anywhere'>{html_items([*matches, *notes])}</ul>"
+        + f"<p>Copy me:</p>{lines}"
     )
 
 # %% ../../nbs/36_plan.explorer.ipynb #9e47af3f
@@ -236,58 +235,64 @@ def _has_kernel():
     return getattr(get_ipython(), "kernel", None) is not None
 
 # %% ../../nbs/36_plan.explorer.ipynb #f84c633a
+def _part_fields(w, plan):
+    "For each part a word to choose, and a line of rules to write."
+    for part, line in plan.words.items():
+        simple = line in WORDS
+        yield (
+            part,
+            w.ToggleButtons(
+                options=WORDS,
+                value=line if simple else "freeze",
+                style={"button_width": "5.5em"},
+                layout=w.Layout(width="auto"),
+            ),
+        )
+        yield (
+            f"{part} rules",
+            w.Text(
+                value="" if simple else line,
+                placeholder="or rules: lora on 0-15, full on 16-23",
+                continuous_update=False,
+                layout=w.Layout(flex="1 1 15em", max_width="24em"),
+            ),
+        )
+
+
+def _number_fields(w, plan):
+    "What a plan says of LoRA itself."
+    small = w.Layout(width="11em")
+    yield "rank", w.IntText(value=plan.rank, description="rank", layout=small)
+    yield "alpha", w.FloatText(value=plan.alpha, description="alpha", layout=small)
+    yield "dropout", w.FloatText(value=plan.dropout, description="dropout", step=0.05, layout=small)
+    choice = w.Dropdown(options=list(VARIANTS), value=plan.variant, description="variant")
+    choice.layout = w.Layout(width="12em")
+    yield "variant", choice
+    targets = w.Text(value=", ".join(plan.targets or ()), description="targets", continuous_update=False)
+    targets.placeholder, targets.layout = "all; or q_proj, v_proj", w.Layout(width="22em", max_width="100%")
+    yield "targets", targets
+
+
 def _build(explorer):
     "The widget: fields for what an explorer looks at, and below them what it sees."
     import ipywidgets as w
 
-    look, plan, row = explorer.look, TuningPlan.of(explorer.look.options), w.Layout(flex_flow="row wrap", width="100%")
+    look, row = explorer.look, w.Layout(flex_flow="row wrap", width="100%")
+    plan = TuningPlan.of(look.options)
     names = list(dict.fromkeys([look.model, *sorted(PUBLISHED), "lab"]))
-    f = {
-        "model": w.Dropdown(
-            options=names, value=look.model, description="model", layout=w.Layout(width="30em", max_width="98%")
-        )
-    }
-    for part in PARTS:
-        line = plan.words[part]
-        f[part] = w.ToggleButtons(
-            options=WORDS,
-            value=line if line in WORDS else "freeze",
-            style={"button_width": "5.5em"},
-            layout=w.Layout(width="auto"),
-        )
-        f[f"{part} rules"] = w.Text(
-            value="" if line in WORDS else line,
-            placeholder="or rules: lora on 0-15, full on 16-23",
-            continuous_update=False,
-            layout=w.Layout(flex="1 1 15em", max_width="24em"),
-        )
-    small = w.Layout(width="11em")
-    f["rank"] = w.IntText(value=plan.rank, description="rank", layout=small)
-    f["alpha"] = w.FloatText(value=plan.alpha, description="alpha", layout=small)
-    f["dropout"] = w.FloatText(value=plan.dropout, description="dropout", step=0.05, layout=small)
-    f["variant"] = w.Dropdown(
-        options=list(VARIANTS), value=plan.variant, description="variant", layout=w.Layout(width="12em")
-    )
-    f["targets"] = w.Text(
-        value=", ".join(plan.targets or ()),
-        description="targets",
-        placeholder="all; or q_proj, v_proj",
-        continuous_update=False,
-        layout=w.Layout(width="22em", max_width="100%"),
-    )
-    f["view"] = w.HTML(value=look._repr_html_())
-    explorer.fields, built = f, {look.model}
-    for name, widget in f.items():
-        if name != "view":
-            widget.observe(lambda change: _changed(explorer, built), names="value")
-    rows = [
-        w.Box([w.Label(part, layout=w.Layout(width="84px")), f[part], f[f"{part} rules"]], layout=row).add_class(
-            f"part-{part}"
-        )
-        for part in PARTS
-    ]
-    numbers = w.Box([f[n] for n in ("rank", "alpha", "dropout", "variant", "targets")], layout=row)
-    box = w.VBox([f["model"], *rows, numbers, f["view"]])
+    model = w.Dropdown(options=names, value=look.model, description="model")
+    model.layout = w.Layout(width="30em", max_width="98%")
+    parts, numbers = dict(_part_fields(w, plan)), dict(_number_fields(w, plan))
+    fields, built = {"model": model, **parts, **numbers}, {look.model}
+    for widget in fields.values():
+        widget.observe(lambda change: _changed(explorer, built), names="value")
+    explorer.fields = f = {**fields, "view": w.HTML(value=look._repr_html_())}
+
+    def line(part):
+        label = w.Label(part, layout=w.Layout(width="84px"))
+        return w.Box([label, f[part], f[f"{part} rules"]], layout=row).add_class(f"part-{part}")
+
+    box = w.VBox([model, *map(line, PARTS), w.Box(list(numbers.values()), layout=row), f["view"]])
     _mute(f)
     return box.add_class("plan-explorer")
 

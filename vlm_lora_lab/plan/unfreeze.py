@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..models.parts import PARTS, layout_of, plain_name
+from ..models.names import TensorName
+from ..models.parts import PARTS, layout_of
 
 # %% ../../nbs/33_plan.unfreeze.ipynb #6e302536
 def _print(p):
@@ -22,7 +23,8 @@ def _print(p):
 
 def _live(model):
     "Name -> tensor that the model computes with; of a module in `modules_to_save`, the copy that is trained."
-    return {plain_name(n): p for n, p in model.named_parameters() if ".original_module." not in n and ".lora_" not in n}
+    named = ((TensorName.of(n), p) for n, p in model.named_parameters())
+    return {said.plain: p for said, p in named if not said.original and not said.lora}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ __all__ = ['WHY', 'BARE', 'IN_FULL', 'PAINT', 'read_bare', 'Packing', 'four_bit_
            'upcast_bytes']
 
 # %% ../../nbs/41_quant.policy.ipynb #ba3e67c4
-import html
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
+from ..lora.variants import VARIANTS, check_packed
 from ..models.load import packable
 from ..models.parts import PARTS, count, layout_of, linear_layers, mixed_precision
-from ..plan.tuning import TuningPlan, full_modules, lora_layers
+from ..plan.tuning import TuningPlan, full_modules, lora_layers, lora_sizes
+from ..show import html_table, text_table
 
 # %% ../../nbs/41_quant.policy.ipynb #38ad6f0c
 class _Used(TorchFunctionMode):
@@ -90,12 +91,8 @@ class Packing:
             layout_of(model),
             {n for names in linear_layers(model).values() for n in names},
         )
-        if plan.variant == "pissa" and (packed := sorted(set(take) & set(adapted))):
-            raise InputError(
-                f"PiSSA takes the largest directions out of the base, and {packed[0]} in 4 bit cannot give them",
-                "plan, variant",
-                "Load the model whole (four_bit: false), or write variant: lora",
-            )
+        if packed := sorted(set(take) & set(adapted)):
+            check_packed(VARIANTS[plan.variant], packed[0])
         keep = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name not in take:
@@ -170,21 +167,6 @@ def _added(tensors):
         row[0], row[1] = row[0] + n, row[1] + size
     return tuple((part, kind, n, b) for part in PARTS for (q, kind), (n, b) in sorted(rows.items()) if q == part)
 
-
-def _as_text(cells):
-    widths = [max(len(row[i]) for row in cells) for i in range(5)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-        for row in cells
-    )
-
-
-def _as_html(head, *body):
-    def row(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
-
 # %% ../../nbs/41_quant.policy.ipynb #2eebbfd3
 @dataclass(frozen=True)
 class Weights:
@@ -220,10 +202,10 @@ class Weights:
             yield part, kind, f"{n:,}", f"{size / 2**20:,.2f}", f"{8 * size / max(n, 1):.3f}"
 
     def __repr__(self):
-        return _as_text(list(self._cells()))
+        return text_table(self._cells(), "<<>")
 
     def _repr_html_(self):
-        return _as_html(*self._cells())
+        return html_table(self._cells())
 
 # %% ../../nbs/41_quant.policy.ipynb #2b64f1aa
 # kind -> colour, pattern
@@ -242,11 +224,7 @@ def plan_bytes(
 ) -> dict[str, dict[str, int]]:  # part -> kind, as in `PAINT` -> bytes
     """What each part's weights take in training: bf16 or 4 bit, and beside it, in 32 bit, what is trained with its
     gradient and AdamW's two moments."""
-    take, layout, modules = (
-        set(Packing.of(model, plan).take) if four_bit else set(),
-        layout_of(model),
-        dict(model.named_modules()),
-    )
+    take, layout = set(Packing.of(model, plan).take) if four_bit else set(), layout_of(model)
     sizes = {part: dict.fromkeys(PAINT, 0) for part in PARTS}
     for name, p in model.named_parameters():
         part, packed = layout.part_of(name), name.removesuffix(".weight") in take
@@ -255,9 +233,8 @@ def plan_bytes(
         )
         if plan.rule(part, name).word == "full":  # PEFT keeps the frozen weights beside the trained ones
             sizes[part]["full"] += 16 * p.numel()
-    for name, rule in lora_layers(model, plan).items():
-        rows, cols = (modules[name].weight if name in modules else model.get_parameter(name)).shape
-        sizes[layout.part_of(name)]["lora"] += 16 * (rule.rank * (rows + cols) + (plan.variant == "dora") * rows)
+    for name, n in lora_sizes(model, plan).items():
+        sizes[layout.part_of(name)]["lora"] += 16 * n
     return sizes
 
 # %% ../../nbs/41_quant.policy.ipynb #51ce03b7

@@ -7,7 +7,6 @@ __all__ = ['OWN_FILE', 'OWN_FIELDS', 'LIKELY', 'ANY', 'LANGUAGE', 'Translation',
            'Trained', 'Format', 'full_at', 'Script']
 
 # %% ../../nbs/34_scripts.script.ipynb #a992606f
-import html
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from ..errors import InputError
 from ..models.parts import PARTS
 from ..plan.tuning import TuningPlan
+from ..show import Html, html_list, html_table
 
 # %% ../../nbs/34_scripts.script.ipynb #f2c7427c
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Translation:
         )
 
     def _repr_html_(self):
-        cells = "".join(f"<td><b>{p}</b><br>{w}</td>" for p, w in self.plan.words.items())
-        return f"<table><tr>{cells}</tr></table><ul>{''.join(f'<li>{html.escape(n)}</li>' for n in self.notes)}</ul>"
+        cells = [Html(f"<b>{p}</b><br>{w}") for p, w in self.plan.words.items()]
+        return html_table([cells], head=False) + html_list(self.notes)
 
 
 def plan_in_words(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'TASKS', 'CLAIMS', 'LEDGER', 'SMALL', 'SHOWN', 'LARGE', 'Verdict', 'judge', 'Claim', 'Entry', 'Ledger',
-           'forest', 'disagrees', 'quick_numbers', 'measure', 'compare', 'main']
+           'disagrees', 'quick_numbers', 'measure', 'compare', 'main']
 
 # %% ../../nbs/92_study.claims.ipynb #64b34f8b
 import argparse
@@ -14,14 +14,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from ..errors import InputError, write_json
-from ..show import COLORS, figure
+from ..show import package_versions
 from . import evidence
 from .experiments import EXPERIMENTS, RESULTS, Mean, Results, _command, results
 
@@ -833,56 +831,11 @@ class Ledger:
         head = ("", "it is said that", "verdict", "measured", "95 % interval", "seeds", "model", "where")
         return _table(head, [e.cells for e in self.entries.values()])
 
-    def index(self) -> str:
-        "The short table of the preface."
-        rows = [
-            (e.claim.id, e.claim.said, e.verdict.word, f"[{e.claim.chapter[:2]}]({e.claim.chapter}.ipynb)")
-            for e in self.entries.values()
-        ]
-        return _table(("", "it is said that", "verdict", "tested in"), rows)
-
     def counts(self) -> Counter:
         return Counter(e.verdict.word for e in self.entries.values())
 
     def __repr__(self):
         return "\n".join(f"{k:4} {e.verdict.word:10} {e.verdict.effect}" for k, e in self.entries.items())
-
-# %% ../../nbs/92_study.claims.ipynb #c8811d19
-def forest(
-    ledger: Ledger,
-    ids: tuple[str, ...] | None = None,  # None: all claims with seeds
-) -> Figure:
-    "Every effect over seeds with its 95 % interval; those whose interval leaves out zero are filled."
-    rows = [
-        (f"{k}  {name}", _mean(e.numbers, name))
-        for k, e in ledger.entries.items()
-        if (ids is None or k in ids)
-        for name, v in e.numbers.items()
-        if isinstance(v, list)
-    ]
-    fig, ax = figure(width=6.5, height=0.9 + 0.19 * len(rows))
-    for y, (_, m) in enumerate(rows):
-        color = COLORS[4] if m.sign == 0 else COLORS[0] if m.sign > 0 else COLORS[1]
-        ax.errorbar(
-            100 * m.mean,
-            y,
-            xerr=100 * m.half,
-            fmt="o",
-            ms=4,
-            mfc=color if m.sign else "white",
-            color=color,
-            capsize=2,
-            lw=1,
-        )
-    ax.axvline(0, color="black", lw=0.7)
-    ax.set(
-        yticks=range(len(rows)),
-        yticklabels=[label for label, _ in rows],
-        xlabel="points of exact match, mean and 95 % interval",
-        ylim=(len(rows) - 0.4, -0.6),
-    )
-    ax.tick_params(axis="y", labelsize=7.5)
-    return fig
 
 # %% ../../nbs/92_study.claims.ipynb #e388cba7
 # shares of right answers: without a direction, seen in a small run, and no longer small
@@ -958,7 +911,7 @@ def measure(
         numbers = c.numbers(read)
         facts = {
             "date": date.today().isoformat(),
-            "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")},
+            "versions": package_versions(),
             "threads": torch.get_num_threads(),
             "seconds": round(time.perf_counter() - started, 1),
             "experiments": {n: read(n).facts["date"] for n in c.experiments},

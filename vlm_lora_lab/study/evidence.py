@@ -34,22 +34,25 @@ from transformers import (
 )
 
 from ..checkpoint.save import load_adapter, save_adapter
+from ..compat import switch_checkpointing, without_cache_note
 from ..data.batch import Collator, Processor, Samples
-from ..evaluate.scores import ExactMatch, generate_answers
+from ..evaluate.ask import generate_answers
+from ..evaluate.scores import ExactMatch
 from ..lora.targets import CHOICES, lora_size
 from ..models.load import lab_folder, load_tokenizer, load_vlm
 from ..models.minicpmv import MiniCPMV
+from ..models.names import TensorName
 from ..models.parts import count, layout_of
 from ..models.published import on_meta
-from ..plan.tuning import TuningPlan, apply_plan, lora_layers
 from ..plan.preview import Preview
+from ..plan.tuning import TuningPlan, apply_plan, lora_layers
+from ..plan.unfreeze import Snapshot
 from ..quant.memory import estimate, shapes_only, step_bytes
 from ..quant.policy import Packing
 from .experiments import EXPERIMENTS, run_arm
 from .shifts import OLD, SHIFTS, shift
 from ..train.run import Schedule
 from ..train.stages import fit_stages, from_top
-from ..plan.unfreeze import Snapshot
 
 # %% ../../nbs/93_study.evidence.ipynb #19755d1f
 # MiniCPM-V's script
@@ -126,7 +129,7 @@ def repaired(
         "tensors": tensors,
         "back": start.moved(again)["connector"][0],
         "logits_off": ((before - after).abs().max() / before.std()).item(),
-        "copied_weights": sum(p.numel() for n, p in model.named_parameters() if ".original_module." in n),
+        "copied_weights": sum(p.numel() for n, p in model.named_parameters() if TensorName.of(n).original),
     }
 
 # %% ../../nbs/93_study.evidence.ipynb #3e8433aa
@@ -144,9 +147,9 @@ def checkpointed() -> dict:
     def share(plan, reentrant, hook):  # of LoRA's matrices; an error counts as nan
         torch.manual_seed(0)
         model = apply_plan(load_vlm("lab", four_bit=True), plan).train()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_cache_note():
             warnings.simplefilter("ignore")
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            switch_checkpointing(model, how={"use_reentrant": reentrant})
             (model.enable_input_require_grads if hook else model.disable_input_require_grads)()
             try:
                 model(**_batch(2)).loss.backward()
@@ -154,7 +157,7 @@ def checkpointed() -> dict:
                 if "does not require grad" not in str(e):
                     raise
                 return math.nan
-        lora = [p.grad is not None for n, p in model.named_parameters() if ".lora_" in n]
+        lora = [p.grad is not None for n, p in model.named_parameters() if TensorName.of(n).lora]
         return sum(lora) / len(lora)
 
     bare, hooked, other = ([share(p, r, h) for p in plans] for r, h in ((True, False), (True, True), (False, False)))
@@ -371,9 +374,9 @@ def both_at_once() -> dict:
     same = [
         torch.equal(p.grad, q.grad)
         for (n, p), (_, q) in zip(alone.named_parameters(), both.named_parameters(), strict=True)
-        if ".lora_" in n
+        if TensorName.of(n).lora
     ]
-    before = {n: p.detach().clone() for n, p in both.named_parameters() if ".lora_" in n}
+    before = {n: p.detach().clone() for n, p in both.named_parameters() if TensorName.of(n).lora}
     both.zero_grad()
     _steps(both)
     return {
@@ -414,7 +417,7 @@ def who_freezes() -> dict:
     return {
         "lora_in_torch": sum("lora" in n.lower() for n in dir(nn)),
         "before": before,
-        "after": sum(p.numel() for n, p in wrapped.named_parameters() if p.requires_grad and ".lora_" not in n),
+        "after": sum(p.numel() for n, p in wrapped.named_parameters() if p.requires_grad and not TensorName.of(n).lora),
     }
 
 
@@ -439,7 +442,7 @@ def stages() -> dict:
         _lab(), TuningPlan(language="lora(rank=4) on 0-1, lora(rank=16) on 2-3, full on 4", connector="full")
     )
     start, losses = Snapshot.of(_lab()), _steps(mixed)
-    ranks = {p.shape[0] for n, p in mixed.named_parameters() if ".lora_A." in n and p.requires_grad}
+    ranks = {p.shape[0] for n, p in mixed.named_parameters() if TensorName.of(n).lora == "lora_A" and p.requires_grad}
     # all three would leave no LoRA to save
     way = from_top(empty, TuningPlan(language="lora", connector="full", rank=8), layers=2, steps=2)[:2]
     train = Samples(shift("places").train, Processor.of(empty.config, tokenizer))

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import wraps
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,12 +25,13 @@ from matplotlib.figure import Figure
 from ..data.batch import Processor, Samples
 from ..data.drawn import Drawn
 from ..errors import InputError, write_json
-from ..evaluate.scores import ExactMatch, generate_answers
+from ..evaluate.ask import generate_answers
+from ..evaluate.scores import ExactMatch
 from ..lora.targets import CHOICES, rank_for
 from ..models.load import load_tokenizer, load_vlm
 from ..models.parts import layout_of
 from ..plan.tuning import TuningPlan, apply_plan
-from ..show import COLORS, figure
+from ..show import COLORS, PACKAGES, figure, package_versions
 from .shifts import OLD, SHIFTS, shift
 from ..train.run import Schedule, fit, mix
 
@@ -156,7 +156,7 @@ class Experiment:
                 "model": "lab",
                 "threads": torch.get_num_threads(),
                 "date": date.today().isoformat(),
-                "versions": {p: version(p) for p in ("vlm_lora_lab", "torch", "transformers", "peft")},
+                "versions": package_versions(*PACKAGES[:4]),
                 "rows": list(known.values()),
             }
             write_json(path, written)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
+from ..compat import other_loss
 from ..errors import InputError
 from ..models.parts import layout_of
 
@@ -167,12 +168,12 @@ class _Model(_StandIn):
     def __call__(self, *args, **kwargs):
         if kwargs.get("labels") is None:
             return self.forward(*args, **kwargs)
-        self.module.loss_function, self.head.waiting, self.kept = self.loss, True, False
+        self.head.waiting, self.kept = True, False
         try:
-            out = self.forward(*args, **kwargs)
+            with other_loss(self.module, self.loss):
+                out = self.forward(*args, **kwargs)
         finally:
             self.head.waiting = False
-            del self.module._loss_function
         if not self.kept:
             raise _not_understood("it computes its loss in a way of its own")
         return type(out)(**{k: v for k, v in out.items() if k != "logits"}) if isinstance(out, ModelOutput) else out
@@ -217,7 +218,7 @@ def label_only(
     if isinstance(owner.__dict__.get("forward"), _Model):  # a block within a block
         yield
         return
-    if "_loss_function" in owner.__dict__ or getattr(owner, "loss_function", None) is not ForCausalLMLoss:
+    if getattr(owner, "loss_function", None) is not ForCausalLMLoss:
         raise _not_understood(f"{type(owner).__name__} has a loss of its own")
     stand_in = _Head(head)
     for module, there in ((head, stand_in), (owner, _Model(owner, stand_in, at_once))):

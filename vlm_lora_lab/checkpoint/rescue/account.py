@@ -26,6 +26,7 @@ from ...models.tokenizer import picture_file
 from ...plan.tuning import TuningPlan
 from ...scripts.known import FORMATS, SCRIPTS, bits_in, flags_in, try_flags, writer_of
 from ...scripts.llamafactory import EMPTY_TENSORS
+from ...show import Html, html_list, html_table, text_lines
 
 # %% ../../../nbs/77_checkpoint.rescue.account.ipynb #f8f0c933
 @dataclass(frozen=True)
@@ -351,12 +352,7 @@ class Rescue:
             yield part, what, f"{tensors:,}", f"{weights:,}"
 
     def __repr__(self):
-        cells = list(self._cells())
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        table = [
-            "  ".join(c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-            for row in cells
-        ]
+        table = text_lines(self._cells(), "<<>")
         kinds = Counter(f.partition(":")[0] for f in self.fates.values())
         counts = ", ".join(f"{n} {k}" for k, n in kinds.most_common())
         lines = [repr(self.found), "", *table, "", f"{len(self.fates)} tensors in the files: {counts}."]
@@ -369,15 +365,10 @@ class Rescue:
         return "\n".join(lines)
 
     def _repr_html_(self):
-        head, *body = self._cells()
-
-        def row(cells, tag):
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-        said = [("lost", str(x)) for x in self.lost]
-        said += [("suspicious", s) for s in self.suspicious] + [("note", n) for n in self.notes]
-        return (
-            f"<table><caption>{html.escape(FORMATS[self.found.format].title)}</caption><thead>{row(head, 'th')}</thead>"
-            f"<tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
-            f"<ul>{''.join(f'<li><b>{k}</b>: {html.escape(s)}</li>' for k, s in said)}</ul>"
+        said = (
+            [("lost", str(x)) for x in self.lost]
+            + [("suspicious", s) for s in self.suspicious]
+            + [("note", n) for n in self.notes]
         )
+        table = html_table(self._cells(), caption=FORMATS[self.found.format].title)
+        return table + html_list(Html(f"<b>{kind}</b>: {html.escape(s)}") for kind, s in said)

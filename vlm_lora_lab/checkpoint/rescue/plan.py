@@ -6,7 +6,6 @@
 __all__ = ['modules_around', 'lora_rules', 'plan_of', 'options_of', 'sizes_of', 'fold']
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #346603b6
-import math
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -17,6 +16,7 @@ from torch import nn
 
 from .read import Base, Contents, below
 from ...errors import InputError
+from ...lora.variants import VARIANTS, folded, variant_of
 from ...models.parts import PARTS, layout_of
 from ...plan.tuning import Rule, TuningPlan, full_modules, lora_layers
 
@@ -115,7 +115,6 @@ def _refuse_another(plan, model, sizes, modules):
         )
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #7a459285
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # starts of LoRA that leave the base as it was
 _NOT_READ = (
     "layer_replication",
     "megatron_config",
@@ -152,17 +151,16 @@ def options_of(
             where,
             merge,
         )
-    variants = [n for n in ("dora", "rslora") if config.get(f"use_{n}")]
-    start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS or len(variants) > 1:
-        both = " and ".join(f"use_{n}" for n in variants)
+    variant = variant_of(config)
+    if not variant.name or variant.moves_base:
+        flags = sorted(k for k in variant.peft if k.startswith("use_"))
+        what = " and ".join(flags) if len(flags) > 1 else f"init_lora_weights {config.get('init_lora_weights')!r}"
         raise InputError(
-            f"it has {both if len(variants) > 1 else f'init_lora_weights {start!r}'}, which no plan of one adapter can "
-            "say",
+            f"it has {what}, which no plan of one adapter can say",
             where,
             "Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)",
         )
-    return {"dropout": float(config.get("lora_dropout") or 0), "variant": variants[0] if variants else "lora"}
+    return {"dropout": float(config.get("lora_dropout") or 0), "variant": variant.name}
 
 # %% ../../../nbs/76_checkpoint.rescue.plan.ipynb #c29d5c12
 def _alpha(config, names):
@@ -187,19 +185,18 @@ def sizes_of(
     "Rank and alpha of every LoRA. Raises `InputError` for one that is not whole."
     sizes = {}
     for layer, kinds in got.lora.items():
-        embedding = bool({"lora_embedding_A", "lora_embedding_B"} & set(kinds))
-        pair = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-        wanted = {*pair, "lora_magnitude_vector"} if variant == "dora" else set(pair)
+        wanted = VARIANTS[variant].kinds(embedding=any("embedding" in k for k in kinds))
         if set(kinds) != wanted:
             raise InputError(
                 f"LoRA beside {layer} has {', '.join(sorted(kinds))} and should have {', '.join(sorted(wanted))}",
                 "rescue",
                 "Copy the whole folder again",
             )
-        rank = kinds[pair[0]].shape[0]
-        if kinds[pair[1]].shape[1] != rank:
+        down, up = (kinds[k] for k in sorted(kinds) if k.endswith(("_A", "_B")))
+        rank = down.shape[0]
+        if up.shape[1] != rank:
             raise InputError(
-                f"the two matrices of LoRA beside {layer} have ranks {rank} and {kinds[pair[1]].shape[1]}",
+                f"the two matrices of LoRA beside {layer} have ranks {rank} and {up.shape[1]}",
                 "rescue",
                 "Copy the whole folder again",
             )
@@ -215,14 +212,13 @@ def fold(
     variant: str,
 ) -> None:
     "Add a LoRA to the weight beside it, which was trained in full as well: no plan can say both."
-    if variant == "dora":
+    if VARIANTS[variant].lengths:
         raise InputError(
-            f"{layer} has DoRA and lies in a module that was trained in full",
+            f"{layer} has {VARIANTS[variant].title} and lies in a module that was trained in full",
             "rescue",
             "Merge it with the tool that trained it, and go on from the whole model",
         )
-    (down, up), name = [t.float() for _, t in sorted(got.lora.pop(layer).items())], f"{layer}.weight"
-    rank, alpha = size
-    delta = up @ down * alpha / (math.sqrt(rank) if variant == "rslora" else rank)
+    learned, name = {kind: t.float() for kind, t in got.lora.pop(layer).items()}, f"{layer}.weight"
     weight = got.full[name] if name in got.full else model.base[name]
-    got.full[name] = weight.float() + (delta.T if delta.shape != weight.shape else delta)
+    config, embedding = VARIANTS[variant].config(*size), "lora_embedding_A" in learned
+    got.full[name] = folded(weight.float(), config, learned, embedding)

@@ -19,27 +19,13 @@ from .signs import Found
 from ...errors import InputError
 from ...models.files import _unpickle, shape_of, stored_in
 from ...models.load import model_folder
+from ...models.names import LORA, TensorName, places_of
 from ...models.parts import layout_of, linear_layers
 from ...models.published import on_meta
 
 # %% ../../../nbs/75_checkpoint.rescue.read.ipynb #330cf46d
-# Beginnings of names that differ between versions of transformers and between wrappers: what stands in a file -> what
-# stands in the model.
-_OLDER = (
-    ("", ""),
-    ("", "model."),
-    ("model.", ""),
-    ("model.", "model.language_model."),
-    ("language_model.model.", "model.language_model."),
-    ("language_model.", ""),
-    ("language_model.", "model.language_model."),
-    ("model.", "model.model."),
-)
 # older versions of transformers stored what is computed when a model is built
 _ANEW = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
-_LORA_NAME = re.compile(
-    r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?$"
-)
 
 
 def place(
@@ -49,9 +35,7 @@ def place(
     """Where a name of another script, or of another version of transformers, belongs.
 
     Raises `InputError` when it could be two things."""
-    if name in known:
-        return name
-    found = sorted({new + name[len(old) :] for old, new in _OLDER if name.startswith(old)} & known)
+    found = places_of(name, known)
     if len(found) > 1:
         raise InputError(f"{name} could be {' or '.join(found)}", "rescue", "Rename it to the one that is meant")
     return found[0] if found else None
@@ -59,20 +43,15 @@ def place(
 
 def plain_key(
     key: str,  # as it stands in a file
-    # name without wrappers; "lora_A", …, "copy" of a frozen original, or "" for a weight; name of the adapter
+    # name without wrappers, of LoRA that of its layer; "lora_A", …, "copy" of a frozen original, or "" for a weight;
+    # name of the adapter
 ) -> tuple[str, str, str]:
-    "What a key says, without what DDP, torch.compile and PEFT wrapped around it."
-    name = key.lstrip(".")
-    while m := re.match(r"(module|_orig_mod|base_model\.model)\.", name):
-        name = name[m.end() :]
-    name = name.replace("._orig_mod.", ".").replace(".base_layer.", ".")
-    if m := _LORA_NAME.match(name):
-        return m[1], m[2], m[3] or "default"
-    if ".original_module." in name:
-        return name.replace(".original_module.", "."), "copy", "default"
-    if m := re.match(r"(.+)\.modules_to_save\.([^.]+)\.(.+)$", name):
-        return f"{m[1]}.{m[3]}", "", m[2]
-    return name, "", "default"
+    "What a key says (chapter 09), in the words of this account. A matrix of no known method counts as a weight."
+    said = TensorName.of(key)
+    if not said.lora:
+        return said.plain, "copy" if said.original else "", said.adapter or "default"
+    known = said.lora in LORA and said.tensor == "weight"
+    return (said.module, said.lora, said.adapter or "default") if known else (said.own, "", "default")
 
 
 def below(name, modules):

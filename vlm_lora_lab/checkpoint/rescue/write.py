@@ -9,7 +9,6 @@ __all__ = ['rescue']
 import shutil
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from ...models.load import load_vlm
 from ...models.published import on_meta
 from ...plan.tuning import apply_plan
 from ...scripts.known import bits_in
+from ...show import package_versions
 from ...train.identity import located
 
 # %% ../../../nbs/78_checkpoint.rescue.write.ipynb #9805a37f
@@ -168,14 +168,13 @@ def _write_account(result, folder):
 
 
 def _provenance(result, model, four_bit, pixels):
-    packages = ("vlm_lora_lab", "torch", "transformers", "peft", "bitsandbytes")
     return {
         "base": located(model.name),
         "base_fingerprint": fingerprint(model.name),
         "base_sha256": base_sha256(model.name),
         "four_bit": four_bit,
         "max_pixels": pixels,
-        "versions": {p: version(p) for p in packages},
+        "versions": package_versions(),
         "rescued_from": result.found.format,
     }
 
