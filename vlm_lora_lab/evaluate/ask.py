@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from ..data.batch import BaseProcessor
 from ..data.media import Conversation
 from ..data.tokens import control_tokens, end_ids
+from ..families.base import family_of, resolved
 from ..models.parts import mixed_precision
-from ..models.qwenvl import ntk_alpha
 
 # %% ../../nbs/79_evaluate.ask.ipynb #2fdddc4e
 @dataclass(frozen=True)
@@ -51,16 +51,9 @@ def why_not_together(
     rows: Sequence[dict],  # from the model's processor
 ) -> str:  # a sentence; empty: they can share a batch
     "Why these rows would get other answers in one batch than one by one."
-    if config.model_type == "qwen" and config.use_dynamic_ntk:
-        if len({ntk_alpha(n, config.seq_length) for n in {len(r["input_ids"]) for r in rows}}) > 1:
-            return (
-                "Qwen-VL stretches the positions of all rows by the longest one, and some are longer than "
-                f"seq_length ({config.seq_length})"
-            )
-    line = not getattr(config, "rows_and_columns", True) and not config.timm_tower and config.batch_vision_input
-    if line and len({max(x.shape[-1] for x, _ in r["patches"]) for r in rows if r["patches"]}) > 1:
-        return "MiniCPM-V 2.5 looks at the padding of smaller pictures, and these have different sizes"
-    return ""
+    family = family_of(config)
+    apart = resolved(family.apart) if family else None
+    return apart(config, rows) if apart else ""
 
 
 def _one_batch(model, processor, rows, max_new_tokens):
