@@ -309,7 +309,7 @@ def test_only_the_command_that_is_named_is_loaded():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     loaded = {m for m in done.stdout.splitlines()[-1].split() if m.startswith("vlm_lora_lab.cli.")}
-    assert loaded == {f"vlm_lora_lab.cli.{m}" for m in ("about", "line", "merge", "options")}, done.stderr
+    assert loaded == {f"vlm_lora_lab.cli.{m}" for m in ("line", "merge", "options")}, done.stderr
 
 
 def test_every_command_is_a_file_and_every_file_a_command():

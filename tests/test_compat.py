@@ -54,7 +54,7 @@ TESTS = Path(__file__).parent
 # Text and no attribute: operators of ATen, a key of config.json, endings of our own keys.
 TEXT = {"_cdist_forward", "_euclidean_dist", "_to_copy", "_unsafe_view", "_name_or_path", "_low", "_high"}
 # Python's own argparse shows its options in private only.
-ARGPARSE = {"_actions", "_SubParsersAction", "_AppendAction", "_option_string_actions"}
+ARGPARSE = {"_actions", "_SubParsersAction", "_AppendAction", "_ArgumentGroup", "_option_string_actions"}
 
 
 def is_private(name):

@@ -57,7 +57,7 @@ def rescue(
             found.folder,
             "Find that file, or write one with lora_alpha, r and target_modules",
         )
-    options = options_of(found.config, found.folder / "adapter_config.json") if got.lora and found.config else {}
+    options = options_of(found.config or {}, found.folder / "adapter_config.json") if got.lora else {}
     sizes = sizes_of(got, found.config, options.get("variant", "lora"))
     modules = modules_around(model.model, set(got.full))
     lost, suspicious = losses_of(found, model, got, flags), tuple(suspicious_in(found, model, got, flags))
