@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 import tables  # noqa: E402
 
-PAGES = [p for folder in (ROOT, ROOT / "nbs", ROOT / "nbs" / "pages") for p in folder.rglob("*.md")]
+PAGES = [*ROOT.glob("[!_]*.md"), *(ROOT / "nbs").rglob("*.md")]
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
 FACTS = ConfigParser(delimiters=["="])

@@ -47,7 +47,7 @@ PUBLIC = {
     "read_conversations": "data.records",
     "samples_folder": "data.records",
     "ask": "data.records",
-    "generate_answers": "evaluate.scores",
+    "generate_answers": "evaluate.ask",
     "ExactMatch": "evaluate.scores",
     "TuningPlan": "plan.tuning",
     "apply_plan": "plan.tuning",
