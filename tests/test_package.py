@@ -131,7 +131,7 @@ def test_metadata_is_what_settings_ini_says(metadata):
     groups = {k.removesuffix("_requirements"): v.split() for k, v in FACTS.items() if k.endswith("_requirements")}
     assert {"dev", "docs", "gpu"} <= set(groups) == set(metadata.get_all("Provides-Extra"))
 
-    wanted = [*FACTS["requirements"].split(), *(f"{r};extra=={extra}" for extra, rs in groups.items() for r in rs)]
+    wanted = [*FACTS["requirements"].split(), *(f"{r}; extra == '{extra}'" for extra, rs in groups.items() for r in rs)]
 
     def plain(requirements):
         return sorted(str(Requirement(r)) for r in requirements)
