@@ -170,7 +170,9 @@ def _inherited(values):
     folder = values.get("from_adapter")
     if not isinstance(folder, str) or values.get("stages"):
         return values
-    known, plan, reading = read_provenance(folder), values.get("plan") or {}, values.get("reading") or {}
+    known = read_provenance(folder)
+    plan = values.get("plan") or {}
+    reading = values.get("reading") or {}
     found = {"model": known["base"], "four_bit": known["four_bit"]} | values
     if isinstance(plan, dict):
         found["plan"] = plan_of(folder, known).to_dict() | plan
@@ -571,13 +573,10 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     if here.first:
         inputs = inputs.on(job.model, base_sha256(job.model))
     check_resumed(started, inputs, output / "job.json")
-    for line in (
-        changed + started.moves(inputs)
-        if started
-        else ["This run kept no hashes of its data: whether it is still the same is not known."]
-        if resume and place
-        else []
-    ):
+    lines = changed + started.moves(inputs) if started else []
+    if not started and resume and place:
+        lines = ["This run kept no hashes of its data: whether it is still the same is not known."]
+    for line in lines:
         say(line)
     at("plan")
     if not job.stages:
@@ -762,14 +761,16 @@ def train(
 
 def _run(job, resume, given, here, say):
     "Train and save; by a process that alone writes into the folder."
-    output, model, new, held, processor = given.output, given.model, given.new, given.held, given.processor
-    held_samples, doctors, samples, plan, cache = (
-        held.samples(processor, job.reading) if held else None,
-        [],
-        new.samples(processor, job.reading),
-        job.plan,
-        None,
-    )
+    output = given.output
+    model = given.model
+    new = given.new
+    held = given.held
+    processor = given.processor
+    held_samples = held.samples(processor, job.reading) if held else None
+    doctors = []
+    samples = new.samples(processor, job.reading)
+    plan = job.plan
+    cache = None
     watch: dict[str, Any] = {
         "evaluate_every": job.watch.every,
         "ask": None if here.sharded else _asker(job, processor, given.held_out),
@@ -882,13 +883,9 @@ def _refused(job, name, error):
                 job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels
             )
             bad = _bad_rows(job, processor)
-            says = (
-                f"{len(bad)} cannot be used:\n"
-                + "\n".join(bad[:20])
-                + (f"\nand {len(bad) - 20} others" if len(bad) > 20 else "")
-                if bad
-                else says
-            )
+            if bad:
+                others = f"\nand {len(bad) - 20} others" if len(bad) > 20 else ""
+                says = f"{len(bad)} cannot be used:\n" + "\n".join(bad[:20]) + others
     return filled_up([Check(name, "error", says)])
 
 

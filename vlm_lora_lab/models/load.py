@@ -324,13 +324,10 @@ def load_vlm(
         p.data = p.data.to(dtype) if p.is_floating_point() and not hasattr(p, "quant_state") else p.data
     if as_stored:
         _as_stored(model, stored)
-    for layer in (
-        check_nf4(model, set(packed) or None, None if packed else packable(empty, whole), dtype)
-        if four_bit or packed
-        else ()
-    ):
-        # see "Evaluated once, trained never" in chapter 14
-        plain_kernel(model.get_submodule(layer))
+    if four_bit or packed:
+        meant = None if packed else packable(empty, whole)
+        for layer in check_nf4(model, set(packed) or None, meant, dtype):
+            plain_kernel(model.get_submodule(layer))  # see "Evaluated once, trained never" in chapter 14
     return model.eval()
 
 # %% ../../nbs/14_models.load.ipynb #8c663e93
@@ -385,7 +382,7 @@ def _check_ends(model, folder):
     "The tokens that generation_config.json names are ids: transformers would find that out in the middle of an answer."
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(getattr(model, "generation_config", None), name, None)
-        ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        ids = value if isinstance(value, (list, tuple)) else [i for i in (value,) if i is not None]
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise InputError(
                 f"{name} is {value!r:.60}",

@@ -148,7 +148,10 @@ class PartTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.full_rate, self.plan, self.ask, self.batch = full_rate, plan, ask, {}
+        self.full_rate = full_rate
+        self.plan = plan
+        self.ask = ask
+        self.batch = {}
         self.best = best
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -164,13 +167,9 @@ class PartTrainer(Trainer):
     ) -> float:
         "The peak learning rate of a parameter."
         lora = self.args.learning_rate
-        return (
-            self.plan.rate(part, name, lora, self.full_rate)
-            if self.plan
-            else lora
-            if TensorName.of(name).lora
-            else self.full_rate
-        )
+        if self.plan:
+            return self.plan.rate(part, name, lora, self.full_rate)
+        return lora if TensorName.of(name).lora else self.full_rate
 
     def train_sampler(self, train_dataset=None):
         "Rows of similar length together, if their lengths are known; otherwise the Trainer's own order."
@@ -301,7 +300,9 @@ class PartTrainer(Trainer):
         "AdamW over the trainable parameters, in groups by rate and weight decay."
         if self.optimizer is None:
             model = model or self.model
-            decay, groups, layout = set(self.get_decay_parameter_names(model)), {}, layout_of(model)
+            decay = set(self.get_decay_parameter_names(model))
+            groups = {}
+            layout = layout_of(model)
             for name, p in model.named_parameters():
                 if p.requires_grad:
                     rate = self.rate(name, layout.part_of(name))
@@ -483,16 +484,13 @@ class OutOfMemory(InputError):
             f"out of memory in step {step}, in a batch of {rows} rows of {tokens} tokens with {pictures} pictures "
             "and slices"
         )
-        found += f" (ids {', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""
+        if names:
+            found += f" (ids {', '.join(names[:8])}{', …' if len(names) > 8 else ''})"
         b, a = schedule.batch_size, schedule.accumulation
-        ways = (
-            [
-                f"batch_size {b // 2 if b % 2 == 0 else 1} with accumulation {a * (2 if b % 2 == 0 else b)}, which is "
-                "the same step, also for a run that is resumed"
-            ]
-            if b > 1
-            else []
-        )
+        ways, (rows, more) = [], (b // 2, 2) if b % 2 == 0 else (1, b)
+        if b > 1:
+            same = "which is the same step, also for a run that is resumed"
+            ways.append(f"batch_size {rows} with accumulation {a * more}, {same}")
         ways += ["gradient checkpointing"] if not checkpointed else []
         ways += ["vision_cache: disk, or off"] if cache is not None else []
         ways += ["four_bit: true"] if not any(hasattr(p, "quant_state") for p in trainer.model.parameters()) else []
@@ -724,6 +722,7 @@ def fit(
             "load_vlm",
             "Load the model with dtype=torch.float32 or torch.bfloat16",
         )
+    asked = "steps" if evaluate_every else "epoch"
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=schedule.epochs,
@@ -742,7 +741,7 @@ def fit(
         seed=schedule.seed,
         data_seed=schedule.seed,
         **checkpointing_arguments(checkpoint_activations),
-        eval_strategy="no" if evaluation is None else "steps" if evaluate_every else "epoch",
+        eval_strategy="no" if evaluation is None else asked,
         eval_steps=evaluate_every or None,
         prediction_loss_only=True,
         save_strategy="steps" if save else "no",
