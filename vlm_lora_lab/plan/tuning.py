@@ -359,6 +359,25 @@ def _packed_alone(model, plan, part, names):
             )
 
 # %% ../../nbs/32_plan.tuning.ipynb #2565be5f
+def _check_rules(model, plan, owner, layout):
+    "Raises `InputError` for a rule that means nothing: no tensor is left for it."
+    for part, rule in ((p, r) for p in PARTS for r in plan.rules(p) if r.word == "full" or r.on):
+        mine = [n for n, p in model.named_parameters() if layout.part_of(n) == part and owner[id(p)] == part]
+        if any(plan.rule(part, n) == rule for n in mine):
+            continue
+        if rule.on or len(plan.rules(part)) > 1:
+            raise InputError(
+                f"nothing in the part {part!r} of {layout.family} is left for '{rule}'",
+                f"plan, {part}",
+                _where(linear_layers(model)[part]),
+            )
+        raise InputError(
+            f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}",
+            f"plan, {part}",
+            "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: lora",
+        )
+
+
 def full_modules(
     model: nn.Module,  # not wrapped; also on the meta device
     plan: TuningPlan,
@@ -403,24 +422,7 @@ def full_modules(
             )
         return [n for child, m in module.named_children() if "full" in inside for n in walk(at(child), m)]
 
-    for part, rule in ((p, r) for p in PARTS for r in plan.rules(p) if r.word == "full" or r.on):
-        if not any(
-            owner[id(p)] == part and plan.rule(part, n) == rule
-            for n, p in model.named_parameters()
-            if layout.part_of(n) == part
-        ):
-            if rule.on or len(plan.rules(part)) > 1:
-                raise InputError(
-                    f"nothing in the part {part!r} of {layout.family} is left for '{rule}'",
-                    f"plan, {part}",
-                    _where(linear_layers(model)[part]),
-                )
-            raise InputError(
-                f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}",
-                f"plan, {part}",
-                "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: "
-                "lora",
-            )
+    _check_rules(model, plan, owner, layout)
     found = walk("", model)
     if tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
         raise InputError(
