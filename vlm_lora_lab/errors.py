@@ -31,7 +31,9 @@ class InputError(ValueError):
         where: str | Path = "",  # file, record and field, from the outside in
         remedy: str = "",  # what to write or do instead
     ):
-        self.found, self.where, self.remedy = found, str(where), remedy
+        self.found = found
+        self.where = str(where)
+        self.remedy = remedy
         message = ". ".join(p.rstrip(".") for p in (f"{where}: {found}" if where else found, remedy) if p)
         super().__init__(message + "." * (not message.endswith("?")))
 
@@ -177,11 +179,9 @@ def encoding_of(
         return marked
     if zeros := data.count(0):
         halves = data[1::2].count(0), data[::2].count(0)
-        return (
-            ("UTF-16LE" if halves[0] > halves[1] else "UTF-16BE")
-            if max(halves) > 3 * min(halves) and zeros > len(data) / 8
-            else ""
-        )
+        if max(halves) <= 3 * min(halves) or zeros <= len(data) / 8:
+            return ""
+        return "UTF-16LE" if halves[0] > halves[1] else "UTF-16BE"
     reader = codecs.getincrementaldecoder("utf-8")
     with suppress(UnicodeDecodeError):
         reader().decode(data)

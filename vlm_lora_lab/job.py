@@ -170,7 +170,9 @@ def _inherited(values):
     folder = values.get("from_adapter")
     if not isinstance(folder, str) or values.get("stages"):
         return values
-    known, plan, reading = read_provenance(folder), values.get("plan") or {}, values.get("reading") or {}
+    known = read_provenance(folder)
+    plan = values.get("plan") or {}
+    reading = values.get("reading") or {}
     found = {"model": known["base"], "four_bit": known["four_bit"]} | values
     if isinstance(plan, dict):
         found["plan"] = plan_of(folder, known).to_dict() | plan
@@ -403,6 +405,38 @@ def _place(job, resume):
     return _room(job, resume)
 
 
+def _check_same(job, output, finished):
+    "Raises `InputError` when this is another job than the one in the folder, or when nothing of it is left to do."
+    asked = absolute(json.loads(json.dumps(job.to_dict())), Job)
+    was = absolute(read_json(output / "job.json"), Job)
+    started, elsewhere = _started_from(output), {"output"}
+    if started:  # known by their content, wherever they lie
+        elsewhere |= {"image_root", *(k for k in started.files if asked.get(k))}
+        elsewhere |= {"model"} if started.base_sha256 else set()
+    for reading in (was.get("reading"), asked["reading"]):
+        (reading or {}).pop("verify", None)
+    if _per_step(was.get("schedule")) == _per_step(asked["schedule"]):
+        # the same rows in smaller batches make the same step: the way out of a batch that does not fit
+        was["schedule"] = asked["schedule"]
+    longer = not job.stages and other_length(was.get("schedule") or {}, asked["schedule"], output / "job.json")
+    watched = Watch().to_dict() | (was.get("watch") or {})  # of an older version, without what is asked for now
+    patient = watched["patience"] != asked["watch"]["patience"]
+    was["watch"] = watched | {"patience": asked["watch"]["patience"]}
+    if finished and not longer and not (patient and _stopped_early(output)):
+        raise _nothing_left(output, job)
+    if longer:  # `check_length` looks at it when the rows are known
+        was["schedule"] = (was.get("schedule") or {}) | {k: asked["schedule"][k] for k in ("epochs", "max_steps")}
+    differs = [k for k, v in asked.items() if was.get(k) != v and k not in elsewhere]
+    if differs:
+        raise InputError(
+            "this is another job than the one that was stopped: "
+            + "; ".join(f"{k} was {was.get(k)!r} and is {asked[k]!r}" for k in differs),
+            output / "job.json",
+            "Resume without these changes (a stopped or finished run can only be given another length: --max-steps "
+            "or --epochs), or start a new run in another folder",
+        )
+
+
 def _room(job, resume):
     "The same, for the process that holds the lock."
     output, made_by_us = Path(job.output), {"job.json", "before.json", "checkpoints", "nan"}
@@ -419,41 +453,7 @@ def _room(job, resume):
             "Add --resume to go on with it, or choose another folder",
         )
     if resume:
-        before, was = (
-            absolute(json.loads(json.dumps(job.to_dict())), Job),
-            absolute(read_json(output / "job.json"), Job),
-        )
-        started, elsewhere = _started_from(output), {"output"}
-        if started:  # known by their content, wherever they lie
-            elsewhere |= (
-                {"image_root"}
-                | {k for k in started.files if before.get(k)}
-                | ({"model"} if started.base_sha256 else set())
-            )
-        for reading in (was.get("reading"), before["reading"]):
-            (reading or {}).pop("verify", None)
-        if _per_step(was.get("schedule")) == _per_step(before["schedule"]):
-            # the same rows in smaller batches make the same step: the way out of a batch that does not fit
-            was["schedule"] = before["schedule"]
-        longer = not job.stages and other_length(was.get("schedule") or {}, before["schedule"], output / "job.json")
-        watched = Watch().to_dict() | (was.get("watch") or {})  # of an older version, without what is asked for now
-        was["watch"], patient = (
-            watched | {"patience": before["watch"]["patience"]},
-            watched["patience"] != before["watch"]["patience"],
-        )
-        if finished and not longer and not (patient and _stopped_early(output)):
-            raise _nothing_left(output, job)
-        if longer:  # `check_length` looks at it when the rows are known
-            was["schedule"] = (was.get("schedule") or {}) | {k: before["schedule"][k] for k in ("epochs", "max_steps")}
-        if changed := [
-            f"{k} was {was.get(k)!r} and is {v!r}" for k, v in before.items() if was.get(k) != v and k not in elsewhere
-        ]:
-            raise InputError(
-                f"this is another job than the one that was stopped: {'; '.join(changed)}",
-                output / "job.json",
-                "Resume without these changes (a stopped or finished run can only be given another length: --max-steps "
-                "or --epochs), or start a new run in another folder",
-            )
+        _check_same(job, output, finished)
         return output
     there = {p.name for p in output.iterdir()} - {LOCK} if output.is_dir() else None
     if there is None or there and not ("job.json" in there and there <= made_by_us):
@@ -508,14 +508,8 @@ def _ancestor(job, empty, here, resumed):
     return ancestry(job.from_adapter, known)
 
 
-def _prepare(job, resume, say, here, at=lambda name: None, place=True):
-    """Look at everything that was given; nothing is written. `train` and `examine` both begin with it.
-
-    `at` is told what is looked at next; `place` says whether the output folder is."""
-    at("output")
-    output = _place(job, resume) if place else Path(job.output)
-    if place:
-        check_writable(output)
+def _check_here(job, here):
+    "Raises `InputError` for what these devices, or this installation, cannot do."
     check_devices(here, job.four_bit, job.stages, job.plan, job.nan)
     if here.sharded and job.watch.keep == "best":
         raise InputError(
@@ -525,22 +519,19 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         )
     if job.watch.tensorboard:
         summary_writer()  # is it there?
-    at("model")
-    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
-    # shapes are enough to see whether plan and data fit, before gigabytes are fetched
-    empty = on_meta(model_folder(job.model, weights=False))
-    at("plan")
+
+
+def _check_plan(job, empty):
+    "Modules that stay whole. Raises `InputError` for a plan that does not fit the shapes of the model."
     if job.stages:
-        whole = route(empty, job.stages, job.four_bit).whole
-    else:
-        whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
-        lora_layers(empty, job.plan)
-    ancestor = _ancestor(job, empty, here, output if resume and place else None)
-    at("data")
-    started = _started_from(output) if resume and place else None
-    inputs = _looked_at(job) if here.first else Inputs({})
-    started, changed = mended(started, _when_interrupted(output) if started else None, inputs)
-    check_resumed(started, inputs, output / "job.json")
+        return route(empty, job.stages, job.four_bit).whole
+    whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
+    lora_layers(empty, job.plan)
+    return whole
+
+
+def _read_data(job, processor, say):
+    "Rows to learn, old ones mixed in; rows to be asked about; what was left out; and each file's check."
     new = _checked(job.data, job, processor, "training data", say)
     held = _checked(job.eval_data, job, processor, "evaluation data", say) if job.eval_data else None
     if held:
@@ -555,29 +546,56 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         mixed = mix(new.conversations, old, job.mix_share, job.schedule.seed)
         added = mixed[len(new.conversations) :] if job.reading.group_by_length else ()
         new = Checked(mixed, [*new.lengths, *(len(processor.measure(c).input_ids) for c in added)])
-    if resume and place:
-        at("output")
-        _check_length(job, output, len(new.conversations), here)
-    at("model")
+    return new, held, left_out, files
+
+
+def _load(job, whole):
+    "The model. Raises `InputError` when there is no room for it."
     torch.manual_seed(job.schedule.seed)
     try:
-        model = load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=whole)
+        return load_vlm(job.model, four_bit=job.four_bit, allow_pickle=job.allow_pickle, whole=whole)
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
         raise InputError(
             "out of memory while the model was loaded", job.model, "Write four_bit: true, or take a smaller model"
         ) from None
+
+
+def _prepare(job, resume, say, here, at=lambda name: None, place=True):
+    """Look at everything that was given; nothing is written. `train` and `examine` both begin with it.
+
+    `at` is told what is looked at next; `place` says whether the output folder is."""
+    at("output")
+    output = _place(job, resume) if place else Path(job.output)
+    if place:
+        check_writable(output)
+    _check_here(job, here)
+    at("model")
+    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
+    # shapes are enough to see whether plan and data fit, before gigabytes are fetched
+    empty = on_meta(model_folder(job.model, weights=False))
+    at("plan")
+    whole = _check_plan(job, empty)
+    ancestor = _ancestor(job, empty, here, output if resume and place else None)
+    at("data")
+    started = _started_from(output) if resume and place else None
+    inputs = _looked_at(job) if here.first else Inputs({})
+    started, changed = mended(started, _when_interrupted(output) if started else None, inputs)
+    check_resumed(started, inputs, output / "job.json")
+    new, held, left_out, files = _read_data(job, processor, say)
+    if resume and place:
+        at("output")
+        _check_length(job, output, len(new.conversations), here)
+    at("model")
+    model = _load(job, whole)
     if here.first:
         inputs = inputs.on(job.model, base_sha256(job.model))
     check_resumed(started, inputs, output / "job.json")
-    for line in (
-        changed + started.moves(inputs)
-        if started
-        else ["This run kept no hashes of its data: whether it is still the same is not known."]
-        if resume and place
-        else []
-    ):
+    lines = changed + started.moves(inputs) if started else []
+    if not started and resume and place:
+        lines = ["This run kept no hashes of its data: whether it is still the same is not known."]
+    for line in lines:
         say(line)
     at("plan")
     if not job.stages:
@@ -660,9 +678,8 @@ def _swapped(job, inputs):
     return changed_since(inputs, lambda: _looked_at(job).on(job.model, base_sha256(job.model)))
 
 
-def _finish(job, run, given, model, plan, doctors, here, say):
-    "Ask again, save, and write down what was done."
-    output = given.output
+def _account(job, run, given, doctors, here, say):
+    "What was done, for the report."
     report = {
         "job": absolute(job.to_dict(), Job),
         "steps": run.steps,
@@ -690,49 +707,64 @@ def _finish(job, run, given, model, plan, doctors, here, say):
             for doctor in doctors
             for step, d in doctor.bad_steps
         ]
+    return report
+
+
+def _marks(job, given, after, say):
+    "The marks before and after, for the report."
+    held_out = given.held_out
+    before = json.loads((given.output / "before.json").read_text(encoding="utf-8"))
+    results = {"before": before, "after": after}
+    scores = {when: ExactMatch.of(answers, held_out) for when, answers in results.items()}
+    marks = {"exact_match": {when: score.to_dict() for when, score in scores.items()}}
+    if job.metric != "exact":
+        scores = {when: Score.of(job.metric, answers, held_out) for when, answers in results.items()}
+        about = {"metric": job.metric, "higher_is_better": scores["after"].metric.higher_is_better}
+        marks["score"] = about | {when: score.to_dict() for when, score in scores.items()}
+    say("\n".join(f"{when:6} {score}" for when, score in scores.items()))
+    return marks
+
+
+def _save(job, run, given, model, plan, report, here):
+    "Save what was trained: an adapter, or a whole model. Says where, for the report."
+    output = given.output
+    if isinstance(model, PeftModel):
+        kept = ("steps", "kept", "loss", "exact_match", "score", "stages")
+        told = {
+            "data": {f.path: f.sha256 for f in given.inputs.files.values()},
+            "metrics": {k: report[k] for k in kept if k in report},
+            "max_pixels": job.reading.max_pixels,
+            "state": run.state if not job.stages else None,
+            "base_hash": given.inputs.base_sha256 or None,
+            "ancestor": given.ancestor,
+        }
+        tokenizer = given.processor.tokenizer
+        adapter = save_adapter(model, output / "adapter", plan, job.model, tokenizer, job.four_bit, **told)
+        return {"adapter": located(adapter)}
+    if here.first:
+        also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
+        save_vlm(model, output / "model", model_folder(job.model), also=also)
+    return {"model": located(output / "model")}
+
+
+def _finish(job, run, given, model, plan, doctors, here, say):
+    "Ask again, save, and write down what was done."
+    output = given.output
+    report = _account(job, run, given, doctors, here, say)
     if given.held and here.sharded:
         say(
             f"Nothing was asked: under {here.sharded} no process holds the whole model. Ask the adapter: vlm-lora-lab "
             f"evaluate {output / 'adapter'} --data {job.eval_data}"
         )
     elif given.held and (after := _ask_after(job, given, model, say)) is not None:
-        held_out, results = (
-            given.held_out,
-            {"before": json.loads((output / "before.json").read_text(encoding="utf-8")), "after": after},
-        )
-        scores = {when: ExactMatch.of(answers, held_out) for when, answers in results.items()}
-        report["exact_match"] = {when: score.to_dict() for when, score in scores.items()}
-        if job.metric != "exact":
-            scores = {when: Score.of(job.metric, answers, held_out) for when, answers in results.items()}
-            report["score"] = {"metric": job.metric, "higher_is_better": scores["after"].metric.higher_is_better} | {
-                w: s.to_dict() for w, s in scores.items()
-            }
-        say("\n".join(f"{when:6} {score}" for when, score in scores.items()))
+        report |= _marks(job, given, after, say)
     if here.first:
         with explain_write_errors(output):
             save_figure(training_curve(run.history), output / "loss.png")
     if here.first and (swapped := _swapped(job, given.inputs)):
         report["changed_while_training"] = swapped
         say("\n".join(f"Swapped while it trained: {change}" for change in swapped))
-    if isinstance(model, PeftModel):
-        data = {f.path: f.sha256 for f in given.inputs.files.values()}
-        metrics = {k: report[k] for k in ("steps", "kept", "loss", "exact_match", "score", "stages") if k in report}
-        told = {
-            "data": data,
-            "metrics": metrics,
-            "max_pixels": job.reading.max_pixels,
-            "state": run.state if not job.stages else None,
-            "base_hash": given.inputs.base_sha256 or None,
-            "ancestor": given.ancestor,
-        }
-        report["adapter"] = located(
-            save_adapter(model, output / "adapter", plan, job.model, given.processor.tokenizer, job.four_bit, **told)
-        )
-    else:
-        if here.first:
-            also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
-            save_vlm(model, output / "model", model_folder(job.model), also=also)
-        report["model"] = located(output / "model")
+    report |= _save(job, run, given, model, plan, report, here)
     if here.first:
         write_json(output / "report.json", report)
     say(
@@ -760,73 +792,56 @@ def train(
         return _run(job, resume, given, here, say)
 
 
-def _run(job, resume, given, here, say):
-    "Train and save; by a process that alone writes into the folder."
-    output, model, new, held, processor = given.output, given.model, given.new, given.held, given.processor
-    held_samples, doctors, samples, plan, cache = (
-        held.samples(processor, job.reading) if held else None,
-        [],
-        new.samples(processor, job.reading),
-        job.plan,
-        None,
-    )
-    watch: dict[str, Any] = {
-        "evaluate_every": job.watch.every,
-        "ask": None if here.sharded else _asker(job, processor, given.held_out),
-    }
+def _watching(job, given, resume, here, say, doctors):
+    "What makes the callbacks of a stage; each NaN doctor is kept in `doctors`."
+    output = given.output
 
-    def doctor(number=1):
+    def callbacks(number=1):
         doctors.append(NanDoctor(job.nan, output / "nan" / ("" if here.first else f"process-{here.rank}"), say=say))
         if not (job.watch.tensorboard and here.first):
             return [doctors[-1], LivePlot()]
-        at, place = (
-            last_checkpoint(output / "checkpoints") if resume else None,
-            output / "tensorboard" / (f"stage-{number}" if job.stages else ""),
-        )
+        at = last_checkpoint(output / "checkpoints") if resume else None
+        place = output / "tensorboard" / (f"stage-{number}" if job.stages else "")
         return [doctors[-1], LivePlot(), tensorboard(place, int(at.name.split("-")[1]) if at else 0)]
 
-    run: Any  # what `fit_stages` or `fit` returns
+    return callbacks
+
+
+def _passes(schedule, rows):
+    "How often each row is looked at."
+    if schedule.max_steps < 0:
+        return schedule.epochs
+    return schedule.max_steps * schedule.batch_size * schedule.accumulation / rows
+
+
+def _learn(job, resume, given, here, say, callbacks):
+    "What `fit_stages` or `fit` returns, the model, the plan by which it is saved, and the vision cache."
+    samples = given.new.samples(given.processor, job.reading)
+    held = given.held.samples(given.processor, job.reading) if given.held else None
+    folder = given.output / "checkpoints"
+    watch: dict[str, Any] = {
+        "evaluate_every": job.watch.every,
+        "ask": None if here.sharded else _asker(job, given.processor, given.held_out),
+    }
+    if job.stages:
+        staged = fit_stages(
+            given.model, job.stages, samples, job.schedule, folder, resume, callbacks, say, evaluation=held, **watch
+        )
+        return staged, staged.model, staged.plan, None
+    passes = _passes(job.schedule, len(given.new.conversations))
+    cache = None if here.sharded else choose_cache(job.vision_cache, given.model, samples, passes, say)
+    if best := _best(job, here):
+        _announce(job, best, len(given.held_out), say)
+    more = {"plan": job.plan, "callbacks": callbacks(), "cache": cache, "say": say, "best": best}
+    return fit(given.model, samples, job.schedule, folder, held, resume, **more, **watch), given.model, job.plan, cache
+
+
+def _run(job, resume, given, here, say):
+    "Train and save; by a process that alone writes into the folder."
+    output, doctors = given.output, []
     try:
-        if job.stages:
-            run = fit_stages(
-                model,
-                job.stages,
-                samples,
-                job.schedule,
-                output / "checkpoints",
-                resume,
-                doctor,
-                say,
-                evaluation=held_samples,
-                **watch,
-            )
-            model, plan = run.model, run.plan
-        else:
-            passes = (
-                job.schedule.epochs
-                if job.schedule.max_steps < 0
-                else job.schedule.max_steps
-                * job.schedule.batch_size
-                * job.schedule.accumulation
-                / len(new.conversations)
-            )
-            cache = None if here.sharded else choose_cache(job.vision_cache, model, samples, passes, say)
-            if best := _best(job, here):
-                _announce(job, best, len(given.held_out), say)
-            run = fit(
-                model,
-                samples,
-                job.schedule,
-                output / "checkpoints",
-                held_samples,
-                resume,
-                plan=plan,
-                callbacks=doctor(),
-                cache=cache,
-                say=say,
-                best=best,
-                **watch,
-            )
+        callbacks = _watching(job, given, resume, here, say, doctors)
+        run, model, plan, cache = _learn(job, resume, given, here, say, callbacks)
     except NonFiniteStep as e:
         what = (
             "The weights were lost in an earlier step, and nothing of them was saved. It showed at"
@@ -882,13 +897,9 @@ def _refused(job, name, error):
                 job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels
             )
             bad = _bad_rows(job, processor)
-            says = (
-                f"{len(bad)} cannot be used:\n"
-                + "\n".join(bad[:20])
-                + (f"\nand {len(bad) - 20} others" if len(bad) > 20 else "")
-                if bad
-                else says
-            )
+            if bad:
+                others = f"\nand {len(bad) - 20} others" if len(bad) > 20 else ""
+                says = f"{len(bad)} cannot be used:\n" + "\n".join(bad[:20]) + others
     return filled_up([Check(name, "error", says)])
 
 

@@ -40,9 +40,9 @@ class Within:
     def __str__(self):
         low, high = (f"{n:,}" if abs(n) < 1e6 or isinstance(n, int) else f"{n:g}" for n in (self.low, self.high))
         start = f"above {low}," if self.above else f"from {low}"
-        return (
-            f"{start} up to, not including, {high}" if self.below else f"{start} {'up ' if self.above else ''}to {high}"
-        )
+        if self.below:
+            return f"{start} up to, not including, {high}"
+        return f"{start} {'up ' if self.above else ''}to {high}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Metavar:
 # %% ../nbs/03_settings.ipynb #9f376439
 _FAR = Within(-(10**18), 10**18)  # of a number that states no bounds
 # characters of text; bytes of a path, and of one name in it, that file systems accept
-_TEXT, _PATH, _NAME = 10_000, 4096, 255
+_TEXT = 10_000
+_PATH = 4096
+_NAME = 255
 
 
 def shown(
@@ -262,7 +264,10 @@ def comments(
     cls: type,  # a dataclass
 ) -> dict[str, str]:  # field -> what is said of it
     "What a class says of its fields: the comment behind each, or the lines of comment above it."
-    said, above, name, fresh = {}, [], "", True
+    said = {}
+    above = []
+    name = ""
+    fresh = True
     for t in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
         if t.type == tokenize.COMMENT and fresh:
             above.append(t.string.lstrip("# "))

@@ -314,7 +314,10 @@ class Samples(Dataset):
         workers: int = 0,  # processes that prepare rows; 0: the one that trains
         lengths: Sequence[int] | None = None,  # tokens of each row: batches are then made of rows of similar length
     ):
-        self.conversations, self.processor, self.workers, self.lengths = conversations, processor, workers, lengths
+        self.conversations = conversations
+        self.processor = processor
+        self.workers = workers
+        self.lengths = lengths
 
     def __len__(self):
         return len(self.conversations)
@@ -470,7 +473,9 @@ class _Probe(Dataset):
     "Each row's length, or what is wrong with it."
 
     def __init__(self, conversations, processor, learned):
-        self.conversations, self.processor, self.learned = conversations, processor, learned
+        self.conversations = conversations
+        self.processor = processor
+        self.learned = learned
 
     def __len__(self):
         return len(self.conversations)
@@ -501,7 +506,12 @@ def check_rows(
     learned: bool = False,  # is a row of which nothing is learned a bad one?
 ) -> Checked:
     "Prepare every row once. Raises `InputError` for a bad row, unless they are to be skipped, and when none is left."
-    lengths, good, skipped, dropped, unread, context = array("Q"), array("Q"), [], 0, Counter(), 0
+    lengths = array("Q")
+    good = array("Q")
+    skipped = []
+    dropped = 0
+    unread = Counter()
+    context = 0
     probe = DataLoader(_Probe(conversations, processor, learned), batch_size=None, num_workers=reading.workers)
     for i, (length, turns, (more, silent), wrong) in enumerate(
         tqdm(probe, desc=desc, leave=False, **({"disable": True} if len(conversations) < 100 else {}))
@@ -523,11 +533,7 @@ def check_rows(
             desc,
             "Run vlm-lora-lab check-data on the file",
         )
-    kept = (
-        conversations
-        if not skipped
-        else conversations.select(good)
-        if hasattr(conversations, "select")
-        else [conversations[i] for i in good]
-    )
+    kept = conversations
+    if skipped:
+        kept = conversations.select(good) if hasattr(conversations, "select") else [conversations[i] for i in good]
     return Checked(kept, lengths, tuple(skipped), dropped, unread, context)

@@ -368,7 +368,9 @@ def keep_limits(
     folder, fields = Path(folder), processor.limits()
     if not fields:
         return fields
-    flat, nested, config = folder / PICTURES, folder / "processor_config.json", folder / "config.json"
+    flat = folder / PICTURES
+    nested = folder / "processor_config.json"
+    config = folder / "config.json"
     values, both = read_json(config) if config.is_file() else {}, read_json(nested) if nested.is_file() else {}
     inside = isinstance(both.get("image_processor"), dict)
     if inside:

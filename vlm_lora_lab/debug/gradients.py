@@ -23,20 +23,14 @@ def loss_of(
     batch: Any,  # a dictionary of arguments, a tuple of them, or the one argument
 ) -> torch.Tensor:  # scalar
     "Call any model on a batch and find the loss. Raises `InputError` when what comes back holds none."
-    out = (
-        model(**batch)
-        if isinstance(batch, Mapping)
-        else model(*batch)
-        if isinstance(batch, (tuple, list))
-        else model(batch)
-    )
-    loss = (
-        out
-        if isinstance(out, torch.Tensor)
-        else out.get("loss")
-        if isinstance(out, Mapping)
-        else getattr(out, "loss", None)
-    )
+    if isinstance(batch, Mapping):
+        out = model(**batch)
+    else:
+        out = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    if isinstance(out, torch.Tensor):
+        loss = out
+    else:
+        loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
     if loss is None:
         raise InputError(
             f"{type(model).__name__} returned no loss",

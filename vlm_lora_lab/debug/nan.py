@@ -212,10 +212,10 @@ def rows_of(
         pictures = ("pixel_values", "tgt_sizes", "image_bound", "temporal_ids")
 
         def cut(i):
-            keep = {
-                k: (v[row == i] if k in pictures else v[i : i + 1]) if isinstance(v, torch.Tensor) and v.ndim else v
-                for k, v in batch.items()
-            }
+            keep = dict(batch)
+            for k, v in batch.items():
+                if isinstance(v, torch.Tensor) and v.ndim:
+                    keep[k] = v[row == i] if k in pictures else v[i : i + 1]
             keep["image_bound"] = keep["image_bound"] * torch.tensor([0, 1, 1], device=row.device)
             return keep if (row == i).any() else {k: v for k, v in keep.items() if k not in pictures}
 
@@ -378,13 +378,9 @@ def _cause(event, model, batch, trials, start, optimizer):
     _map(batch, lambda k, t: tensors.setdefault(str(k), t))
     labels, mask = tensors.get("labels"), tensors.get("attention_mask")
     if event.phase == "given":
-        return (
-            "corrupt input"
-            if event.module.startswith("batch[")
-            else "unknown"
-            if event.module == "(a constant)"
-            else "corrupt weights"
-        )
+        if event.module.startswith("batch["):
+            return "corrupt input"
+        return "unknown" if event.module == "(a constant)" else "corrupt weights"
     if event.phase == "clipping":
         return "gradient norm overflow"
     if event.phase == "optimizer":
@@ -408,13 +404,9 @@ def _cause(event, model, batch, trials, start, optimizer):
         return "log of zero" if event.inputs[0].zeros else "log of a negative"
     if event.denominator and event.inputs[-1].zeros:
         kind = event.denominator.rstrip("_")
-        return (
-            "block of zeros"
-            if kind in ("amax", "max", "aminmax", "abs")
-            else "empty mask"
-            if kind in ("sum", "mean", "count_nonzero")
-            else "division by zero"
-        )
+        if kind in ("amax", "max", "aminmax", "abs"):
+            return "block of zeros"
+        return "empty mask" if kind in ("sum", "mean", "count_nonzero") else "division by zero"
     if op in ("std", "var", "std_mean", "var_mean") and event.made == "nan":
         return "spread of one"
     return _overflow(event, model, trials, start) if event.made == "inf" else "unknown"
@@ -544,15 +536,12 @@ def save_case(
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     four_bit = any(hasattr(p, "quant_state") for p in model.parameters())
-    how = (
-        "function"
-        if build
-        else "base"
-        if four_bit
-        else "config"
-        if hasattr(base, "config") and _known_class(type(base))
-        else "none"
+    ways = (
+        ("function", build),
+        ("base", four_bit),
+        ("config", hasattr(base, "config") and _known_class(type(base))),
     )
+    how = next((way for way, possible in ways if possible), "none")
     keep = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if how != "base" or t.requires_grad}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     case = {
@@ -676,7 +665,9 @@ class NonFiniteStep(RuntimeError):
     earlier one had."""
 
     def __init__(self, diagnosis, where, folder=None, lost=False):
-        self.diagnosis, self.folder, self.lost = diagnosis, folder, lost
+        self.diagnosis = diagnosis
+        self.folder = folder
+        self.lost = lost
         super().__init__(
             f"{where}:\n{diagnosis}"
             + (f"\n  folder   {folder}; play it again with: python {folder}/replay.py" if folder else "")
@@ -813,7 +804,10 @@ class _Hands:
     def _examine(self, state, model, optimizer, lr_scheduler, scaler, zero):
         "Replay each call of the step until one shows what is wrong; then do what the policy says."
         step, scale = state.global_step + 1, scaler.get_scale() if scaler else self.scale
-        diagnosis, found, now, self.busy = None, None, _noise(), True
+        diagnosis = None
+        found = None
+        now = _noise()
+        self.busy = True
         for micro in self.micros:
             _set_noise(micro.noise)
             diagnosis = diagnose(model, micro.batch, self.loss or loss_of, None, scale, self.start, self._ids(micro))
@@ -947,17 +941,23 @@ class NanDoctor(_Steps):
     ):
         if policy not in POLICIES:
             raise InputError(f"{policy!r} is no policy", "nan", f"Write one of {', '.join(POLICIES)}")
-        self.policy, self.folder, self.patience, self.copy_every, self.loss, self.build, self.say = (
-            policy,
-            folder,
-            patience,
-            copy_every,
-            loss,
-            build,
-            say,
-        )
-        self.scale, self.bad_steps, self.micros, self.handles, self.indices, self.copy = scale, [], [], [], None, None
-        self.in_a_row, self.seen, self.zeros_examined, self.busy = 0, 0, 0, False
+        self.policy = policy
+        self.folder = folder
+        self.patience = patience
+        self.copy_every = copy_every
+        self.loss = loss
+        self.build = build
+        self.say = say
+        self.scale = scale
+        self.bad_steps = []
+        self.micros = []
+        self.handles = []
+        self.indices = None
+        self.copy = None
+        self.in_a_row = 0
+        self.seen = 0
+        self.zeros_examined = 0
+        self.busy = False
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         args.logging_nan_inf_filter = False  # it writes 0.0 where the loss is NaN

@@ -82,7 +82,10 @@ def check_data(
     processor: BaseProcessor,
 ) -> tuple[Check, list[int]]:  # and the rows, by length, longest first
     "Tokenise every text and open every picture; say what is wrong, all of it."
-    lengths, wrong, pictures, unread = {}, [], 0, Counter()
+    lengths = {}
+    wrong = []
+    pictures = 0
+    unread = Counter()
     for i in range(len(conversations)):
         try:
             c = conversations[i]
@@ -136,7 +139,8 @@ def check_gradients(
         rate=lambda n: plan.rate(layout_of(model).part_of(n), n, schedule.learning_rate, schedule.full_rate),
     )
     bad = [r for r in result.wrong if r.verdict == "not finite"]
-    return Check("gradients", not_finite if bad else "warning" if result.wrong else "ok", str(result))
+    verdict = "warning" if result.wrong else "ok"
+    return Check("gradients", not_finite if bad else verdict, str(result))
 
 
 def check_precision(
@@ -243,7 +247,9 @@ def check_steps(
     not_finite: str = "error",  # the verdict for what is not finite: a training may be told to leave such steps out
 ) -> list[Check]:
     "Gradients, precision and the longest batch, on rows that can be used."
-    device, done, name = next(model.parameters()).device, [], "gradients"
+    device = next(model.parameters()).device
+    done = []
+    name = "gradients"
     try:
         longest, few = _longest_first(conversations, processor, order, schedule.batch_size)
         batch, small = ({k: v.to(device) for k, v in processor.collate(rows).items()} for rows in (longest, few))

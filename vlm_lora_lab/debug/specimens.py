@@ -87,7 +87,9 @@ class Steep(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.flat, self.steep, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 1)
+        self.flat = nn.Linear(16, 16)
+        self.steep = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 1)
 
     def forward(self, x):
         return self.head(self.steep(self.flat(x))).mean()
@@ -123,11 +125,9 @@ class Looks(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.query, self.attn, self.head = (
-            nn.Parameter(torch.randn(1, 4, 16)),
-            nn.MultiheadAttention(16, 2, batch_first=True),
-            nn.Linear(16, 1),
-        )
+        self.query = nn.Parameter(torch.randn(1, 4, 16))
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 1)
 
     def forward(self, patches, sizes):
         hidden = torch.arange(patches.shape[1]) >= sizes[:, None]
@@ -146,11 +146,9 @@ class Speaks(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.attn, self.head = (
-            nn.Embedding(50, 16),
-            nn.MultiheadAttention(16, 2, batch_first=True),
-            nn.Linear(16, 50),
-        )
+        self.embed = nn.Embedding(50, 16)
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 50)
 
     def forward(self, input_ids, attention_mask, labels):
         n, x = input_ids.shape[1], self.embed(input_ids)
@@ -329,7 +327,9 @@ class Sees(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.patches, self.wide, self.head = nn.Conv2d(3, 32, 8, 8), nn.Conv2d(32, 32, 1), nn.Linear(32, 5)
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.wide = nn.Conv2d(32, 32, 1)
+        self.head = nn.Linear(32, 5)
 
     def forward(self, pixel_values, labels):
         x = self.wide(self.patches(pixel_values).pow(2)).mean((2, 3))

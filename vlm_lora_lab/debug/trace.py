@@ -146,7 +146,9 @@ class _Stories:
         return event
 
     def _event(self, name, made, out, inputs, parent, mask=False):
-        module, forward_of, phase = self.stack[-1] if self.stack else "", None, self.phase
+        module = self.stack[-1] if self.stack else ""
+        forward_of = None
+        phase = self.phase
         node = backward_node()
         if phase == "backward" and self.stack:
             phase = "forward"  # computed again by checkpointing
@@ -184,16 +186,14 @@ class Tracer(_Stories, TorchDispatchMode):
         named: Mapping[str, torch.Tensor] | None = None,  # tensors that come from outside, by name
     ):
         super().__init__()
-        (
-            self.phase,
-            self.stack,
-            self.stories,
-            self.producer,
-            self.forward_ops,
-            self.spoiled,
-            self.now,
-            self.operations,
-        ) = "forward", [], {}, {}, {}, {}, [], 0
+        self.phase = "forward"
+        self.stack = []
+        self.stories = {}
+        self.producer = {}
+        self.forward_ops = {}
+        self.spoiled = {}
+        self.now = []
+        self.operations = 0
         self.given = {_key(t): n for n, t in (named or {}).items()}
         self.given |= {_key(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
 
@@ -316,13 +316,10 @@ def trace(
 
 
 def _named(batch):
-    items = (
-        batch.items()
-        if isinstance(batch, Mapping)
-        else enumerate(batch)
-        if isinstance(batch, (tuple, list))
-        else [(0, batch)]
-    )
+    if isinstance(batch, Mapping):
+        items = batch.items()
+    else:
+        items = enumerate(batch if isinstance(batch, (tuple, list)) else [batch])
     return [(k, t) for k, t in items if isinstance(t, torch.Tensor)]
 
 
@@ -365,7 +362,10 @@ def extents(
     scale: float = 1.0,  # of the loss
 ) -> list[Extent]:  # in the order in which modules finish
     "Largest activations and gradients, module by module. The model is left as it was."
-    forward, backward, lost, handles = {}, {}, {}, []
+    forward = {}
+    backward = {}
+    lost = {}
+    handles = []
 
     def note(name, out):
         first = next((t for t in tensors_in(out) if t.is_floating_point()), None)

@@ -265,6 +265,29 @@ def check_nf4(
     return four_bit
 
 # %% ../../nbs/14_models.load.ipynb #bd3c1577
+def _check_types(stored):
+    "Raises `InputError` for weights of a type that is not read here."
+    known = FLOATS | {"NF4", "FP4"}
+    if odd := sorted(n for n, s in stored.items() if s.dtype not in known and not n.endswith("position_ids")):
+        raise InputError(
+            f"{odd[0]} is stored as {stored[odd[0]].dtype}, which is no type of weights read here",
+            stored[odd[0]].file,
+            "Give a checkpoint in 16 or 32 bit, or in bitsandbytes' 4 bit",
+        )
+
+
+def _dtype(dtype, device):
+    "The type to load in; None: what the device is good at. Raises `InputError` for one that is none."
+    if dtype is None:
+        return precision_for(device).stored
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise InputError(
+            f"dtype is {found!r}", "load_vlm", "Write float32, bfloat16, float16, float64, 'stored' or nothing"
+        )
+    return found
+
+
 def load_vlm(
     name: str | Path,  # "lab", a folder, or owner/name on the hub
     four_bit: bool = False,  # NF4 for the language model's decoder layers
@@ -282,30 +305,11 @@ def load_vlm(
     folder = model_folder(name, allow_pickle)
     config = model_config(read_json(folder / "config.json"), folder / "config.json")
     stored, empty = stored_in(folder), on_meta(folder)
-    if odd := sorted(
-        n for n, s in stored.items() if s.dtype not in FLOATS | {"NF4", "FP4"} and not n.endswith("position_ids")
-    ):
-        raise InputError(
-            f"{odd[0]} is stored as {stored[odd[0]].dtype}, which is no type of weights read here",
-            stored[odd[0]].file,
-            "Give a checkpoint in 16 or 32 bit, or in bitsandbytes' 4 bit",
-        )
+    _check_types(stored)
     aside = account(stored, empty, folder).aside if is_ours(config) else ()
     packed = _packed(config, stored, folder, empty)
-    device, as_stored = _device(device), False
-    if dtype is None:
-        dtype = precision_for(device).stored
-    elif as_stored := dtype == "stored":
-        dtype = _widest(stored)
-    elif (dtype := getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype) not in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.float64,
-    ):
-        raise InputError(
-            f"dtype is {dtype!r}", "load_vlm", "Write float32, bfloat16, float16, float64, 'stored' or nothing"
-        )
+    device, as_stored = _device(device), dtype == "stored"
+    dtype = _widest(stored) if as_stored else _dtype(dtype, device)
     if packed:
         _none_whole(packed, whole, empty)
         keep = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and n not in packed]
@@ -324,13 +328,10 @@ def load_vlm(
         p.data = p.data.to(dtype) if p.is_floating_point() and not hasattr(p, "quant_state") else p.data
     if as_stored:
         _as_stored(model, stored)
-    for layer in (
-        check_nf4(model, set(packed) or None, None if packed else packable(empty, whole), dtype)
-        if four_bit or packed
-        else ()
-    ):
-        # see "Evaluated once, trained never" in chapter 14
-        plain_kernel(model.get_submodule(layer))
+    if four_bit or packed:
+        meant = None if packed else packable(empty, whole)
+        for layer in check_nf4(model, set(packed) or None, meant, dtype):
+            plain_kernel(model.get_submodule(layer))  # see "Evaluated once, trained never" in chapter 14
     return model.eval()
 
 # %% ../../nbs/14_models.load.ipynb #8c663e93
@@ -385,7 +386,7 @@ def _check_ends(model, folder):
     "The tokens that generation_config.json names are ids: transformers would find that out in the middle of an answer."
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(getattr(model, "generation_config", None), name, None)
-        ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        ids = value if isinstance(value, (list, tuple)) else [i for i in (value,) if i is not None]
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise InputError(
                 f"{name} is {value!r:.60}",

@@ -246,7 +246,9 @@ class VisionTower(nn.Module):
         super().__init__()
         if attention_of(config) is None:  # a tower on its own
             set_attention(config, "sdpa")
-        self.config, self.rows_and_columns, self.see_padding = config, rows_and_columns, see_padding
+        self.config = config
+        self.rows_and_columns = rows_and_columns
+        self.see_padding = see_padding
         self.embeddings = PatchEmbeddings(config)
         self.encoder = SiglipEncoder(config)
         if drop_last_layer:
@@ -292,7 +294,9 @@ class MLP(nn.Module):
 
     def __init__(self, width, hidden, act):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), ACT2FN[act], nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = ACT2FN[act]
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
         return self.fc2(self.act(self.fc1(x)))

@@ -170,7 +170,8 @@ def _patch_readers(config, modules):
     "Linear layers, outside of any list of layers, that take a flattened patch of 3 colours (and one or two frames)."
     vision = getattr(config, "vision_config", config)
     side, frames = getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", None)
-    sizes = {3 * side**2, 3 * side**2 * (frames if type(frames) is int else 1)} if type(side) is int else set()
+    colours = 3 * side**2 if type(side) is int else None
+    sizes = {colours, colours * frames if colours and type(frames) is int else colours}
     listed = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.ModuleList))
     linear = {n: m.in_features for n, m in modules.items() if isinstance(m, nn.Linear) and not n.startswith(listed)}
     return [n for n, taken in linear.items() if taken in sizes or ("patch" in n and _squares(taken))]
@@ -261,7 +262,9 @@ def linear_layers(
     model: nn.Module,  # not wrapped by PEFT
 ) -> dict[str, list[str]]:  # part -> names of its linear layers
     "The layers that LoRA can adapt, per part, whole or in 4 bit; layers whose `forward` is never called are left out."
-    layout, modules, found = layout_of(model), dict(model.named_modules()), {part: [] for part in PARTS}
+    layout = layout_of(model)
+    modules = dict(model.named_modules())
+    found = {part: [] for part in PARTS}
     for name, module in modules.items():
         if isinstance(module, nn.Linear) and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
             found[layout.part_of(name)].append(name)
@@ -288,12 +291,10 @@ class PartsTable:
         title: str = "",
     ) -> "PartsTable":
         "Measured on the model itself."
-        layout, total, layers, modules = (
-            layout_of(model),
-            count(model),
-            linear_layers(model),
-            dict(model.named_modules()),
-        )
+        layout = layout_of(model)
+        total = count(model)
+        layers = linear_layers(model)
+        modules = dict(model.named_modules())
         rows = []
         for part in PARTS:
             kinds = Counter(

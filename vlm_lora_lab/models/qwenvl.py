@@ -176,7 +176,9 @@ class QwenVisual(nn.Module):
 
     def __init__(self, visual: dict):
         super().__init__()
-        width, out, patch = visual["width"], visual["output_dim"], visual["patch_size"]
+        width = visual["width"]
+        out = visual["output_dim"]
+        patch = visual["patch_size"]
         mlp_width, queries = int(width * visual["mlp_ratio"]), visual.get("n_queries", 256)
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(256, width))

@@ -130,7 +130,9 @@ class Resampler(nn.Module):
         # Upstream leaves the projection out (and its key) when both widths agree.
         self.kv_proj = nn.Identity() if vision_width == width else nn.Linear(vision_width, width, bias=False)
         self.attn = CrossAttention(width, num_heads)
-        self.ln_q, self.ln_kv, self.ln_post = norm(), norm(), norm()
+        self.ln_q = norm()
+        self.ln_kv = norm()
+        self.ln_post = norm()
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, width))
         nn.init.trunc_normal_(self.query, std=0.02)
         if stored_table:

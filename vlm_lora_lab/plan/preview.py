@@ -53,8 +53,12 @@ class Preview:
         """Translate a plan on a model.
 
         Raises `InputError` as `apply_plan` would: for a target without a match, a part without layers."""
-        layout, sizes, total = layout_of(model), lora_sizes(model, plan), count(model)
-        adapted, whole, rows = lora_layers(model, plan), full_modules(model, plan), []
+        layout = layout_of(model)
+        sizes = lora_sizes(model, plan)
+        total = count(model)
+        adapted = lora_layers(model, plan)
+        whole = full_modules(model, plan)
+        rows = []
         for part in PARTS:
             names = [n for n in adapted if layout.part_of(n) == part]
             trained = sum(sizes[n] for n in names)

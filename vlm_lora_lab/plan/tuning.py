@@ -225,7 +225,10 @@ def lora_layers(
     """The layers that get LoRA, and the packed projections that are named as targets.
 
     Raises `InputError` for a rule or a target that matches nothing that LoRA can adapt."""
-    layers, layout, modules, found = linear_layers(model), layout_of(model), dict(model.named_modules()), {}
+    layers = linear_layers(model)
+    layout = layout_of(model)
+    modules = dict(model.named_modules())
+    found = {}
     layers["embeddings"], packed = (
         [n for n in layout.embeddings if isinstance(modules.get(n), nn.Embedding)],
         packed_projections(model),
@@ -356,6 +359,25 @@ def _packed_alone(model, plan, part, names):
             )
 
 # %% ../../nbs/32_plan.tuning.ipynb #2565be5f
+def _check_rules(model, plan, owner, layout):
+    "Raises `InputError` for a rule that means nothing: no tensor is left for it."
+    for part, rule in ((p, r) for p in PARTS for r in plan.rules(p) if r.word == "full" or r.on):
+        mine = [n for n, p in model.named_parameters() if layout.part_of(n) == part and owner[id(p)] == part]
+        if any(plan.rule(part, n) == rule for n in mine):
+            continue
+        if rule.on or len(plan.rules(part)) > 1:
+            raise InputError(
+                f"nothing in the part {part!r} of {layout.family} is left for '{rule}'",
+                f"plan, {part}",
+                _where(linear_layers(model)[part]),
+            )
+        raise InputError(
+            f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}",
+            f"plan, {part}",
+            "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: lora",
+        )
+
+
 def full_modules(
     model: nn.Module,  # not wrapped; also on the meta device
     plan: TuningPlan,
@@ -363,7 +385,9 @@ def full_modules(
     """The fewest modules that hold what is trained in full.
 
     Raises `InputError` for a bare parameter that no such module holds, and for a rule that means nothing."""
-    layout, owner, tied = layout_of(model), {}, tied_embedding(model)
+    layout = layout_of(model)
+    owner = {}
+    tied = tied_embedding(model)
     for n, p in model.named_parameters():
         owner.setdefault(id(p), layout.part_of(n))  # a tied tensor belongs to the part that names it first
 
@@ -398,24 +422,7 @@ def full_modules(
             )
         return [n for child, m in module.named_children() if "full" in inside for n in walk(at(child), m)]
 
-    for part, rule in ((p, r) for p in PARTS for r in plan.rules(p) if r.word == "full" or r.on):
-        if not any(
-            owner[id(p)] == part and plan.rule(part, n) == rule
-            for n, p in model.named_parameters()
-            if layout.part_of(n) == part
-        ):
-            if rule.on or len(plan.rules(part)) > 1:
-                raise InputError(
-                    f"nothing in the part {part!r} of {layout.family} is left for '{rule}'",
-                    f"plan, {part}",
-                    _where(linear_layers(model)[part]),
-                )
-            raise InputError(
-                f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}",
-                f"plan, {part}",
-                "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: "
-                "lora",
-            )
+    _check_rules(model, plan, owner, layout)
     found = walk("", model)
     if tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
         raise InputError(
@@ -528,7 +535,9 @@ def audit(
     kept: Collection[str] = (),  # layers whose LoRA of an earlier stage stays frozen
 ) -> None:
     "Compare every parameter with the plan. Raises `RuntimeError` naming those that disagree."
-    wrong, layout, trained = [], layout_of(model), set()
+    wrong = []
+    layout = layout_of(model)
+    trained = set()
     for name, p in model.named_parameters():
         part = layout.part_of(name)
         said = TensorName.of(name)
@@ -560,7 +569,9 @@ def experts_left(
 ) -> str:  # empty: there are none, or the plan trains them in full
     """What a plan does not reach in a mixture of experts: transformers keeps all experts of a layer in one bare tensor
     of three dimensions, which is no linear layer."""
-    layout, found, total = layout_of(model), Counter(), 0
+    layout = layout_of(model)
+    found = Counter()
+    total = 0
     for name, p in model.named_parameters():
         said = TensorName.of(name)
         total += 0 if said.lora else numel(p)
@@ -590,12 +601,10 @@ class PlanTable:
     @classmethod
     def of(cls, model: nn.Module, plan: TuningPlan) -> "PlanTable":
         "Measured on the live model."
-        total, trained, dtypes, layout = (
-            count(model),
-            count(model, trainable=True),
-            {part: {} for part in PARTS},
-            layout_of(model),
-        )
+        total = count(model)
+        trained = count(model, trainable=True)
+        dtypes = {part: {} for part in PARTS}
+        layout = layout_of(model)
         for name, p in model.named_parameters():
             said = TensorName.of(name)
             if not said.original:

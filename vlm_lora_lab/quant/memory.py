@@ -45,7 +45,10 @@ class Alive(TorchDispatchMode):
         known: list[torch.Tensor],  # there before, not counted: weights and the batch
     ):
         super().__init__()
-        self.known, self.sizes, self.now, self.peak = {id(t.untyped_storage()) for t in known}, {}, 0, 0
+        self.known = {id(t.untyped_storage()) for t in known}
+        self.sizes = {}
+        self.now = 0
+        self.peak = 0
 
     def _dead(self, key):
         self.now -= self.sizes.pop(key)
@@ -177,13 +180,9 @@ def step_bytes(
     on = next(model.parameters()).device.type
 
     def cast():
-        return (
-            nullcontext()
-            if autocast is None
-            else _Autocast(autocast)
-            if on == "meta"
-            else torch.autocast(on, dtype=autocast)
-        )
+        if autocast is None:
+            return nullcontext()
+        return _Autocast(autocast) if on == "meta" else torch.autocast(on, dtype=autocast)
 
     model.train()
     known = [*model.parameters(), *model.buffers(), *(t for t in batch.values() if isinstance(t, torch.Tensor))]

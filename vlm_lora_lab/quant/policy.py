@@ -86,24 +86,17 @@ class Packing:
                 "plan",
                 "Give a part 'lora', or load the model whole (four_bit: false)",
             )
-        take, layout, listed = (
-            packable(model, whole),
-            layout_of(model),
-            {n for names in linear_layers(model).values() for n in names},
-        )
+        take = packable(model, whole)
+        layout = layout_of(model)
+        listed = {n for names in linear_layers(model).values() for n in names}
         if packed := sorted(set(take) & set(adapted)):
             check_packed(VARIANTS[plan.variant], packed[0])
         keep = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name not in take:
                 inside = any(name == w or name.startswith(w + ".") for w in whole)
-                keep[name] = (
-                    IN_FULL
-                    if inside
-                    else BARE
-                    if name not in listed
-                    else WHY.get(layout.part_of(name), "language model")
-                )
+                why = WHY.get(layout.part_of(name), "language model") if name in listed else BARE
+                keep[name] = IN_FULL if inside else why
         return cls(tuple(take), keep, tuple(whole))
 
     def __repr__(self):
@@ -128,19 +121,14 @@ def _measured(model):
     layout, seen = layout_of(model), set()
     for name, p in model.named_parameters():
         state = getattr(p, "quant_state", None)
-        tensors = [
-            p,
-            *(
-                [state.absmax, state.offset, state.code, state.state2.absmax]
-                if state and state.nested
-                else [state.absmax, state.code]
-                if state
-                else []
-            ),
-        ]
+        tensors = [p]
+        if state:
+            tensors += [state.absmax, state.code]
+            tensors += [state.offset, state.state2.absmax] if state.nested else []
         fresh = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.data_ptr() not in seen}
         seen |= set(fresh)
-        weights = (state.shape.numel() if state else p.numel()) if p.data_ptr() in fresh else 0
+        whole = state.shape.numel() if state else p.numel()
+        weights = whole if p.data_ptr() in fresh else 0
         yield (
             layout.part_of(name),
             state.quant_type if state else str(p.dtype).removeprefix("torch."),

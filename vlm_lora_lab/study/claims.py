@@ -61,7 +61,8 @@ def judge(
     "Confirmed, refuted, or depends. Raises `ValueError` for a claim that holds and fails."
     if holds and fails:
         raise ValueError(f"holds and fails: {effect}")
-    word = "confirmed" if holds else "refuted" if fails else "depends"
+    other = "refuted" if fails else "depends"
+    word = "confirmed" if holds else other
     return Verdict(word, effect, on if word == "depends" else "", main)
 
 
@@ -839,7 +840,9 @@ class Ledger:
 
 # %% ../../nbs/92_study.claims.ipynb #e388cba7
 # shares of right answers: without a direction, seen in a small run, and no longer small
-SMALL, SHOWN, LARGE = 0.05, 0.02, 0.2
+SMALL = 0.05
+SHOWN = 0.02
+LARGE = 0.2
 
 
 def disagrees(
@@ -860,13 +863,9 @@ def quick_numbers(claim: Claim) -> dict:
     "What can be measured of a claim in seconds."
     if claim.id in evidence.REDUCED:
         return evidence.REDUCED[claim.id]()
-    return (
-        evidence.memory(quick=True)
-        if claim.id == "C27"
-        else evidence.both_at_once()
-        if claim.experiments
-        else claim.numbers()
-    )
+    if claim.id == "C27":
+        return evidence.memory(quick=True)
+    return evidence.both_at_once() if claim.experiments else claim.numbers()
 
 # %% ../../nbs/92_study.claims.ipynb #fe91db0f
 def _chosen(text):

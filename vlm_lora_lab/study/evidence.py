@@ -366,7 +366,9 @@ def both_at_once() -> dict:
                 p.requires_grad_(True)
         return model
 
-    alone, both, start = with_lora(False), with_lora(True), Snapshot.of(_lab())
+    alone = with_lora(False)
+    both = with_lora(True)
+    start = Snapshot.of(_lab())
     _steps(alone)  # away from the start, where LoRA's first matrix gets no gradient
     both.load_state_dict(alone.state_dict())
     for model in (alone, both):
@@ -474,7 +476,9 @@ def memory(
 ) -> dict:
     """C27: a step predicted on shapes and counted on real weights; an adapter predicted and written; MiniCPM-V 2.6
     estimated three ways."""
-    plans, rows, shapes = (TuningPlan(), TuningPlan(vision="full")), _batch(), {}
+    plans = (TuningPlan(), TuningPlan(vision="full"))
+    rows = _batch()
+    shapes = {}
     shapes = {k: v if k in ("tgt_sizes", "image_bound") else v.to("meta") for k, v in rows.items()}
     errors = []
     for plan in plans[: 1 if quick else 2]:

@@ -77,7 +77,9 @@ def run_arm(
     questions: int = 200,  # of each kind
 ) -> dict:  # one row of a result file
     "Train the lab model as an arm says; ask about the new task and about the old one."
-    tokenizer, model, data = load_tokenizer("lab"), load_vlm("lab", dtype=torch.float32, device="cpu"), shift(task)
+    tokenizer = load_tokenizer("lab")
+    model = load_vlm("lab", dtype=torch.float32, device="cpu")
+    data = shift(task)
     processor = Processor.of(model.config, tokenizer)
     samples = Samples(mix(data.train, Drawn(0, 100_000), arm.mix, seed), processor)
     schedule = Schedule(
@@ -302,7 +304,9 @@ def _targets():
 
 def _exclusive():
     "LoRA, full, both at once, and one after the other."
-    lora, full, factors = _language(), _language(language="full"), (0.1, 1 / 3, 1.0)
+    lora = _language()
+    full = _language(language="full")
+    factors = (0.1, 1 / 3, 1.0)
     only_connector = TuningPlan(vision="freeze", connector="full", language="freeze")
     return {
         "LoRA": Arm(lora, (1 / 3, 1.0, 3.0)),

@@ -38,11 +38,9 @@ def new_places(seed: int) -> Conversation:
     image = Image.new("RGB", (width * scale, height * scale), tuple(rng.randint(225, 255) for _ in range(3)))
     for place, (colour, shape) in content.items():
         col, row = PLACES[place]
-        x, y, r = (
-            width * (col + 0.5) / 2 + rng.uniform(-8, 8),
-            height * (row + 0.5) / 2 + rng.uniform(-1, 1),
-            rng.uniform(4, 6),
-        )
+        x = width * (col + 0.5) / 2 + rng.uniform(-8, 8)
+        y = height * (row + 0.5) / 2 + rng.uniform(-1, 1)
+        r = rng.uniform(4, 6)
         fill = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[colour])
         _shape(ImageDraw.Draw(image), shape, fill, x * scale, y * scale, r * scale)
     place = rng.choice(list(content))

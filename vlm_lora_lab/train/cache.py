@@ -43,9 +43,12 @@ class Seam:
 
     def __init__(self, tower: nn.Module, config: Any, eyes: Sequence[tuple[str, nn.Module]]):
         # eyes: the modules of the tower, without a connector that lies in it
-        self.tower, self.config, self.eyes = tower, config, eyes
+        self.tower = tower
+        self.config = config
+        self.eyes = eyes
         wanted = getattr(config, "vision_feature_layer", None)
-        self.layers = [] if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
+        several = [wanted] if isinstance(wanted, int) else wanted
+        self.layers = list(several or [])
 
     def settings(self) -> dict:
         "What the result depends on beside weights and pixels."
@@ -198,7 +201,9 @@ def is_random(
     def pixels(row):
         return [t for t in tensors_in(row) if t.is_floating_point()]
 
-    own, numpys, seen = random.getstate(), np.random.get_state(), 0
+    own = random.getstate()
+    numpys = np.random.get_state()
+    seen = 0
     with torch.random.fork_rng(devices=[]):
         for i in range(min(16 * rows, len(samples))):
             a, b = pixels(samples[i]), pixels(samples[i])
@@ -364,9 +369,14 @@ class _Keys:
     "What the result for a picture depends on, and the result."
 
     def __init__(self, seam, cache):
-        self.seam, self.cache, self.see = seam, cache, getattr(seam.tower, seam.method)
+        self.seam = seam
+        self.cache = cache
+        self.see = getattr(seam.tower, seam.method)
         self.__wrapped__ = self.see
-        self.changes, self.weights, self.facts, self.served = None, "", {}, 0
+        self.changes = None
+        self.weights = ""
+        self.facts = {}
+        self.served = 0
 
     def space(self, device):
         "All but the picture. Raises `InputError` when the tower has become trainable in the meantime."
@@ -377,7 +387,9 @@ class _Keys:
                     "vision cache",
                     "Set vision_cache: off",
                 )
-            self.changes, self.weights, self.facts = now, fingerprint(self.seam.eyes), self.seam.settings()
+            self.changes = now
+            self.weights = fingerprint(self.seam.eyes)
+            self.facts = self.seam.settings()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         now = {
             "weights": self.weights,
@@ -430,7 +442,9 @@ class _Looking(_Keys):
     "Takes the place of the method with which a tower looks at pictures."
 
     def __call__(self, *args, **kwargs):
-        pixels, found, kept = args[0] if args else kwargs["pixel_values"], None, []
+        pixels = args[0] if args else kwargs["pixel_values"]
+        found = None
+        kept = []
         if pixels.requires_grad:  # somebody asks what the loss thinks of the pixels
             return self.see(*args, **kwargs)
         space = self.space(pixels.device)
@@ -495,14 +509,19 @@ class VisionCache(_Account):
             psutil.virtual_memory().available if folder is None else shutil.disk_usage(_existing(folder)).free
         ) + self.used
         sharers = 4 * (1 if folder else int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.limit, self.check_every, self.say = free // sharers if limit is None else limit, check_every, say
+        self.limit = free // sharers if limit is None else limit
+        self.check_every = check_every
+        self.say = say
         if not isinstance(self.limit, int) or self.limit < 0 or not isinstance(check_every, int) or check_every < 1:
             raise InputError(
                 f"limit is {limit!r} and check_every is {check_every!r}",
                 "vision cache",
                 "Write a number of bytes, and a number of batches above 0",
             )
-        self.asked, self.found, self.full, self.warned = 0, 0, False, False
+        self.asked = 0
+        self.found = 0
+        self.full = False
+        self.warned = False
 
     @contextmanager
     def at(

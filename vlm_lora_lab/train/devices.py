@@ -62,7 +62,8 @@ def devices() -> Devices:
             "accelerate launch",
             "Write fsdp_version: 2, as in: vlm-lora-lab config fsdp2",
         )
-    sharded = "FSDP2" if fsdp else "ZeRO-3" if deep and env("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3" else ""
+    zero = "ZeRO-3" if deep and env("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3" else ""
+    sharded = "FSDP2" if fsdp else zero
     return Devices(int(env("RANK", "0")), int(env("WORLD_SIZE", "1")), sharded)
 
 

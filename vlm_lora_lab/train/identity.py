@@ -55,7 +55,11 @@ class DataFile(Settings):
 
 def _look(conversations, by_content):
     "What `DataFile` says of pictures. Rows that cannot be read name none; a picture that is gone has no size."
-    looks, contents, hashes, number, newest = hashlib.sha256(), hashlib.sha256(), {}, 0, (0, "")
+    looks = hashlib.sha256()
+    contents = hashlib.sha256()
+    hashes = {}
+    number = 0
+    newest = (0, "")
     for i in tqdm(range(len(conversations)), desc="looking at pictures", leave=False, delay=2):
         try:
             pictures = [p for p in conversations[i].images if isinstance(p, Path)]

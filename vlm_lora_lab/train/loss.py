@@ -82,7 +82,9 @@ class Promise:
         head: nn.Module,
         after: Sequence[Callable] = (),  # each takes logits and returns them, token by token
     ):
-        self.hidden, self.head, self.after = hidden, head, tuple(after)
+        self.hidden = hidden
+        self.head = head
+        self.after = tuple(after)
 
     @property
     def shape(self) -> torch.Size:
@@ -140,7 +142,9 @@ class _StandIn:
     "Takes the place of a module's `forward`."
 
     def __init__(self, module):
-        self.module, self.forward, self.own = module, module.forward, "forward" in module.__dict__
+        self.module = module
+        self.forward = module.forward
+        self.own = "forward" in module.__dict__
         self.__wrapped__ = module.forward  # what `inspect.signature` looks at
 
     def remove(self):
@@ -163,7 +167,9 @@ class _Model(_StandIn):
 
     def __init__(self, module, head, at_once):
         super().__init__(module)
-        self.head, self.at_once, self.kept = head, at_once, False
+        self.head = head
+        self.at_once = at_once
+        self.kept = False
 
     def __call__(self, *args, **kwargs):
         if kwargs.get("labels") is None:

@@ -128,7 +128,10 @@ class DenseDrawn(torch.utils.data.Dataset):
     "Drawn pictures with a label for every patch; two of three are numbers, which are harder."
 
     def __init__(self, length: int, seed: int = 0, patch_size: int = 8, scale_resolution: int = 56):
-        self.length, self.seed, self.patch_size, self.scale_resolution = length, seed, patch_size, scale_resolution
+        self.length = length
+        self.seed = seed
+        self.patch_size = patch_size
+        self.scale_resolution = scale_resolution
 
     def __len__(self):
         return self.length

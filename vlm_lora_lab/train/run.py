@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ..compat import checkpointing_arguments, on_one_gpu, open_trainer, set_rates, switch_checkpointing
 from ..compat import without_cache_note
@@ -148,7 +148,10 @@ class PartTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.full_rate, self.plan, self.ask, self.batch = full_rate, plan, ask, {}
+        self.full_rate = full_rate
+        self.plan = plan
+        self.ask = ask
+        self.batch = {}
         self.best = best
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -164,13 +167,9 @@ class PartTrainer(Trainer):
     ) -> float:
         "The peak learning rate of a parameter."
         lora = self.args.learning_rate
-        return (
-            self.plan.rate(part, name, lora, self.full_rate)
-            if self.plan
-            else lora
-            if TensorName.of(name).lora
-            else self.full_rate
-        )
+        if self.plan:
+            return self.plan.rate(part, name, lora, self.full_rate)
+        return lora if TensorName.of(name).lora else self.full_rate
 
     def train_sampler(self, train_dataset=None):
         "Rows of similar length together, if their lengths are known; otherwise the Trainer's own order."
@@ -301,7 +300,9 @@ class PartTrainer(Trainer):
         "AdamW over the trainable parameters, in groups by rate and weight decay."
         if self.optimizer is None:
             model = model or self.model
-            decay, groups, layout = set(self.get_decay_parameter_names(model)), {}, layout_of(model)
+            decay = set(self.get_decay_parameter_names(model))
+            groups = {}
+            layout = layout_of(model)
             for name, p in model.named_parameters():
                 if p.requires_grad:
                     rate = self.rate(name, layout.part_of(name))
@@ -483,16 +484,13 @@ class OutOfMemory(InputError):
             f"out of memory in step {step}, in a batch of {rows} rows of {tokens} tokens with {pictures} pictures "
             "and slices"
         )
-        found += f" (ids {', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""
+        if names:
+            found += f" (ids {', '.join(names[:8])}{', …' if len(names) > 8 else ''})"
         b, a = schedule.batch_size, schedule.accumulation
-        ways = (
-            [
-                f"batch_size {b // 2 if b % 2 == 0 else 1} with accumulation {a * (2 if b % 2 == 0 else b)}, which is "
-                "the same step, also for a run that is resumed"
-            ]
-            if b > 1
-            else []
-        )
+        ways, (rows, more) = [], (b // 2, 2) if b % 2 == 0 else (1, b)
+        if b > 1:
+            same = "which is the same step, also for a run that is resumed"
+            ways.append(f"batch_size {rows} with accumulation {a * more}, {same}")
         ways += ["gradient checkpointing"] if not checkpointed else []
         ways += ["vision_cache: disk, or off"] if cache is not None else []
         ways += ["four_bit: true"] if not any(hasattr(p, "quant_state") for p in trainer.model.parameters()) else []
@@ -685,6 +683,69 @@ class Fitted:
         return [row["loss"] for row in self.history if "loss" in row]
 
 
+def _arguments(schedule, folder, model, train, precision, checkpointing, evaluates, save, log_every):
+    "Everything that the Trainer is told; `evaluates` is its word for when."
+    on_gpu = next(model.parameters()).is_cuda
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=schedule.epochs,
+        max_steps=schedule.max_steps,
+        per_device_train_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.accumulation,
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=schedule.warmup,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        bf16=precision.autocast == torch.bfloat16,
+        fp16=precision.scaler,
+        use_cpu=not on_gpu,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        **checkpointing_arguments(checkpointing),
+        **evaluates,
+        prediction_loss_only=True,
+        save_strategy="steps" if save else "no",
+        save_steps=schedule.save_every,
+        save_total_limit=2,
+        logging_steps=log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=train.workers,
+        dataloader_pin_memory=on_gpu,
+    )
+
+
+def _trainable_precision(model):
+    "Raises `InputError` for weights that this device cannot train."
+    precision = precision_of(model)
+    if precision.scaler and not next(model.parameters()).is_cuda:
+        raise InputError(
+            "the weights are in float16, and training in it needs a GPU",
+            "load_vlm",
+            "Load the model with dtype=torch.float32 or torch.bfloat16",
+        )
+    return precision
+
+
+def _resumed_from(folder, schedule, train):
+    "The newest checkpoint. Raises `InputError` when there is none, or when it does not fit the schedule."
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise InputError(
+            "there is no complete checkpoint to resume from",
+            folder,
+            "Start the training again without --resume, into an empty folder",
+        )
+    check_length(schedule, len(train), checkpoint, devices().world)
+    return checkpoint
+
+
 def fit(
     model: nn.Module,  # from `apply_plan`
     train: Samples,
@@ -716,58 +777,14 @@ def fit(
             "fit, best",
             "Give evaluation=… and save=True, or leave best out",
         )
-    on_gpu = next(model.parameters()).is_cuda
-    precision = precision_of(model)
-    if precision.scaler and not on_gpu:
-        raise InputError(
-            "the weights are in float16, and training in it needs a GPU",
-            "load_vlm",
-            "Load the model with dtype=torch.float32 or torch.bfloat16",
-        )
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=schedule.epochs,
-        max_steps=schedule.max_steps,
-        per_device_train_batch_size=schedule.batch_size,
-        per_device_eval_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.accumulation,
-        learning_rate=schedule.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=schedule.warmup,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        bf16=precision.autocast == torch.bfloat16,
-        fp16=precision.scaler,
-        use_cpu=not on_gpu,
-        seed=schedule.seed,
-        data_seed=schedule.seed,
-        **checkpointing_arguments(checkpoint_activations),
-        eval_strategy="no" if evaluation is None else "steps" if evaluate_every else "epoch",
-        eval_steps=evaluate_every or None,
-        prediction_loss_only=True,
-        save_strategy="steps" if save else "no",
-        save_steps=schedule.save_every,
-        save_total_limit=2,
-        logging_steps=log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_num_workers=train.workers,
-        dataloader_pin_memory=on_gpu,
+    precision = _trainable_precision(model)
+    asked = "steps" if evaluate_every else "epoch"
+    evaluates = {"eval_strategy": "no" if evaluation is None else asked, "eval_steps": evaluate_every or None}
+    arguments = _arguments(
+        schedule, folder, model, train, precision, checkpoint_activations, evaluates, save, log_every
     )
     on_one_gpu(arguments)  # DataParallel would split pictures and rows apart; several GPUs need accelerate launch
-    checkpoint = last_checkpoint(folder) if resume else None
-    if resume and checkpoint is None:
-        raise InputError(
-            "there is no complete checkpoint to resume from",
-            folder,
-            "Start the training again without --resume, into an empty folder",
-        )
-    if checkpoint:
-        check_length(schedule, len(train), checkpoint, devices().world)
+    checkpoint = _resumed_from(folder, schedule, train) if resume else None
     stop, progress = StopOnSignal(save), Progress(desc)
     stretch = [Stretch(steps_done(checkpoint)[1], say)] if checkpoint else []
     trainer = PartTrainer(
@@ -782,8 +799,7 @@ def fit(
         ask=ask,
         best=best,
     )
-    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
-        trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     if checkpoint_activations:
         model.enable_input_require_grads()  # what re-entrant checkpointing would need; harmless to the other kind
     try:

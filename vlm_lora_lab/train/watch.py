@@ -104,7 +104,9 @@ class LivePlot(TrainerCallback):
         self,
         seconds: float = 2.0,  # between two drawings
     ):
-        self.seconds, self.last, self.handle = seconds, 0.0, None
+        self.seconds = seconds
+        self.last = 0.0
+        self.handle = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not in_notebook() or not state.is_world_process_zero or not any("loss" in row for row in state.log_history):
