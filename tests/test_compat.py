@@ -51,8 +51,9 @@ from vlm_lora_lab.models.qwenvl import QwenVL
 
 PACKAGE = Path(vlm_lora_lab.__file__).parent
 TESTS = Path(__file__).parent
-# Text and no attribute: operators of ATen, a key of config.json, endings of our own keys.
-TEXT = {"_cdist_forward", "_euclidean_dist", "_to_copy", "_unsafe_view", "_name_or_path", "_low", "_high"}
+# Text and no attribute: operators of ATen; a key of config.json, a word of names in files, endings of our own keys.
+TEXT = {"_cdist_forward", "_euclidean_dist", "_to_copy", "_unsafe_view"}
+TEXT |= {"_name_or_path", "_orig_mod", "_low", "_high"}
 # Python's own argparse shows its options in private only.
 ARGPARSE = {"_actions", "_SubParsersAction", "_AppendAction", "_ArgumentGroup", "_option_string_actions"}
 
