@@ -8,6 +8,7 @@ __all__ = ['PREFIX', 'LORA', 'TensorName', 'plain_name', 'StoredNames', 'places_
 # %% ../../nbs/09_models.names.ipynb #96c48009
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,7 @@ class TensorName:
     around: str = ""  # a module around the module, of which a bare parameter has LoRA (chapter 32)
 
     @classmethod
+    @lru_cache(maxsize=2**16)  # the names of a model are read again and again
     def of(
         cls,
         name: str,  # of a parameter or module
