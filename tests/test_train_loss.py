@@ -107,7 +107,8 @@ def test_soft_capping_and_scaling_are_kept():
     batch = batch_of("paligemma", model)
     loss = compare(model, batch)[0]
     config.text_config.final_logit_softcapping = None
-    assert abs(model(**batch).loss - loss) > 1e-3  # it matters
+    if "softcapping" in inspect.getsource(PaliGemmaForConditionalGeneration.forward):  # not in transformers 5.20
+        assert abs(model(**batch).loss - loss) > 1e-3  # it matters
     old = tiny_model("minicpmv-2.0")
     assert old.config.logits_scaling not in (0, 1)
 
