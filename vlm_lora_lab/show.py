@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cycler import cycler
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -167,7 +165,6 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
-    "axes.prop_cycle": cycler(color=COLORS) + cycler(linestyle=["-", "--", "-.", ":", (0, (1, 3))]),
 }
 
 # %% ../nbs/01_show.ipynb #7f524c56
@@ -180,7 +177,8 @@ def figure(
     "A figure in the course's style, without touching matplotlib's global settings."
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(STYLE):
+    cycle = plt.cycler(color=COLORS) + plt.cycler(linestyle=["-", "--", "-.", ":", (0, (1, 3))])
+    with plt.rc_context(STYLE | {"axes.prop_cycle": cycle}):
         return plt.subplots(rows, cols, figsize=(width, height), layout="constrained")
 
 # %% ../nbs/01_show.ipynb #62842462

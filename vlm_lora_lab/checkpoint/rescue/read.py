@@ -7,9 +7,9 @@ __all__ = ['place', 'plain_key', 'below', 'tensors_in', 'Contents', 'Base', 'rea
 
 # %% ../../../nbs/75_checkpoint.rescue.read.ipynb #b26ec11f
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,7 +54,11 @@ def plain_key(
     return (said.module, said.lora, said.adapter or "default") if known else (said.own, "", "default")
 
 
-def below(name, modules):
+def below(
+    name: str,  # of a module or a tensor
+    modules: Collection[str],
+) -> bool:
+    "Is it one of these modules, or inside of one?"
     return any(name == m or name.startswith(f"{m}.") for m in modules)
 
 # %% ../../../nbs/75_checkpoint.rescue.read.ipynb #35580cce
@@ -67,7 +71,10 @@ class _Tensor:
     read: Callable[[], torch.Tensor]
 
 
-def tensors_in(found, allow_pickle):
+def tensors_in(
+    found: Found,
+    allow_pickle: bool,
+) -> Iterator[_Tensor]:
     "Every tensor of every file, unread."
     for file in found.weights:
         if file.suffix == ".safetensors":
@@ -78,7 +85,7 @@ def tensors_in(found, allow_pickle):
                 raise InputError(
                     f"this file is truncated or damaged ({e})", file, "Copy it again from where it was trained"
                 ) from None
-            yield from (_Tensor(file.name, k, lambda file=file, k=k: _from(file, k)) for k in keys)
+            yield from (_Tensor(file.name, k, partial(_from, file, k)) for k in keys)
         elif not allow_pickle:
             raise InputError(
                 "this file is a pickle, and was not opened",
@@ -87,7 +94,11 @@ def tensors_in(found, allow_pickle):
                 "which runs no code",
             )
         else:
-            yield from (_Tensor(file.name, k, lambda t=t: t) for k, t in _unpickle(file).items())
+            yield from (_Tensor(file.name, k, partial(_itself, t)) for k, t in _unpickle(file).items())
+
+
+def _itself(tensor):
+    return tensor
 
 
 def _from(file, key):
@@ -145,7 +156,7 @@ class Base:
         self.base = _Stored(self.folder, self.known)
 
     @cached_property
-    def adaptable(self):
+    def adaptable(self) -> dict[str, str]:
         "Layers that LoRA can adapt -> part, embeddings among them."
         layers = {n: part for part, names in linear_layers(self.model).items() for n in names}
         return layers | {
