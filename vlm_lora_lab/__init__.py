@@ -39,6 +39,21 @@ class _Moved(MetaPathFinder, Loader):
 
 sys.meta_path.append(_Moved())
 
+
+def names_in(package, rooms):
+    "A `__getattr__` for a package: a public name of one of its modules, imported when it is first asked for."
+
+    def find(name):
+        if not name.startswith("_"):
+            for room in rooms:
+                module = import_module(f".{room}", package)
+                if name in module.__all__:
+                    return getattr(module, name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
+
+
 # The public surface: name -> the module that defines it, which is imported when the name is first asked for. Everything
 # else is internal: it may move or change from one version to the next.
 PUBLIC = {

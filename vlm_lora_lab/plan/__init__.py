@@ -1,15 +1,7 @@
 """Freeze, LoRA or full: a plan, what it does to a model, and how it looks."""
 
-from importlib import import_module
+from .. import names_in
 
 _ROOMS = ("tuning",)  # where a name of this package is looked for
 
-
-def __getattr__(name):
-    "A public name of one of the modules, imported when it is first asked for."
-    if not name.startswith("_"):
-        for room in _ROOMS:
-            module = import_module(f".{room}", __name__)
-            if name in module.__all__:
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_in(__name__, _ROOMS)
