@@ -2,6 +2,7 @@
 
 `python -m sphinx -W -c docs nbs _docs/html` builds it."""
 
+import re
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -14,11 +15,23 @@ facts = facts["DEFAULT"]
 
 project, author, version, release = facts["title"], facts["author"], facts["version"], facts["version"]
 copyright = facts["copyright"]
-extensions = ["myst_nb", "sphinx_external_toc", "chapters", "tables"]
+extensions = ["myst_nb", "sphinx_external_toc", "sphinx_reredirects", "chapters", "tables"]
 external_toc_path = str(here / "_toc.yml")
 exclude_patterns = ["**/.ipynb_checkpoints", "vlm_lora_lab_demo"]
 suppress_warnings = ["etoc.glob"]  # a part of the book without chapters is left out
 add_module_names = False
+
+
+def old_names():
+    "The table at the end of CONTRIBUTING.md: old name of a chapter -> its page."
+    for line in (here.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines():
+        was, _, now = line.removeprefix("| ").partition(" | ")
+        for old in re.findall(r"`(\d\d_[\w.]+)`", was):
+            found = re.match(r"`([\w./]+)` \|$", now)
+            yield old, found[1] if found else f"reference/{old.partition('_')[2]}"
+
+
+redirects = {old: f"{page}.html" for old, page in old_names()}
 
 nb_execution_mode = "off"
 nb_custom_formats = {".ipynb": ["chapters.read", {"front": facts["title"]}]}

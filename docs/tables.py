@@ -1,12 +1,13 @@
 """The tables of the site, made when it is built: chapters, tutorials, claims, commands, public names.
 
 A page asks for one by a directive, `{made} chapters`; `python docs/tables.py chapters` prints it. Everything in them is
-said elsewhere: in the first cell of a notebook, in the ledger that chapter 92 shows, in the parser of the commands, in
-the docstring of a name. Chinese words for it stand in zh.yml; what has none there is shown in English."""
+said elsewhere: in the first cell of a notebook, in the ledger that study.claims shows, in the parser of the commands,
+in the docstring of a name. Chinese words for it stand in zh.yml; what has none there is shown in English."""
 
 import ast
 import json
 import os
+import posixpath
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import vlm_lora_lab  # noqa: E402
 
 HEADS = {
     "chapters": ["", "chapter", "what you will know", ""],
+    "reference": ["module", "chapter", "what you will know", ""],
     "tutorials": ["tutorial", "what it shows", "model", "card (predicted)", "chapters", ""],
     "claims": ["", "it is said that", "verdict", "measured on", "tested in"],
     "commands": ["command", "what it does"],
@@ -55,10 +57,9 @@ def _colab(path):
     return f"[Colab](https://colab.research.google.com/github/{where}/{path.relative_to(ROOT).as_posix()})"
 
 
-def notebooks(tutorials=False):
-    "Chapters by their number on every shelf, or the tutorials; the preface is none of them."
-    found = [p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.stem != "index"]
-    return sorted((p for p in found if (p.parent.name == "tutorials") == tutorials), key=lambda p: p.name)
+def notebooks(shelf=""):
+    "The chapters of the book, by number; of the reference, by module; or the tutorials. The preface is none of them."
+    return sorted((p for p in (NBS / shelf).glob("*.ipynb") if p.stem != "index"), key=lambda p: p.name)
 
 
 def table(head, rows):
@@ -67,26 +68,31 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
-def chapters(words, up):
-    "Every chapter with its promise."
+def chapters(words, up, shelf=""):
+    "Every chapter of the book with its promise."
     rows = []
-    for path in notebooks():
+    for path in notebooks(shelf):
         _, title, promise = _opening(path)
         module = _source(path, r"^#\| default_exp (\S+)")
         title, promise = words["chapters"].get(module, (title, promise))
         link = f"{up}{path.relative_to(NBS).as_posix()}"
-        rows.append([path.name[:2], f"[{title}]({link})", promise, _colab(path)])
-    return table(words["heads"]["chapters"], rows)
+        rows.append([f"`{module}`" if shelf else path.name[:2], f"[{title}]({link})", promise, _colab(path)])
+    return table(words["heads"]["reference" if shelf else "chapters"], rows)
+
+
+def reference(words, up):
+    "Every chapter of the reference with its promise."
+    return chapters(words, up, "reference")
 
 
 def tutorials(words, up):
     "Every tutorial with its promise, its model, the card that it asserts to be enough, and chapters that it names."
     rows = []
-    for path in notebooks(tutorials=True):
+    for path in notebooks("tutorials"):
         _, title, promise = _opening(path)
         title, promise = words["tutorials"].get(path.stem, (title, promise))
         text = "\n".join("".join(c["source"]) for c in _cells(path) if c["cell_type"] == "markdown")
-        named = sorted(set(re.findall(r"\[(\d\d)\]\(\.\./([^)]+)\)", text)))
+        named = sorted(set(re.findall(r"\[(\d\d|`[\w.]+`)\]\(\.\./([^)]+)\)", text)))
         named = ", ".join(f"[{n}]({up}{link})" for n, link in named)
         link = f"{up}{path.relative_to(NBS).as_posix()}"
         model, card = _source(path, r'^MODEL\b.*?= "([^"]+)"'), _source(path, r'cards\.fits\("(\w+)"\)')
@@ -96,8 +102,7 @@ def tutorials(words, up):
 
 def ledger():
     "The rows of the ledger as its chapter shows it: id, claim, verdict, measured, interval, seeds, model, where."
-    [path] = [p for p in notebooks() if _source(p, r"^#\| default_exp (\S+)") == "study.claims"]
-    outputs = [o for c in _cells(path) for o in c.get("outputs", ())]
+    outputs = [o for c in _cells(NBS / "reference" / "study.claims.ipynb") for o in c.get("outputs", ())]
     text = "\n".join("".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if re.match(r"\| C\d+ ", line)]
     return [[cell.strip().replace(r"\|", "|") for cell in row] for row in rows]
@@ -108,7 +113,8 @@ def claims(words, up):
     rows = []
     for name, said, verdict, *_, model, where in ledger():
         word = re.match(r"\*\*(\w+)\*\*", verdict)[1]
-        chapter = re.sub(r"\]\(", f"]({up}", where.split(",")[0])
+        label, link = re.match(r"(\[.+?\])\((.+?)\)", where).groups()
+        chapter = f"{label}({up}{posixpath.normpath(f'reference/{link}')})"
         rows.append([name, words["claims"].get(name, said), words["verdicts"].get(word, word), model, chapter])
     return table(words["heads"]["claims"], rows)
 
@@ -143,7 +149,7 @@ def names(words, up):
     return table(words["heads"]["names"], rows)
 
 
-MADE = {f.__name__: f for f in (chapters, tutorials, claims, commands, names)}
+MADE = {f.__name__: f for f in (chapters, reference, tutorials, claims, commands, names)}
 
 
 def setup(app):

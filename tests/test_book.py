@@ -17,7 +17,9 @@ sys.path.insert(0, str(ROOT / "docs"))
 import tables  # noqa: E402
 
 PAGES = [*ROOT.glob("[!_]*.md"), *(ROOT / "nbs").rglob("*.md")]
-CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
+BOOK = sorted((ROOT / "nbs").glob("*.ipynb"))
+REFERENCE = sorted((ROOT / "nbs" / "reference").glob("*.ipynb"))
+CHAPTERS = BOOK + REFERENCE
 TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
 FACTS = ConfigParser(delimiters=["="])
 FACTS.read(ROOT / "settings.ini", encoding="utf-8")
@@ -62,13 +64,13 @@ def test_a_chapter_opens_with_title_promise_and_its_own_module(path):
     first = cells(path, "markdown")[0]
     assert re.match(r"# .+\n\n> .+", first), "title and one-line promise"
     for link in re.findall(r"https://colab\.research[^)]*?\.ipynb", first):
-        assert link == badge(path.name)
+        assert link == badge(path.relative_to(ROOT / "nbs").as_posix())
         assert f"pip install -q git+{FACTS['git_url']}" in cells(path, "code")[0], (
             "a reader on Colab must get the package"
         )
     exports = [m[1] for c in cells(path, "code") if (m := re.search(r"^#\| default_exp (\S+)", c, re.M))]
-    if path.stem != "index":
-        assert exports == [path.stem.split("_", 1)[1]]
+    if path.stem != "index":  # a number on the shelf of the book, none on that of the reference
+        assert exports == [re.fullmatch(r"\d\d_(.+)" if path in BOOK else r"(\D.+)", path.stem)[1]]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -81,7 +83,7 @@ def test_a_chapter_keeps_its_outputs_and_none_is_an_error(path):
 
 
 def test_the_tables_name_every_chapter_and_tutorial_with_promise_and_badge():
-    for made, paths in ((tables.chapters, CHAPTERS), (tables.tutorials, TUTORIALS)):
+    for made, paths in ((tables.chapters, BOOK), (tables.reference, REFERENCE), (tables.tutorials, TUTORIALS)):
         rows = made(tables.ENGLISH, "nbs/").splitlines()[2:]
         assert len(rows) == len([p for p in paths if p.stem != "index"]) > 6
         for path, row in zip([p for p in paths if p.stem != "index"], rows):
@@ -107,7 +109,7 @@ def test_the_table_of_commands_is_the_parser_s():
 
 def test_the_chinese_tables_are_translated_and_no_word_is_left_over():
     words = tables.CHINESE
-    modules = {tables._source(p, r"^#\| default_exp (\S+)") for p in tables.notebooks()}
+    modules = {tables._source(p, r"^#\| default_exp (\S+)") for p in CHAPTERS if p.stem != "index"}
     assert set(words["chapters"]) <= modules
     assert set(words["tutorials"]) <= {p.stem for p in TUTORIALS}
     assert set(words["claims"]) <= {row[0] for row in tables.ledger()}
@@ -143,7 +145,7 @@ def test_links_of_a_page_lead_somewhere(page):
 def test_an_issue_s_first_chapter_speaks_of_it():
     page = ROOT / "nbs" / "pages" / "issues.md"
     rows = re.findall(
-        r"^\| \[[^\]]*#\d+\]\((https://github\.com/[^)]+)\) \|.*?\| \[\d\d\]\(([^)]+)\)",
+        r"^\| \[[^\]]*#\d+\]\((https://github\.com/[^)]+)\) \|.*?\| \[[^\]]+\]\(([^)]+)\) ?[,|]",
         page.read_text(encoding="utf-8"),
         re.M,
     )
@@ -224,14 +226,16 @@ def test_the_page_on_use_shows_the_plan_as_it_is():
 def test_readme_and_index_show_the_same_path():
     def path(text):
         "The chapters of the numbered list, in order."
-        return re.findall(r"\[(\d\d)\]\((?:nbs/)?([^)]+)\)", "\n".join(re.findall(r"^\d\. .*", text, re.M)))
+        found = re.findall(r"\[([^\]]+)\]\((?:nbs/)?([^)]+)\)", "\n".join(re.findall(r"^\d\. .*", text, re.M)))
+        return [(label.strip("`"), name) for label, name in found]
 
     index = "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown"))
     texts = [(ROOT / n).read_text(encoding="utf-8") for n in ("README.md", "README.zh.md", "nbs/index_zh.md")]
     assert len(path(index)) > 12 and all(path(text) == path(index) for text in texts)
-    assert "30" in [number for number, _ in path(index)[:3]], "LoRA is met within the first three chapters"
-    for number, name in path(index):
-        assert name.rpartition("/")[2].startswith(number) and (ROOT / "nbs" / name).is_file()
+    assert any("lora.linear" in name for _, name in path(index)[:3]), "LoRA is met within the first three chapters"
+    for label, name in path(index):
+        assert name.rpartition("/")[2].startswith(label) and (ROOT / "nbs" / name).is_file()
+    assert {name for _, name in path(index)} >= {p.name for p in BOOK} - {"index.ipynb"}
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)

@@ -80,7 +80,7 @@ def test_a_claim_names_a_heading_that_its_chapter_has(claim):
 def test_the_chapter_shows_the_ledger(ledger):
     outputs = [
         o
-        for c in json.loads((ROOT / "nbs" / "92_study.claims.ipynb").read_text(encoding="utf-8"))["cells"]
+        for c in json.loads((ROOT / "nbs" / "reference" / "study.claims.ipynb").read_text(encoding="utf-8"))["cells"]
         for o in c.get("outputs", ())
     ]
     assert ledger._repr_markdown_() in ["".join(o.get("data", {}).get("text/markdown", "")) for o in outputs]

@@ -380,7 +380,7 @@ def test_version_where_torch_breaks_and_where_there_are_cards(tmp_path):
 
 
 def test_pretrain_runs_from_start_to_end(tmp_path):
-    "A few steps of each stage; chapter 53 tells of the whole."
+    "A few steps of each stage; train.pretrain tells of the whole."
     done = run("pretrain", "--output", tmp_path / "lab", "--eyes", 3, "--words", 3, "--questions", 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "lab").iterdir()}

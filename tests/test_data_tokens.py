@@ -1,7 +1,7 @@
 """Ids, labels and picture places against `finetune/dataset.py` of MiniCPM-V; every deliberate difference is asserted as
 such.
 
-Differences, numbered as in the table of chapter 22: 1. after an answer's end token, its successor has the label "end
+Differences, numbered as in the table of chapter 45: 1. after an answer's end token, its successor has the label "end
 token" upstream (ChatML, Llama 3); here it has none 2. an empty answer supervises the next question upstream; here the
 record is refused 3. a long text is cut at the limit upstream; here it is refused, or whole turns are dropped 4. only
 sliced pictures are numbered and counted upstream; here all are, when the model wants numbers 5. with several pictures,

@@ -35,8 +35,8 @@ CHAPTERS = sorted(
 )
 LOOKED_AT = (
     "pages/chapters",  # tables
-    "33_plan.unfreeze",  # figures and long lines
-    "36_plan.explorer",  # HTML with colours of its own
+    "35_plan.unfreeze",  # figures and long lines
+    "reference/plan.explorer",  # HTML with colours of its own
 )
 CI = "CI" in os.environ
 browser_needed = pytest.mark.skipif(not CHROMIUM.exists() and not CI, reason=f"no {CHROMIUM}; CI does not skip this")
@@ -123,11 +123,20 @@ def test_links_resolve_and_nothing_is_loaded_from_elsewhere(pages, site):
     assert seen > 1000
 
 
+def test_an_old_address_leads_to_the_chapter_that_took_its_place(pages, site):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    old = set(re.findall(r"`(\d\d_[\w.]+)`", text.rpartition("\n## ")[2])) - set(CHAPTERS)
+    assert len(old) > 110
+    for name in old:
+        [target] = re.findall(r'http-equiv="refresh" content="0; url=([^"]+)"', (site / f"{name}.html").read_text())
+        assert target.removesuffix(".html") in CHAPTERS, (name, target)
+
+
 def test_the_machinery_of_notebooks_stays_behind_the_scenes(pages):
     for name, page in pages.items():
         assert not re.search(r"^#\|", page.code, re.M) and "'google.colab' in sys.modules" not in page.code, name
     assert (
-        "TuningPlan" in pages["32_plan.tuning.html"].code
+        "TuningPlan" in pages["25_plan.tuning.html"].code
         and "assert answer == question.answer" not in pages["index.html"].code
     )
 
@@ -173,7 +182,7 @@ def test_every_exported_name_has_an_entry_with_its_comments(pages, site):
     assert len(names) > 300 and not missing, sorted(missing)[:10]
     assert (
         "not wrapped; the meta device is enough"
-        in (site / "35_plan.preview.html").read_text(encoding="utf-8").split('id="reference"')[1]
+        in (site / "reference/plan.preview.html").read_text(encoding="utf-8").split('id="reference"')[1]
     )
 
 
@@ -267,16 +276,16 @@ def test_search_finds_the_resampler(tab):
     page.wait_for_function("() => /found \\d+ pages?/.test(document.querySelector('#search-results').innerText)")
     targets = {urldefrag(a.get_attribute("href"))[0].split("?")[0] for a in found.all()}
     # by title, and by what they say
-    assert {"11_models.resampler.html", "33_plan.unfreeze.html", "13_models.qwenvl.html"} <= targets and len(
+    assert {"30_models.resampler.html", "35_plan.unfreeze.html", "reference/models.qwenvl.html"} <= targets and len(
         targets
     ) > 10
 
 
 @browser_needed
 def test_a_reader_goes_from_chapter_to_chapter_and_formulas_are_drawn(tab):
-    page = tab("35_plan.preview.html", 390)
-    page.locator("article a", has_text="32").first.click()
-    page.wait_for_url("**/32_plan.tuning.html")
+    page = tab("reference/plan.preview.html", 390)
+    page.locator("article a", has_text="25").first.click()
+    page.wait_for_url("**/25_plan.tuning.html")
     assert page.locator("h1").inner_text().startswith("The plan")
-    page = tab("30_lora.linear.html", 390)
+    page = tab("10_lora.linear.html", 390)
     assert page.locator("math").count() > 3 and page.locator("math").first.bounding_box()["width"] > 5

@@ -251,7 +251,7 @@ def _row(model, name, p, steps, seen, rates):
         return make(*_why(model, name.rpartition(".")[0], seen))
     if not all(g is None or g.isfinite().all() for g in (first, second)):
         return make(
-            "not finite", "NaN or infinity. Chapter 61's diagnose(model, batch) names the operation that made it"
+            "not finite", "NaN or infinity. Chapter 65's diagnose(model, batch) names the operation that made it"
         )
     g = next((g for g in (first, second) if g is not None and g.any()), None)
     if g is None:

@@ -218,7 +218,7 @@ def label_only(
         raise InputError(
             f"{type(base).__name__} has no module {place!r}, where its layout puts the head",
             "label_only",
-            "Register its layout, see chapter 10",
+            "Register its layout, see models.parts",
         )
     owner, head = modules[place.rpartition(".")[0]], modules[place]
     if isinstance(owner.__dict__.get("forward"), _Model):  # a block within a block
