@@ -8,12 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
 from vlm_lora_lab.data.records import samples_folder
+from vlm_lora_lab.cli import main
+from vlm_lora_lab.models import parts
 from vlm_lora_lab.models.load import lab_folder
 
 OUTSIDE = """
@@ -114,3 +117,31 @@ def test_nobody_else_knows_them(house):
     ):
         done = subprocess.run([sys.executable, "-c", code, *args], cwd=folder, capture_output=True, text=True)
         assert done.returncode in (1, 2) and missing in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_job_asks_once_what_is_known_of_its_model(tmp_path, counted):
+    "Twice in all: for the shapes that the plan is checked on, and by the loader, which looks at the files."
+    data = samples_folder() / "handwriting" / "validation.json"
+    flags = ["--max-steps", "2", "--batch-size", "2", "--rank", "2"]
+    assert main(["train", "--data", str(data), "--output", str(tmp_path / "out"), *flags]) == 0
+    assert dict(counted) == {"layout_of": 2, "layers": 2, "packed": 1, "tied": 1}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    "How often layouts and facts of a model were worked out."
+    calls, layout_of = Counter(), parts.layout_of
+
+    def counting(name, f):
+        def count(*args):
+            calls[name] += 1
+            return f(*args)
+
+        return count
+
+    for module in [m for n, m in sys.modules.items() if n.startswith("vlm_lora_lab") and hasattr(m, "layout_of")]:
+        monkeypatch.setattr(module, "layout_of", counting("layout_of", layout_of))
+    for fact in ("layers", "packed", "tied"):
+        known = vars(parts.VLM)[fact]
+        monkeypatch.setattr(known, "func", counting(fact, known.func))
+    return calls

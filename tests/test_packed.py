@@ -14,14 +14,13 @@ from vlm_lora_lab.checkpoint.merge import merge_adapter, same_model, save_merged
 from vlm_lora_lab.checkpoint.save import load_adapter, save_adapter
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
-from vlm_lora_lab.models.parts import count, mixed_precision
+from vlm_lora_lab.models.parts import VLM, count, mixed_precision
 from vlm_lora_lab.plan.tuning import (
     TuningPlan,
     apply_plan,
     fold_lora,
     lora_layers,
     no_false_warning,
-    packed_projections,
 )
 from vlm_lora_lab.plan.preview import Preview
 
@@ -113,7 +112,7 @@ def test_saved_reloaded_and_merged_by_our_own_means(four_bit, dtype, tmp_path):
 
 def test_pytorchs_own_attention_is_reached_by_its_parameter_and_refused_by_its_out_proj(tmp_path):
     base = with_pytorchs("minicpmv-2.6")
-    assert packed_projections(base)["connector"] == ["resampler.attn.in_proj_weight"]
+    assert VLM.of(base).packed["connector"] == ["resampler.attn.in_proj_weight"]
     with pytest.raises(
         InputError,
         match="out_proj is no linear layer there that is called .*borrows the weight of "

@@ -14,7 +14,7 @@ from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.lora.variants import VARIANTS
 from vlm_lora_lab.models.load import load_tokenizer, load_vlm
 from vlm_lora_lab.models.names import plain_name
-from vlm_lora_lab.models.parts import PARTS, count, layout_of, linear_layers
+from vlm_lora_lab.models.parts import PARTS, VLM, count, layout_of, linear_layers
 from vlm_lora_lab.models.published import on_meta
 from vlm_lora_lab.plan.tuning import (
     Rule,
@@ -23,7 +23,6 @@ from vlm_lora_lab.plan.tuning import (
     full_modules,
     layer_pattern,
     lora_layers,
-    packed_projections,
     read_rules,
 )
 from vlm_lora_lab.plan.preview import Preview
@@ -109,7 +108,7 @@ def random_line(part, layers, generator, packed=()):
 
 
 def random_plan(model, generator):
-    layers, packed = linear_layers(model), packed_projections(model)
+    layers, packed = linear_layers(model), VLM.of(model).packed
     return TuningPlan(
         **{part: random_line(part, layers[part], generator, packed[part]) for part in PARTS},
         rank=generator.choice([2, 4]),
@@ -163,7 +162,7 @@ def test_two_hundred_random_plans(family):
             unseen = {n for n in promised - moved if "embed" in n or "wte" in n}
             assert moved <= promised and promised - moved == unseen, (plan, promised ^ moved)
             trained += 1
-    assert trained == 20 and (reached >= 10) == any(packed_projections(template).values())
+    assert trained == 20 and (reached >= 10) == any(VLM.of(template).packed.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 
 from .checkpoint.save import ancestry, base_sha256, check_base, check_seals, check_settings, check_start
 from .checkpoint.save import plan_of, read_provenance, save_adapter, start_from
@@ -35,6 +34,7 @@ from .evaluate.metrics import check_truths, metric_of
 from .evaluate.scores import ExactMatch, Score
 from .models.files import save_vlm
 from .models.load import load_vlm, model_folder
+from .models.parts import VLM
 from .models.published import on_meta, read_json
 from .plan.tuning import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
@@ -470,7 +470,7 @@ class _Given:
     new: Checked  # rows to learn, old ones mixed in
     held: Checked | None  # rows to be asked about
     left_out: dict  # file -> rows that cannot be used
-    model: nn.Module
+    vlm: VLM  # the model, wrapped by PEFT where the job has one plan
     files: dict  # file -> how it was looked through
     inputs: Inputs  # what the run starts from, as it is now; hashed by the first process alone
     ancestor: dict | None = None  # the adapter that it goes on from
@@ -480,7 +480,7 @@ class _Given:
         return self.held.conversations if self.held else None
 
 
-def _ancestor(job, empty, here, resumed):
+def _ancestor(job, vlm, here, resumed):
     """The adapter to go on from, checked against base and plan; of a run that is resumed, what it wrote down: its
     checkpoint holds the weights."""
     if not job.from_adapter:
@@ -504,7 +504,7 @@ def _ancestor(job, empty, here, resumed):
             "Merge it first, which takes the tokenizer along, and train on that: vlm-lora-lab merge "
             f"{job.from_adapter} --output FOLDER",
         )
-    check_start(empty, job.from_adapter, known, job.plan)
+    check_start(vlm, job.from_adapter, known, job.plan)
     return ancestry(job.from_adapter, known)
 
 
@@ -521,12 +521,12 @@ def _check_here(job, here):
         summary_writer()  # is it there?
 
 
-def _check_plan(job, empty):
+def _check_plan(job, vlm):
     "Modules that stay whole. Raises `InputError` for a plan that does not fit the shapes of the model."
     if job.stages:
-        return route(empty, job.stages, job.four_bit).whole
-    whole = Packing.of(empty, job.plan).whole if job.four_bit else full_modules(empty, job.plan)
-    lora_layers(empty, job.plan)
+        return route(vlm, job.stages, job.four_bit).whole
+    whole = Packing.of(vlm, job.plan).whole if job.four_bit else full_modules(vlm, job.plan)
+    lora_layers(vlm, job.plan)
     return whole
 
 
@@ -574,10 +574,10 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     at("model")
     processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
     # shapes are enough to see whether plan and data fit, before gigabytes are fetched
-    empty = on_meta(model_folder(job.model, weights=False))
+    vlm = VLM.of(on_meta(model_folder(job.model, weights=False)))
     at("plan")
-    whole = _check_plan(job, empty)
-    ancestor = _ancestor(job, empty, here, output if resume and place else None)
+    whole = _check_plan(job, vlm)
+    ancestor = _ancestor(job, vlm, here, output if resume and place else None)
     at("data")
     started = _started_from(output) if resume and place else None
     inputs = _looked_at(job) if here.first else Inputs({})
@@ -588,7 +588,7 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         at("output")
         _check_length(job, output, len(new.conversations), here)
     at("model")
-    model = _load(job, whole)
+    vlm = vlm.on(_load(job, whole))
     if here.first:
         inputs = inputs.on(job.model, base_sha256(job.model))
     check_resumed(started, inputs, output / "job.json")
@@ -599,17 +599,17 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
         say(line)
     at("plan")
     if not job.stages:
-        model = apply_plan(model, job.plan)
+        vlm = vlm.on(apply_plan(vlm, job.plan))
         if ancestor and not resume:
-            say(f"Starting from {start_from(model, job.from_adapter)} tensors of {job.from_adapter}.")
-        say(str(PlanTable.of(model, job.plan)))
-    if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(model)):
+            say(f"Starting from {start_from(vlm.model, job.from_adapter)} tensors of {job.from_adapter}.")
+        say(str(PlanTable.of(vlm, job.plan)))
+    if job.vision_cache in ("memory", "disk") and not here.sharded and (reason := why_not(vlm)):
         raise InputError(
             f"vision_cache is {job.vision_cache}, but {reason}",
             "vision cache",
             "Set vision_cache: off, or vision: freeze in the plan",
         )
-    return _Given(output, processor, new, held, left_out, model, files, inputs, ancestor)
+    return _Given(output, processor, new, held, left_out, vlm, files, inputs, ancestor)
 
 
 def _begin(job, resume, given, here, say, lock):
@@ -632,7 +632,7 @@ def _begin(job, resume, given, here, say, lock):
             absolute(job.to_dict(), Job)
             | {STARTED: given.inputs.to_dict() | ({"ancestor": given.ancestor} if given.ancestor else {})},
         )
-    answers = _ask_all(job, given, given.model, "asking before") if asked else None
+    answers = _ask_all(job, given, given.vlm.model, "asking before") if asked else None
     if asked and here.first:
         write_json(output / "before.json", answers)
 
@@ -725,10 +725,10 @@ def _marks(job, given, after, say):
     return marks
 
 
-def _save(job, run, given, model, plan, report, here):
+def _save(job, run, given, vlm, plan, report, here):
     "Save what was trained: an adapter, or a whole model. Says where, for the report."
     output = given.output
-    if isinstance(model, PeftModel):
+    if isinstance(vlm.model, PeftModel):
         kept = ("steps", "kept", "loss", "exact_match", "score", "stages")
         told = {
             "data": {f.path: f.sha256 for f in given.inputs.files.values()},
@@ -739,15 +739,15 @@ def _save(job, run, given, model, plan, report, here):
             "ancestor": given.ancestor,
         }
         tokenizer = given.processor.tokenizer
-        adapter = save_adapter(model, output / "adapter", plan, job.model, tokenizer, job.four_bit, **told)
+        adapter = save_adapter(vlm, output / "adapter", plan, job.model, tokenizer, job.four_bit, **told)
         return {"adapter": located(adapter)}
     if here.first:
         also = (lambda folder: keep_limits(folder, given.processor)) if job.reading.max_pixels else None
-        save_vlm(model, output / "model", model_folder(job.model), also=also)
+        save_vlm(vlm.model, output / "model", model_folder(job.model), also=also)
     return {"model": located(output / "model")}
 
 
-def _finish(job, run, given, model, plan, doctors, here, say):
+def _finish(job, run, given, vlm, plan, doctors, here, say):
     "Ask again, save, and write down what was done."
     output = given.output
     report = _account(job, run, given, doctors, here, say)
@@ -756,7 +756,7 @@ def _finish(job, run, given, model, plan, doctors, here, say):
             f"Nothing was asked: under {here.sharded} no process holds the whole model. Ask the adapter: vlm-lora-lab "
             f"evaluate {output / 'adapter'} --data {job.eval_data}"
         )
-    elif given.held and (after := _ask_after(job, given, model, say)) is not None:
+    elif given.held and (after := _ask_after(job, given, vlm.model, say)) is not None:
         report |= _marks(job, given, after, say)
     if here.first:
         with explain_write_errors(output):
@@ -764,7 +764,7 @@ def _finish(job, run, given, model, plan, doctors, here, say):
     if here.first and (swapped := _swapped(job, given.inputs)):
         report["changed_while_training"] = swapped
         say("\n".join(f"Swapped while it trained: {change}" for change in swapped))
-    report |= _save(job, run, given, model, plan, report, here)
+    report |= _save(job, run, given, vlm, plan, report, here)
     if here.first:
         write_json(output / "report.json", report)
     say(
@@ -825,15 +825,16 @@ def _learn(job, resume, given, here, say, callbacks):
     }
     if job.stages:
         staged = fit_stages(
-            given.model, job.stages, samples, job.schedule, folder, resume, callbacks, say, evaluation=held, **watch
+            given.vlm, job.stages, samples, job.schedule, folder, resume, callbacks, say, evaluation=held, **watch
         )
-        return staged, staged.model, staged.plan, None
+        return staged, given.vlm.on(staged.model), staged.plan, None
     passes = _passes(job.schedule, len(given.new.conversations))
-    cache = None if here.sharded else choose_cache(job.vision_cache, given.model, samples, passes, say)
+    cache = None if here.sharded else choose_cache(job.vision_cache, given.vlm, samples, passes, say)
     if best := _best(job, here):
         _announce(job, best, len(given.held_out), say)
     more = {"plan": job.plan, "callbacks": callbacks(), "cache": cache, "say": say, "best": best}
-    return fit(given.model, samples, job.schedule, folder, held, resume, **more, **watch), given.model, job.plan, cache
+    run = fit(given.vlm, samples, job.schedule, folder, held, resume, **more, **watch)
+    return run, given.vlm, job.plan, cache
 
 
 def _run(job, resume, given, here, say):
@@ -841,7 +842,7 @@ def _run(job, resume, given, here, say):
     output, doctors = given.output, []
     try:
         callbacks = _watching(job, given, resume, here, say, doctors)
-        run, model, plan, cache = _learn(job, resume, given, here, say, callbacks)
+        run, vlm, plan, cache = _learn(job, resume, given, here, say, callbacks)
     except NonFiniteStep as e:
         what = (
             "The weights were lost in an earlier step, and nothing of them was saved. It showed at"
@@ -864,7 +865,7 @@ def _run(job, resume, given, here, say):
         )
         say(f"Stopped {where}; a checkpoint was saved. Go on with: vlm-lora-lab train --resume --output {output}")
         return {"stopped_at_step": run.steps}
-    return _finish(job, run, given, model, plan, doctors, here, say)
+    return _finish(job, run, given, vlm, plan, doctors, here, say)
 
 # %% ../nbs/reference/job.ipynb #3d5c95eb
 def _counted(given, job):
@@ -936,10 +937,10 @@ def examine(
     plan, schedule = (
         (job.stages[0].plan, job.stages[0].schedule(job.schedule, 0)) if job.stages else (job.plan, job.schedule)
     )
-    model = apply_plan(given.model, plan) if job.stages else given.model
-    checks = [data, Check("plan", "ok", str(PlanTable.of(model, plan)))]
+    vlm = given.vlm.on(apply_plan(given.vlm, plan)) if job.stages else given.vlm
+    checks = [data, Check("plan", "ok", str(PlanTable.of(vlm, plan)))]
     checks += check_steps(
-        model,
+        vlm.model,
         plan,
         given.new.conversations,
         given.processor,

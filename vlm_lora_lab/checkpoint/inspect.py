@@ -26,7 +26,7 @@ from ..lora.variants import title_of
 from ..models.files import FLOATS, account, stored_in
 from ..models.load import stand_in
 from ..models.names import StoredNames, TensorName, places_of, plain_name
-from ..models.parts import PARTS, count, layout_of
+from ..models.parts import PARTS, VLM, count
 from ..models.published import lab_folder, on_meta, read_json
 from ..plan.tuning import TuningPlan, full_modules, lora_layers
 from ..show import Html, element, html_list, html_table, readable_file_size, text_lines
@@ -178,7 +178,7 @@ def _same(t, there):
 @dataclass(frozen=True)
 class _Base:
     name: str | None
-    empty: torch.nn.Module | None = None  # on the meta device
+    vlm: VLM | None = None  # on the meta device
     folder: Path | None = None  # with weights
     why: str = ""  # it could not be used
 
@@ -189,11 +189,11 @@ def _base_of(name):
         return _Base(None, why="the folder does not say which base it wants")
     try:
         place = stand_in(name) or name
-        empty = on_meta(place)
+        vlm = VLM.of(on_meta(place))
     except InputError as e:
         return _Base(str(name), why=e.found)
     folder = lab_folder() if str(name) == "lab" else Path(place)
-    return _Base(str(name), empty, folder if folder.is_dir() and any(folder.glob("*.safetensors")) else None)
+    return _Base(str(name), vlm, folder if folder.is_dir() and any(folder.glob("*.safetensors")) else None)
 
 # %% ../../nbs/reference/checkpoint.inspect.ipynb #1df9aafb
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _stored(base, findings):
         stored = stored_in(base.folder)
         there = {n: _Place(s.file, n, s.shape) for n, s in stored.items() if s.dtype in FLOATS}
         return there | {
-            new: there[old] for old, new in StoredNames(base.empty, stored).in_model.items() if old in there
+            new: there[old] for old, new in StoredNames(base.vlm.model, stored).in_model.items() if old in there
         }
     except InputError as e:
         findings.append(Finding("warning", f"the base could not be compared: {e.found}", e.remedy))
@@ -227,8 +227,8 @@ def _match(key, there):
 
 def _layout(names, model_type, base):
     "Which family keeps its parts so; None if several or none do."
-    if base.empty is not None:
-        return layout_of(base.empty)
+    if base.vlm is not None:
+        return base.vlm.layout
     if known := families_of(model_type):
         return known[0].layout
     fits = []
@@ -349,13 +349,13 @@ def _said_of_lora(seen, zero, half, wrong, layers):
 # %% ../../nbs/reference/checkpoint.inspect.ipynb #f8271e7c
 def _check_keys(seen, folder, base):
     "Which keys PEFT would ask for, and which it would not find a place for."
-    if base.empty is None:
+    if base.vlm is None:
         return []
     try:
         peft = PeftConfig.from_pretrained(str(folder))
         peft.base_model_name_or_path = None
         with no_false_warning():
-            wrapped = get_peft_model(base.empty, peft, low_cpu_mem_usage=True)
+            wrapped = get_peft_model(base.vlm.model, peft, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError) as e:
         return [
             Finding(
@@ -401,7 +401,7 @@ def _check_keys(seen, folder, base):
 def _check_plan(seen, plan, base, layout):
     "Does the file hold what the plan promised?"
     said = {k: TensorName.of(k) for k in seen}
-    if base.empty is None:
+    if base.vlm is None:
         promised = {(p, r.word) for p in PARTS for r in plan.rules(p) if r.word != "freeze"}
         there = {(_part(layout, k), "lora" if t.lora else "full") for k, t in said.items()}
         lost = {f"{p} ({word})" for p, word in promised - there}
@@ -418,11 +418,11 @@ def _check_plan(seen, plan, base, layout):
             else []
         )
     # PEFT names the module of a packed projection
-    beside = {n: n.removesuffix(".in_proj_weight") for n in lora_layers(base.empty, plan)}
+    beside = {n: n.removesuffix(".in_proj_weight") for n in lora_layers(base.vlm, plan)}
     modules, full = {t.module for t in said.values() if t.lora}, {t.plain for t in said.values() if not t.lora}
     lacking = {n for n, of in beside.items() if of not in modules}
-    wholes = full_modules(base.empty, plan)
-    lacking |= {n for w in wholes for n, _ in base.empty.get_submodule(w).named_parameters(prefix=w) if n not in full}
+    wholes, empty = full_modules(base.vlm, plan), base.vlm.model
+    lacking |= {n for w in wholes for n, _ in empty.get_submodule(w).named_parameters(prefix=w) if n not in full}
     return (
         [
             _say(
@@ -439,7 +439,7 @@ def _check_plan(seen, plan, base, layout):
 # %% ../../nbs/reference/checkpoint.inspect.ipynb #c271636c
 def _buffers(seen, provenance, base):
     "Keys of tables that belong to a module and are not trained."
-    tables = {n for n, _ in base.empty.named_buffers()} if base.empty is not None else ()
+    tables = {n for n, _ in base.vlm.model.named_buffers()} if base.vlm is not None else ()
     return set(provenance.get("not_trained", ())) | {k for k in seen if plain_name(k) in tables}
 
 
@@ -511,9 +511,9 @@ def _check_by_hand(by_hand, seen, provenance, base):
         found.append(
             _say("note", by_hand, "tensors in full outside of modules_to_save, which PEFT loads where their names fit")
         )
-    if base.empty is not None:
+    if base.vlm is not None:
         unasked = [k for k in by_hand if k not in provenance.get("by_hand", ())]
-        share = sum(torch.Size(seen[k].shape).numel() for k in unasked) / sum(count(base.empty).values())
+        share = sum(torch.Size(seen[k].shape).numel() for k in unasked) / sum(count(base.vlm).values())
         if share > 0.3:
             found.append(
                 Finding(
@@ -783,13 +783,13 @@ def _model(folder, base):
         findings.append(Finding("error", f"config.json cannot be used: {here.why}", "Copy the folder again"))
     try:
         stored = stored_in(folder)
-        if here.empty is not None and is_ours(config):
-            account(stored, here.empty, folder)
+        if here.vlm is not None and is_ours(config):
+            account(stored, here.vlm, folder)
     except InputError as e:
         findings.append(Finding("error", e.found, e.remedy))
         stored = {}
     there = _stored(base, findings)
-    names = StoredNames(here.empty, stored).in_model if here.empty is not None else {}
+    names = StoredNames(here.vlm.model, stored).in_model if here.vlm is not None else {}
     seen = _look(sorted({s.file for s in stored.values()}), there, findings, names)
     findings += _check_values(seen) + _check_beside(folder, {}, base, adapter=False)
     findings += _check_same(seen, base)
@@ -801,7 +801,7 @@ def _model(folder, base):
                 "Move it to a folder of its own",
             )
         )
-    layout = layout_of(here.empty) if here.empty is not None else None
+    layout = here.vlm.layout if here.vlm is not None else None
     kinds = Counter(s.dtype for s in seen.values())
     about = (
         ("family", layout.family if layout else "not known"),

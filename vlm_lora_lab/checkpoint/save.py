@@ -47,12 +47,12 @@ from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
 from ..models.files import copy_beside, stored_in
 from ..models.load import load_tokenizer, load_vlm, model_folder, stand_in
-from ..models.names import TensorName, plain_name
-from ..models.parts import layout_of
+from ..models.names import TensorName
+from ..models.parts import VLM, layout_of
 from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
-from ..plan.tuning import TuningPlan, audit, lora_layers
+from ..plan.tuning import TuningPlan, audit, full_parameters, lora_layers
 from ..settings import FilePath, Within, fitting
 from ..show import package_versions
 from ..train.identity import STARTED, file_sha256, located
@@ -401,7 +401,7 @@ def _write_beside(folder, base, tokenizer, plan, text, max_pixels):
 
 # %% ../../nbs/reference/checkpoint.save.ipynb #91b92b07
 def save_adapter(
-    model: nn.Module,  # trained, wrapped by PEFT; also inside DDP, FSDP2 or torch.compile
+    model: nn.Module | VLM,  # trained, wrapped by PEFT; also inside DDP, FSDP2 or torch.compile
     folder: str | Path,  # must not exist, or be empty
     plan: TuningPlan | None,  # what should have been trained; None: whatever asks for a gradient
     base: str | Path,  # "lab", or the folder of the base model
@@ -422,9 +422,10 @@ def save_adapter(
 
     Raises `InputError` for a folder that is in use, a disk that is full, weights that are not here or are no numbers,
     `RuntimeError` when model and plan disagree."""
-    peft, folder = _unwrapped(model), Path(folder)
+    vlm = model.on(_unwrapped(model.model)) if isinstance(model, VLM) else VLM.of(_unwrapped(model))
+    peft, folder = vlm.model, Path(folder)
     if plan is not None:
-        audit(peft, plan)
+        audit(vlm, plan)
     live, by_hand = kept_tensors(peft, adapter := _adapter_name(peft, adapter))
     if not any(t.requires_grad for t in live.values()):
         warnings.warn(f"nothing of the adapter {adapter!r} asks for a gradient; it is saved as it is.", stacklevel=2)
@@ -1130,13 +1131,8 @@ def _merge_first(folder):
     )
 
 
-def _trained_in_full(model, plan):
-    part_of = layout_of(model).part_of
-    return {n for n, _ in model.named_parameters() if plan.rule(part_of(n), plain_name(n)).word == "full"}
-
-
 def check_start(
-    model: nn.Module,  # the base; the meta device is enough
+    model: nn.Module | VLM,  # the base; the meta device is enough
     folder: str | Path,  # of an adapter
     provenance: dict,  # from `read_provenance`
     plan: TuningPlan,  # that should go on from it
@@ -1147,7 +1143,8 @@ def check_start(
         raise InputError(
             f"the adapter is {was.variant}, and the plan says variant: {plan.variant}", folder, _merge_first(folder)
         )
-    old, new = lora_layers(model, was), lora_layers(model, plan)
+    vlm = VLM.of(model)
+    old, new = lora_layers(vlm, was), lora_layers(vlm, plan)
     for name, rule in old.items():
         now = new.get(name)
         if now is None:
@@ -1161,7 +1158,7 @@ def check_start(
                 folder,
                 f"Write rank {rule.rank} and alpha {rule.alpha:g}; or m{_merge_first(folder)[1:]}",
             )
-    if lacking := sorted(_trained_in_full(model, was) - _trained_in_full(model, plan)):
+    if lacking := sorted(full_parameters(vlm, was) - full_parameters(vlm, plan)):
         raise InputError(
             f"the adapter holds {lacking[0]} in full, and the plan does not train it in full",
             folder,

@@ -43,14 +43,14 @@ def run(given: Namespace) -> int:
     if given.model is None:
         _published()
         return 0
-    from vlm_lora_lab.models.parts import PartsTable, layout_of
+    from vlm_lora_lab.models.parts import VLM, PartsTable
     from vlm_lora_lab.models.published import PUBLISHED, on_meta, packed_copy
 
-    model = on_meta(given.model)
-    layout = layout_of(model)
+    vlm = VLM.of(on_meta(given.model))
+    layout = vlm.layout
     if copy := packed_copy(given.model):
         print(f"{copy}\n")
-    print(PartsTable.of(model, f"{given.model}: {layout.family}"))
+    print(PartsTable.of(vlm, f"{given.model}: {layout.family}"))
     if layout.inferred:
         print(
             "\nNobody registered this architecture. The parts above were inferred from its structure: look whether "

@@ -51,6 +51,7 @@ def _plan(given):
 def run(given: Namespace) -> int:
     "Prints the preview of a plan, or the way through the stages."
     from vlm_lora_lab.models.load import check_stored
+    from vlm_lora_lab.models.parts import VLM
     from vlm_lora_lab.models.published import on_meta, packed_copy
     from vlm_lora_lab.plan.preview import Preview
     from vlm_lora_lab.plan.tuning import full_modules
@@ -61,9 +62,9 @@ def run(given: Namespace) -> int:
 
         print(route(on_meta(given.model), read_stages(read_configuration(given.stages, list), said)))
         return 0
-    model = on_meta(given.model)
-    preview = Preview.of(model, plan)
-    check_stored(given.model, full_modules(model, plan))
+    vlm = VLM.of(on_meta(given.model))
+    preview = Preview.of(vlm, plan)
+    check_stored(given.model, full_modules(vlm, plan))
     if copy := packed_copy(given.model):
         print(f"{copy}\n")
     print(preview)

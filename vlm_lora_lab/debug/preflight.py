@@ -24,7 +24,7 @@ from .gradients import audit_gradients, loss_of, undisturbed
 from .nan import diagnose
 from .trace import extents
 from ..errors import InputError
-from ..models.parts import layout_of
+from ..models.parts import VLM
 from ..models.precision import precision_of
 from ..plan.tuning import PlanTable, TuningPlan, apply_plan
 from ..show import element, html_table, peak_memory
@@ -133,10 +133,11 @@ def check_gradients(
 
     What is not finite ends a training; what learns nothing, such as the key's bias, or a connector without pictures, is
     named."""
+    part_of = VLM.of(model).layout.part_of
     result = audit_gradients(
         model,
         batch,
-        rate=lambda n: plan.rate(layout_of(model).part_of(n), n, schedule.learning_rate, schedule.full_rate),
+        rate=lambda n: plan.rate(part_of(n), n, schedule.learning_rate, schedule.full_rate),
     )
     bad = [r for r in result.wrong if r.verdict == "not finite"]
     verdict = "warning" if result.wrong else "ok"

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as hf_logging
 
 from ..errors import InputError, claimed, complete_or_nothing, empty_folder, explain_write_errors, write_json
-from .parts import Layout, layout_of
+from .parts import VLM, Layout, layout_of
 from .published import on_meta, read_json
 
 # %% ../../nbs/reference/models.files.ipynb #4b27eb66
@@ -137,18 +137,19 @@ class Account:
 
 def account(
     stored: dict[str, Stored],  # from `stored_in`
-    model: nn.Module,  # on the meta device, from the folder's configuration
+    model: nn.Module | VLM,  # on the meta device, from the folder's configuration
     folder: Path,  # for the error message
 ) -> Account:
     """Compare every stored tensor with the model: name, shape, type.
 
     Raises `InputError` naming file and tensor of what is missing, unexpected, of another shape or of a type that is no
     weight."""
-    layout, expected = layout_of(model), {n: t for n, t in model.state_dict().items()}
-    aside = tuple(n for n in stored if any(n.startswith(f"{p}.") for p in layout.aside))
+    vlm = VLM.of(model)
+    expected = vlm.model.state_dict()
+    aside = tuple(n for n in stored if any(n.startswith(f"{p}.") for p in vlm.layout.aside))
     mine = {n: s for n, s in stored.items() if n not in aside}
     hint = _hint(set(mine), set(expected))
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = getattr(vlm.model, "all_tied_weights_keys", None) or {}
     if missing := sorted(n for n in set(expected) - set(mine) if tied.get(n) not in mine):
         raise InputError(
             f"{len(missing)} tensors that config.json asks for are in no file, such as {missing[0]}",

@@ -35,7 +35,7 @@ from ..families.base import family_named, is_ours
 from .files import FLOATS, account, convert_pickles, has_pickles, no_bar_if_small
 from .files import shape_of, stored_in, weight_files
 from .names import StoredNames
-from .parts import layout_of, linear_layers
+from .parts import VLM, linear_layers
 from .precision import precision_for
 from .published import lab_folder, model_config, on_meta, packed_copy, read_json
 from .tokenizer import check_special_ids, check_vocabulary, special_tokens, tokenizer_of, version_of
@@ -185,24 +185,27 @@ def load_tokenizer(
 
 # %% ../../nbs/reference/models.load.ipynb #9bbe3933
 def nf4_config(
-    model: PreTrainedModel,  # of the same configuration, whole or on the meta device
+    model: PreTrainedModel | VLM,  # of the same configuration, whole or on the meta device
     compute_dtype: torch.dtype,  # in which the weights are multiplied
     whole: list[str] | tuple[str, ...] = (),  # modules that stay out of it as well
 ) -> BitsAndBytesConfig:
     """NF4 with double quantisation for the language model's decoder layers alone (QLoRA, arXiv 2305.14314); all other
     layers are kept out by their full names."""
-    take = set(packable(model, whole))
-    return _four_bit(compute_dtype, [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in take])
+    vlm = VLM.of(model)
+    take = set(packable(vlm, whole))
+    linear = [n for n, m in vlm.model.named_modules() if isinstance(m, nn.Linear)]
+    return _four_bit(compute_dtype, [n for n in linear if n not in take])
 
 
 def packable(
-    model: nn.Module,  # of the same configuration, whole or on the meta device
+    model: nn.Module | VLM,  # of the same configuration, whole or on the meta device
     whole: list[str] | tuple[str, ...] = (),  # modules that stay out of it as well
 ) -> list[str]:  # names of layers
     """The linear layers of the language model, less those inside modules that stay whole.
 
     Raises `InputError` for a name that is no module, since it would keep nothing whole, and when nothing is left."""
-    modules, layers = {n for n, _ in model.named_modules()}, linear_layers(model)["language"]
+    vlm = VLM.of(model)
+    modules, layers = {n for n, _ in vlm.model.named_modules()}, vlm.layers["language"]
     if unknown := [w for w in whole if w not in modules]:
         meant = [n for n in modules if n.endswith("." + unknown[0].rpartition(".")[2])] or get_close_matches(
             unknown[0], modules
@@ -304,18 +307,18 @@ def load_vlm(
     and tensor."""
     folder = model_folder(name, allow_pickle)
     config = model_config(read_json(folder / "config.json"), folder / "config.json")
-    stored, empty = stored_in(folder), on_meta(folder)
+    stored, vlm = stored_in(folder), VLM.of(on_meta(folder))
     _check_types(stored)
-    aside = account(stored, empty, folder).aside if is_ours(config) else ()
-    packed = _packed(config, stored, folder, empty)
+    aside = account(stored, vlm, folder).aside if is_ours(config) else ()
+    packed = _packed(config, stored, folder, vlm)
     device, as_stored = _device(device), dtype == "stored"
     dtype = _widest(stored) if as_stored else _dtype(dtype, device)
     if packed:
-        _none_whole(packed, whole, empty)
-        keep = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and n not in packed]
+        _none_whole(packed, whole, vlm)
+        keep = [n for n, m in vlm.model.named_modules() if isinstance(m, nn.Linear) and n not in packed]
         config.quantization_config = _four_bit(dtype, keep).to_dict()
-    quantization = nf4_config(empty, dtype, whole) if four_bit and not packed else None
-    model = _from_pretrained(type(empty), folder, config, dtype, device, quantization, aside)
+    quantization = nf4_config(vlm, dtype, whole) if four_bit and not packed else None
+    model = _from_pretrained(type(vlm.model), folder, config, dtype, device, quantization, aside)
     if aside:
         parts = sorted({n.split(".")[0] for n in aside})
         warnings.warn(
@@ -329,7 +332,7 @@ def load_vlm(
     if as_stored:
         _as_stored(model, stored)
     if four_bit or packed:
-        meant = None if packed else packable(empty, whole)
+        meant = None if packed else packable(vlm, whole)
         for layer in check_nf4(model, set(packed) or None, meant, dtype):
             plain_kernel(model.get_submodule(layer))  # see "Evaluated once, trained never" in models.load
     return model.eval()
@@ -410,7 +413,7 @@ def _device(name):
     return device
 
 
-def _packed(config, stored, folder, empty):
+def _packed(config, stored, folder, vlm):
     "The layers that the files hold in 4 bit, by their names in the model, and the file of each."
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
     packed = {n.removesuffix(".weight") for n, s in stored.items() if s.dtype in ("NF4", "FP4")}
@@ -432,8 +435,8 @@ def _packed(config, stored, folder, empty):
             folder,
             "The folder mixes files of different models",
         )
-    names = StoredNames(empty, stored).in_model if packed else {}
-    layers = {n for names in linear_layers(empty).values() for n in names}
+    names = StoredNames(vlm.model, stored).in_model if packed else {}
+    layers = {n for names in vlm.layers.values() for n in names} if packed else set()
     found = {}
     for old in sorted(packed):
         name, file = names.get(f"{old}.weight", "").removesuffix(".weight"), stored[f"{old}.weight"].file
@@ -479,10 +482,10 @@ def _widest(stored):
     )
 
 # %% ../../nbs/reference/models.load.ipynb #7ab247c0
-def _none_whole(packed, whole, empty):
+def _none_whole(packed, whole, vlm):
     "Raises `InputError` when a module that should be whole is stored in 4 bit."
     if clash := sorted(n for n in packed if any(n == w or n.startswith(w + ".") for w in whole)):
-        part = layout_of(empty).part_of(clash[0])
+        part = vlm.layout.part_of(clash[0])
         raise InputError(
             f"{clash[0]} is stored in 4 bit and should be whole, to be trained in full: integers have no gradient",
             packed[clash[0]],
@@ -500,5 +503,5 @@ def check_stored(
     Raises `InputError`."""
     folder = Path(stand_in(name) or name)
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        empty = on_meta(folder)
-        _none_whole(_packed(empty.config, stored_in(folder), folder, empty), whole, empty)
+        vlm = VLM.of(on_meta(folder))
+        _none_whole(_packed(vlm.config, stored_in(folder), folder, vlm), whole, vlm)

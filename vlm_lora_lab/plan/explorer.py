@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..lora.variants import VARIANTS
-from ..models.parts import PARTS, layout_of
+from ..models.parts import PARTS, VLM
 from ..models.published import PUBLISHED, on_meta
 from .preview import Preview
 from .tuning import WORDS, TuningPlan
@@ -25,9 +25,8 @@ from ..show import Html, element, html_items, html_table, readable_bytes
 @lru_cache(maxsize=16)
 def _empty(name):
     "A model without weights, its layout, and the size of every parameter: built once, a few megabytes each."
-    model = on_meta(name)
-    part_of = layout_of(model).part_of
-    return model, [(part_of(n), n, p.numel()) for n, p in model.named_parameters()]
+    vlm = VLM.of(on_meta(name))
+    return vlm, [(vlm.layout.part_of(n), n, p.numel()) for n, p in vlm.model.named_parameters()]
 
 # %% ../../nbs/reference/plan.explorer.ipynb #fd1b6998
 @dataclass(frozen=True)

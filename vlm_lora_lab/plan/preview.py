@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..models.parts import PARTS, TIED, count, layout_of, linear_layers
-from .tuning import TuningPlan, experts_left, full_modules, lora_layers, lora_sizes, tied_embedding
+from ..models.parts import PARTS, TIED, VLM, count
+from .tuning import TuningPlan, experts_left, full_modules, lora_layers, lora_sizes
 from ..show import html_list, html_table, readable_bytes, text_table
 
 # %% ../../nbs/reference/plan.preview.ipynb #b18822d1
@@ -47,24 +47,25 @@ class Preview:
     @classmethod
     def of(
         cls,
-        model: nn.Module,  # not wrapped; the meta device is enough
+        model: nn.Module | VLM,  # not wrapped; the meta device is enough
         plan: TuningPlan,
     ) -> "Preview":
         """Translate a plan on a model.
 
         Raises `InputError` as `apply_plan` would: for a target without a match, a part without layers."""
-        layout = layout_of(model)
-        sizes = lora_sizes(model, plan)
-        total = count(model)
-        adapted = lora_layers(model, plan)
-        whole = full_modules(model, plan)
+        vlm = VLM.of(model)
+        layout, base = vlm.layout, vlm.model
+        sizes = lora_sizes(vlm, plan)
+        total = count(vlm)
+        adapted = lora_layers(vlm, plan)
+        whole = full_modules(vlm, plan)
         rows = []
         for part in PARTS:
             names = [n for n in adapted if layout.part_of(n) == part]
             trained = sum(sizes[n] for n in names)
             trained += sum(
                 p.numel()
-                for n, p in model.named_parameters()
+                for n, p in base.named_parameters()
                 if layout.part_of(n) == part and plan.rule(part, n).word == "full"
             )
             matched = ", ".join(
@@ -73,19 +74,18 @@ class Preview:
                     *_kinds(
                         n
                         for n in whole
-                        if any(layout.part_of(f"{n}.{p}") == part for p, _ in model.get_submodule(n).named_parameters())
+                        if any(layout.part_of(f"{n}.{p}") == part for p, _ in base.get_submodule(n).named_parameters())
                     ),
                 ]
             )
             rows.append((part, plan.words[part], total[part], trained, matched))
-        tied = tied_embedding(model)
-        copied = model.get_parameter(f"{tied}.weight").numel() if tied in whole else 0
+        copied = base.get_parameter(f"{vlm.tied}.weight").numel() if vlm.tied in whole else 0
         return cls(
             plan,
             tuple(rows),
-            tuple(_near(model, adapted)),
-            tuple(_bare(model, plan, adapted)),
-            experts_left(model, plan),
+            tuple(_near(vlm, adapted)),
+            tuple(_bare(vlm, plan, adapted)),
+            experts_left(vlm, plan),
             copied,
         )
 
@@ -138,17 +138,17 @@ def _kinds(names):
     return [f"{k} ×{n}" if n > 1 else k for k, n in kinds.items()]
 
 
-def _near(model, adapted):
+def _near(vlm, adapted):
     "Linear layers that LoRA leaves alone, although their names contain the name of one that it takes."
     wanted = {n.rpartition(".")[2] for n in adapted}
-    for names in linear_layers(model).values():
+    for names in vlm.layers.values():
         yield from (n for n in names if n not in adapted and any(w in n.rpartition(".")[2] for w in wanted))
 
 
-def _bare(model, plan, adapted):
+def _bare(vlm, plan, adapted):
     "Matrices that the word lora speaks of, and that LoRA does not reach."
-    part_of = layout_of(model).part_of
-    for prefix, module in model.named_modules():
+    part_of = vlm.layout.part_of
+    for prefix, module in vlm.model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             names = [f"{prefix}.{n}" for n, p in module.named_parameters(recurse=False) if p.dim() == 2]
             yield from (n for n in names if n not in adapted and plan.rule(part_of(n), n).word == "lora")

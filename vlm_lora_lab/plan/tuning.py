@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'Rules', 'Rank', 'Alpha', 'Rate', 'FREEZE', 'Rule', 'read_rules', 'TuningPlan', 'lora_layers', 'lora_sizes',
-           'layer_pattern', 'packed_projections', 'full_modules', 'tied_embedding', 'apply_plan', 'fold_lora', 'audit',
-           'experts_left', 'PlanTable']
+           'layer_pattern', 'full_modules', 'full_parameters', 'apply_plan', 'fold_lora', 'audit', 'experts_left',
+           'PlanTable']
 
 # %% ../../nbs/25_plan.tuning.ipynb #4bc22416
 import re
@@ -23,8 +23,8 @@ from torch import nn
 from ..compat import no_false_warning
 from ..errors import InputError
 from ..lora.variants import VARIANTS, check_packed, named
-from ..models.names import TensorName
-from ..models.parts import PARTS, TIED, count, layout_of, linear_layers, numel
+from ..models.names import TensorName, plain_name
+from ..models.parts import PARTS, TIED, VLM, count, numel
 from ..settings import Metavar, OneOf, Settings, Within, shown
 from ..show import element, html_table, text_table
 
@@ -220,46 +220,40 @@ def _rules(line):
 
 # %% ../../nbs/25_plan.tuning.ipynb #52bd1847
 def lora_layers(
-    model: nn.Module,  # not wrapped; also on the meta device
+    model: nn.Module | VLM,  # not wrapped; also on the meta device
     plan: TuningPlan,
 ) -> dict[str, Rule]:  # name of a module -> the rule that gives it LoRA, with rank and alpha filled in
     """The layers that get LoRA, and the packed projections that are named as targets.
 
     Raises `InputError` for a rule or a target that matches nothing that LoRA can adapt."""
-    layers = linear_layers(model)
-    layout = layout_of(model)
-    modules = dict(model.named_modules())
+    vlm = VLM.of(model)
     found = {}
-    layers["embeddings"], packed = (
-        [n for n in layout.embeddings if isinstance(modules.get(n), nn.Embedding)],
-        packed_projections(model),
-    )
     for part in PARTS:
         for said in dict.fromkeys(r for r in plan.rules(part) if r.word == "lora"):
             targets = said.targets or (plan.targets if part == "language" else None)
-            mine = [n for n in layers[part] if plan.rule(part, n) == said]
+            mine = [n for n in vlm.adaptable[part] if plan.rule(part, n) == said]
             mine += [
                 n
-                for n in packed[part]
+                for n in vlm.packed[part]
                 if plan.rule(part, n) == said and any(n.endswith(f".{t}") for t in targets or ())
             ]
             if not mine:
                 raise InputError(
-                    f"no layer of the part {part!r} of {layout.family} that LoRA could adapt is meant by '{said}'",
+                    f"no layer of the part {part!r} of {vlm.layout.family} that LoRA could adapt is meant by '{said}'",
                     f"plan, {part}",
-                    _where(layers[part]),
+                    _where(vlm.adaptable[part]),
                 )
             if nothing := [t for t in targets or () if not any(n.endswith(f".{t}") for n in mine)]:
-                known = dict.fromkeys(n.rpartition(".")[2] for n in (*mine, *packed[part]))
+                known = dict.fromkeys(n.rpartition(".")[2] for n in (*mine, *vlm.packed[part]))
                 raise InputError(
-                    f"{', '.join(nothing)} is no linear layer there{_never_called(modules, nothing)}",
+                    f"{', '.join(nothing)} is no linear layer there{_never_called(vlm.model, nothing)}",
                     f"plan, {part}, targets",
                     f"Choose among {', '.join(known)}",
                 )
             rank = said.rank or plan.rank
             full = replace(said, rank=rank, alpha=said.alpha or plan.alpha * rank / plan.rank)
             found |= {n: full for n in mine if not targets or any(n.endswith(f".{t}") for t in targets)}
-            _packed_alone(model, plan, part, [n for n in found if n in packed[part]])
+            _packed_alone(vlm.model, plan, part, [n for n in found if n in vlm.packed[part]])
     return found
 
 
@@ -269,17 +263,18 @@ def _weight_of(model, name):
 
 
 def lora_sizes(
-    model: nn.Module,  # not wrapped; also on the meta device
+    model: nn.Module | VLM,  # not wrapped; also on the meta device
     plan: TuningPlan,
 ) -> dict[str, int]:  # name of a layer -> how many weights LoRA has beside it
     "What LoRA adds to a model. Raises `InputError` as `lora_layers` does."
 
     def size(name, rank):
         tables = isinstance(modules.get(name), nn.Embedding)
-        return variant.size(rank, tuple(_weight_of(model, name).shape), tables)
+        return variant.size(rank, tuple(_weight_of(vlm.model, name).shape), tables)
 
-    variant, modules = VARIANTS[plan.variant], dict(model.named_modules())
-    return {name: size(name, rule.rank) for name, rule in lora_layers(model, plan).items()}
+    vlm, variant = VLM.of(model), VARIANTS[plan.variant]
+    modules = dict(vlm.model.named_modules())
+    return {name: size(name, rule.rank) for name, rule in lora_layers(vlm, plan).items()}
 
 
 def _where(names):
@@ -310,20 +305,9 @@ def layer_pattern(
     return "|".join(opened(k) if len(ns) == there[k] else "|".join(map(re.escape, ns)) for k, ns in wanted.items())
 
 # %% ../../nbs/25_plan.tuning.ipynb #a78fb3da
-def packed_projections(
-    model: nn.Module,  # not wrapped; also on the meta device
-) -> dict[str, list[str]]:  # part -> names of parameters
-    """The `in_proj_weight` of attentions: queries, keys and values on top of each other, in a bare parameter that
-    belongs to no layer."""
-    layout, found = layout_of(model), {part: [] for part in PARTS}
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "in_proj_weight", None), nn.Parameter):
-            found[layout.part_of(name)].append(f"{name}.in_proj_weight")
-    return found
-
-
-def _never_called(modules, targets):
+def _never_called(model, targets):
     "Why LoRA may not stand beside a layer that is there, if that is the case."
+    modules = dict(model.named_modules())
     inside = [
         n
         for n in modules
@@ -360,17 +344,18 @@ def _packed_alone(model, plan, part, names):
             )
 
 # %% ../../nbs/25_plan.tuning.ipynb #2565be5f
-def _check_rules(model, plan, owner, layout):
+def _check_rules(vlm, plan, owner):
     "Raises `InputError` for a rule that means nothing: no tensor is left for it."
+    layout = vlm.layout
     for part, rule in ((p, r) for p in PARTS for r in plan.rules(p) if r.word == "full" or r.on):
-        mine = [n for n, p in model.named_parameters() if layout.part_of(n) == part and owner[id(p)] == part]
+        mine = [n for n, p in vlm.model.named_parameters() if layout.part_of(n) == part and owner[id(p)] == part]
         if any(plan.rule(part, n) == rule for n in mine):
             continue
         if rule.on or len(plan.rules(part)) > 1:
             raise InputError(
                 f"nothing in the part {part!r} of {layout.family} is left for '{rule}'",
                 f"plan, {part}",
-                _where(linear_layers(model)[part]),
+                _where(vlm.layers[part]),
             )
         raise InputError(
             f"the part {part!r} of {layout.family} has no weights of its own; it is {TIED}",
@@ -380,16 +365,15 @@ def _check_rules(model, plan, owner, layout):
 
 
 def full_modules(
-    model: nn.Module,  # not wrapped; also on the meta device
+    model: nn.Module | VLM,  # not wrapped; also on the meta device
     plan: TuningPlan,
 ) -> list[str]:  # names of modules
     """The fewest modules that hold what is trained in full.
 
     Raises `InputError` for a bare parameter that no such module holds, and for a rule that means nothing."""
-    layout = layout_of(model)
-    owner = {}
-    tied = tied_embedding(model)
-    for n, p in model.named_parameters():
+    vlm = VLM.of(model)
+    layout, base, owner = vlm.layout, vlm.model, {}
+    for n, p in base.named_parameters():
         owner.setdefault(id(p), layout.part_of(n))  # a tied tensor belongs to the part that names it first
 
     def word(n, p):
@@ -404,14 +388,14 @@ def full_modules(
             inside == {"full"}
             and name
             and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-            and not (tied or "").startswith(f"{name}.")
+            and not (vlm.tied or "").startswith(f"{name}.")
         ):
             return [name]
         if bare := [n for n, p in module.named_parameters(recurse=False) if word(at(n), p) == "full"]:
             part = layout.part_of(at(bare[0]))
             homes = [
                 n.rpartition(".")[0]
-                for n, p in model.named_parameters()
+                for n, p in base.named_parameters()
                 if word(n, p) == "full" and layout.part_of(n) == part
             ]
             modules = [home.rpartition(".")[2] for home in homes if home not in ("", name)]
@@ -423,9 +407,9 @@ def full_modules(
             )
         return [n for child, m in module.named_children() if "full" in inside for n in walk(at(child), m)]
 
-    _check_rules(model, plan, owner, layout)
-    found = walk("", model)
-    if tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
+    _check_rules(vlm, plan, owner)
+    found = walk("", base)
+    if vlm.tied in found and any(plan.rule("head", n).word == "lora" for n in layout.head):
         raise InputError(
             f"the head of {layout.family} is the embedding's own tensor, which this plan trains in full; it cannot "
             "have LoRA as well",
@@ -435,20 +419,18 @@ def full_modules(
     return found
 
 
-def tied_embedding(
-    model: nn.Module,  # not wrapped; also on the meta device
-) -> str | None:  # name of a module
-    "The embedding that is the head as well; PEFT would copy it for one of the two alone."
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return (
-        next(n for n, m in model.named_modules() if m is embeddings)
-        if head is not None and head.weight is embeddings.weight
-        else None
-    )
+def full_parameters(
+    model: nn.Module | VLM,  # not wrapped; also on the meta device
+    plan: TuningPlan,
+) -> frozenset[str]:  # names
+    "The parameters that a plan trains in full."
+    vlm = VLM.of(model)
+    names = (n for n, _ in vlm.model.named_parameters())
+    return frozenset(n for n in names if plan.rule(vlm.layout.part_of(n), plain_name(n)).word == "full")
 
 # %% ../../nbs/25_plan.tuning.ipynb #013de345
 def apply_plan(
-    model: nn.Module,  # whole or in 4 bit, not yet wrapped
+    model: nn.Module | VLM,  # whole or in 4 bit, not yet wrapped
     plan: TuningPlan,
     # layers that hold LoRA of an earlier stage (train.stages): it stays beside them, frozen
     kept: dict[str, Rule] | None = None,
@@ -456,8 +438,9 @@ def apply_plan(
     """Make a model trainable as the plan says, and prove it.
 
     Raises `InputError` for a plan that this model cannot follow, `RuntimeError` if the audit fails."""
-    layout, four_bit = layout_of(model), getattr(model, "is_loaded_in_4bit", False)
-    adapted, whole = {**(kept or {}), **lora_layers(model, plan)}, full_modules(model, plan)
+    vlm = VLM.of(model)
+    layout, model = vlm.layout, vlm.model
+    adapted, whole = {**(kept or {}), **lora_layers(vlm, plan)}, full_modules(vlm, plan)
     packed = [
         n
         for n, p in model.named_parameters()
@@ -470,7 +453,7 @@ def apply_plan(
             "Write lora there, load the model whole (four_bit: false), or keep these layers whole: load_vlm(…, "
             "four_bit=True, whole=full_modules(model, plan))",
         )
-    if not adapted and four_bit:
+    if not adapted and getattr(model, "is_loaded_in_4bit", False):
         raise InputError(
             "the model is in 4 bit and no part gets LoRA",
             "plan",
@@ -481,7 +464,7 @@ def apply_plan(
     model.requires_grad_(False)
     if adapted:
         with no_false_warning():
-            model = get_peft_model(model, _peft_config(model, plan, adapted, whole), autocast_adapter_dtype=False)
+            model = get_peft_model(model, _peft_config(vlm, plan, adapted, whole), autocast_adapter_dtype=False)
     for name, p in model.named_parameters():
         said = TensorName.of(name)
         full = plan.rule(layout.part_of(name), said.plain).word == "full"
@@ -492,13 +475,13 @@ def apply_plan(
     for p in model.parameters():
         if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
             p.data = p.data.float()  # 16 bit cannot hold small updates, and fp16 gradients cannot be unscaled
-    audit(model, plan, kept or ())
+    audit(vlm.on(model), plan, kept or ())
     return model
 
 
-def _peft_config(model, plan, adapted, whole):
+def _peft_config(vlm, plan, adapted, whole):
     "The plan in PEFT's words. Ranks that differ from the plan's go into its patterns."
-    every, ranks = [n for n, _ in model.named_modules()], {}
+    every, ranks = [n for n, _ in vlm.model.named_modules()], {}
     for name, rule in adapted.items():
         if (rule.rank, rule.alpha) != (plan.rank, plan.alpha):
             ranks.setdefault((rule.rank, rule.alpha), []).append(name)
@@ -516,7 +499,7 @@ def _peft_config(model, plan, adapted, whole):
         target_modules=layer_pattern([n for n in adapted if n not in parameters], every) or [],
         target_parameters=parameters or None,
         modules_to_save=whole or None,
-        ensure_weight_tying=tied_embedding(model) in whole,
+        ensure_weight_tying=vlm.tied in whole,
     )
 
 
@@ -531,16 +514,14 @@ def fold_lora(
 
 
 def audit(
-    model: nn.Module,  # after `apply_plan`
+    model: nn.Module | VLM,  # after `apply_plan`
     plan: TuningPlan,
     kept: Collection[str] = (),  # layers whose LoRA of an earlier stage stays frozen
 ) -> None:
     "Compare every parameter with the plan. Raises `RuntimeError` naming those that disagree."
-    wrong = []
-    layout = layout_of(model)
-    trained = set()
-    for name, p in model.named_parameters():
-        part = layout.part_of(name)
+    vlm, wrong, trained = VLM.of(model), [], set()
+    for name, p in vlm.model.named_parameters():
+        part = vlm.layout.part_of(name)
         said = TensorName.of(name)
         rule = plan.rule(part, said.plain)
         if rule.word == "lora":
@@ -565,20 +546,18 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 
 def experts_left(
-    model: nn.Module,  # plain or wrapped by PEFT, also on the meta device
+    model: nn.Module | VLM,  # plain or wrapped by PEFT, also on the meta device
     plan: TuningPlan,
 ) -> str:  # empty: there are none, or the plan trains them in full
     """What a plan does not reach in a mixture of experts: transformers keeps all experts of a layer in one bare tensor
     of three dimensions, which is no linear layer."""
-    layout = layout_of(model)
-    found = Counter()
-    total = 0
-    for name, p in model.named_parameters():
+    vlm, found, total = VLM.of(model), Counter(), 0
+    for name, p in vlm.model.named_parameters():
         said = TensorName.of(name)
         total += 0 if said.lora else numel(p)
-        bare = p.dim() > 2 and not said.lora and not said.original and layout.part_of(name) == "language"
+        bare = p.dim() > 2 and not said.lora and not said.original and vlm.layout.part_of(name) == "language"
         if bare and plan.rule("language", said.plain).word != "full":
-            kernel = isinstance(model.get_submodule(name.rpartition(".")[0]), _CONVOLUTIONS)
+            kernel = isinstance(vlm.model.get_submodule(name.rpartition(".")[0]), _CONVOLUTIONS)
             found[re.sub(r"(?<=\.)\d+(?=\.)", "*", said.plain)] += 0 if kernel else numel(p)
     found = +found
     if not found:
@@ -600,18 +579,16 @@ class PlanTable:
     left: str = ""  # experts that the plan does not reach
 
     @classmethod
-    def of(cls, model: nn.Module, plan: TuningPlan) -> "PlanTable":
+    def of(cls, model: nn.Module | VLM, plan: TuningPlan) -> "PlanTable":
         "Measured on the live model."
-        total = count(model)
-        trained = count(model, trainable=True)
-        dtypes = {part: {} for part in PARTS}
-        layout = layout_of(model)
-        for name, p in model.named_parameters():
+        vlm, dtypes = VLM.of(model), {part: {} for part in PARTS}
+        total, trained = count(vlm), count(vlm, trainable=True)
+        for name, p in vlm.model.named_parameters():
             said = TensorName.of(name)
             if not said.original:
                 kind = "nf4" if hasattr(p, "quant_state") else str(p.dtype).removeprefix("torch.")
                 key = f"{kind} (lora)" if said.lora else kind
-                part = dtypes[layout.part_of(name)]
+                part = dtypes[vlm.layout.part_of(name)]
                 part[key] = part.get(key, 0) + numel(p)
 
         def largest(d):
@@ -619,7 +596,7 @@ class PlanTable:
 
         return cls(
             tuple((part, plan.words[part], total[part], trained[part], largest(dtypes[part])) for part in PARTS),
-            experts_left(model, plan),
+            experts_left(vlm, plan),
         )
 
     def _cells(self):

@@ -25,8 +25,8 @@ from transformers import AttentionInterface, PreTrainedConfig
 from ..compat import dispatch_mode, other_loss, set_attention
 from ..compat import switch_checkpointing, tensors_in, without_cache_note
 from ..errors import InputError
-from ..families.base import family_of, resolved
-from ..models.parts import PARTS, count, layout_of
+from ..families.base import resolved
+from ..models.parts import PARTS, VLM, count
 from ..models.precision import precision_for
 from ..models.published import on_meta
 from ..plan.tuning import TuningPlan, apply_plan, experts_left
@@ -129,7 +129,8 @@ def in_pieces(
     cast: Callable = nullcontext,  # autocast, for what is computed twice
 ) -> Iterator[None]:
     "Inside, a model on shapes computes its loss as `fit` does, with a label at every token."
-    base, place = model.get_base_model() if hasattr(model, "get_base_model") else model, layout_of(model).head[0]
+    vlm = VLM.of(model)
+    base, place = vlm.base, vlm.layout.head[0]
     owner, head = base.get_submodule(place.rpartition(".")[0]), base.get_submodule(place)
     forward = head.forward
 
@@ -310,7 +311,7 @@ def _room(gpu):
 
 
 def shapes_of_batch(
-    model: nn.Module,  # wrapped or not, on the meta device
+    model: nn.Module | VLM,  # wrapped or not, on the meta device
     rows: int,
     tokens: int,
     pictures: int,  # per row, slices counted
@@ -319,19 +320,18 @@ def shapes_of_batch(
     """A batch without content.
 
     Pictures are in it for families that describe them (`Family.seen`); for others the text alone, embedded."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    vlm = VLM.of(model)
     labels = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-    family = family_of(inner.config)
-    seen = resolved(family.seen) if family else None
+    seen = resolved(vlm.family.seen) if vlm.family else None
     if seen is None or not pictures:
-        width = inner.config.get_text_config().hidden_size
+        width = vlm.config.get_text_config().hidden_size
         position = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
         return {
             "inputs_embeds": torch.empty(rows, tokens, width, dtype=dtype, device="meta"),
             "position_ids": position,
             "labels": labels,
         }, False
-    return {"input_ids": labels, **seen(inner.config, rows, pictures, tokens, dtype), "labels": labels}, True
+    return {"input_ids": labels, **seen(vlm.config, rows, pictures, tokens, dtype), "labels": labels}, True
 
 # %% ../../nbs/reference/quant.memory.ipynb #b8bd60b7
 def _rows(model, weights, peak, logits, stored):

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import InputError
 from ..lora.variants import VARIANTS, check_packed
 from ..models.load import packable
-from ..models.parts import PARTS, count, layout_of, linear_layers, mixed_precision
+from ..models.parts import PARTS, VLM, count, layout_of, mixed_precision
 from ..plan.tuning import TuningPlan, full_modules, lora_layers, lora_sizes
 from ..show import html_table, text_table
 
@@ -75,27 +75,27 @@ class Packing:
     @classmethod
     def of(
         cls,
-        model: nn.Module,  # not wrapped; the meta device is enough
+        model: nn.Module | VLM,  # not wrapped; the meta device is enough
         plan: TuningPlan,
     ) -> "Packing":
         "Decide it. Raises `InputError` for a plan that contradicts 4 bit, with the words to write instead."
-        adapted, whole = lora_layers(model, plan), full_modules(model, plan)
+        vlm = VLM.of(model)
+        adapted, whole = lora_layers(vlm, plan), full_modules(vlm, plan)
         if not adapted:
             raise InputError(
                 "the model is in 4 bit and no part gets LoRA",
                 "plan",
                 "Give a part 'lora', or load the model whole (four_bit: false)",
             )
-        take = packable(model, whole)
-        layout = layout_of(model)
-        listed = {n for names in linear_layers(model).values() for n in names}
+        take = packable(vlm, whole)
+        listed = {n for names in vlm.layers.values() for n in names}
         if packed := sorted(set(take) & set(adapted)):
             check_packed(VARIANTS[plan.variant], packed[0])
         keep = {}
-        for name, module in model.named_modules():
+        for name, module in vlm.model.named_modules():
             if isinstance(module, nn.Linear) and name not in take:
                 inside = any(name == w or name.startswith(w + ".") for w in whole)
-                why = WHY.get(layout.part_of(name), "language model") if name in listed else BARE
+                why = WHY.get(vlm.layout.part_of(name), "language model") if name in listed else BARE
                 keep[name] = IN_FULL if inside else why
         return cls(tuple(take), keep, tuple(whole))
 
@@ -206,22 +206,23 @@ PAINT = {
 
 
 def plan_bytes(
-    model: nn.Module,  # not wrapped; the meta device is enough
+    model: nn.Module | VLM,  # not wrapped; the meta device is enough
     plan: TuningPlan,
     four_bit: bool = True,  # pack what the plan lets be packed
 ) -> dict[str, dict[str, int]]:  # part -> kind, as in `PAINT` -> bytes
     """What each part's weights take in training: bf16 or 4 bit, and beside it, in 32 bit, what is trained with its
     gradient and AdamW's two moments."""
-    take, layout = set(Packing.of(model, plan).take) if four_bit else set(), layout_of(model)
+    vlm = VLM.of(model)
+    take, layout = set(Packing.of(vlm, plan).take) if four_bit else set(), vlm.layout
     sizes = {part: dict.fromkeys(PAINT, 0) for part in PARTS}
-    for name, p in model.named_parameters():
+    for name, p in vlm.model.named_parameters():
         part, packed = layout.part_of(name), name.removesuffix(".weight") in take
         sizes[part]["frozen, 4 bit" if packed else "frozen, 16 bit"] += (
             four_bit_bytes(p.numel()) if packed else 2 * p.numel()
         )
         if plan.rule(part, name).word == "full":  # PEFT keeps the frozen weights beside the trained ones
             sizes[part]["full"] += 16 * p.numel()
-    for name, n in lora_sizes(model, plan).items():
+    for name, n in lora_sizes(vlm, plan).items():
         sizes[layout.part_of(name)]["lora"] += 16 * n
     return sizes
 

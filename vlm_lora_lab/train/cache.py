@@ -32,7 +32,7 @@ from .. import __version__
 from ..compat import attention_of, tensors_in, writes
 from ..errors import InputError
 from ..families.base import families_of
-from ..models.parts import layout_of
+from ..models.parts import VLM
 
 # %% ../../nbs/reference/train.cache.ipynb #c333e7f0
 class Seam:
@@ -159,10 +159,11 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def why_not(
-    model: nn.Module,  # with a plan applied, or plain
+    model: nn.Module | VLM,  # with a plan applied, or plain
 ) -> str | None:  # None: its vision tower is a constant
     "Why the vision tower's results cannot be remembered."
-    base, layout = model.get_base_model() if hasattr(model, "get_base_model") else model, layout_of(model)
+    vlm = VLM.of(model)
+    base, layout = vlm.base, vlm.layout
     if seam_of(base.config) is None:
         return f"the vision tower of {layout.family} ({base.config.model_type}) does not hand over picture by picture"
     if learned := [n for n, p in base.named_parameters() if p.requires_grad and layout.part_of(n) == "vision"]:
@@ -526,18 +527,19 @@ class VisionCache(_Account):
     @contextmanager
     def at(
         self,
-        model: nn.Module,  # with a plan that freezes its vision tower
+        model: nn.Module | VLM,  # with a plan that freezes its vision tower
     ) -> Iterator["VisionCache"]:
         """Inside, the model's vision tower looks at every picture once.
 
         Raises `InputError` when the tower is not a constant."""
-        if reason := why_not(model):
+        vlm = VLM.of(model)
+        if reason := why_not(vlm):
             raise InputError(
                 f"nothing can be remembered: {reason}",
                 "vision cache",
                 "Set vision_cache: off, or freeze the vision tower",
             )
-        base, layout = model.get_base_model() if hasattr(model, "get_base_model") else model, layout_of(model)
+        base, layout = vlm.base, vlm.layout
         tower = base.get_submodule(layout.vision[0])
         kind = seam_of(base.config)
         assert kind is not None  # `why_not` has looked
@@ -567,7 +569,7 @@ CHOICES = ("auto", "off", "memory", "disk")
 
 def choose_cache(
     choice: str,  # one of `CHOICES`
-    model: nn.Module,  # with its plan applied
+    model: nn.Module | VLM,  # with its plan applied
     samples: Any,  # what is trained on
     epochs: float,  # how often every row is seen
     say: Callable = print,

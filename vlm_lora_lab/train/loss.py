@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..compat import other_loss
 from ..errors import InputError
-from ..models.parts import layout_of
+from ..models.parts import VLM
 
 # %% ../../nbs/50_train.loss.ipynb #63c19440
 AT_ONCE = 2**24  # logits that may exist at a time: 64 MiB in 32 bit
@@ -204,7 +204,7 @@ class _Model(_StandIn):
 # %% ../../nbs/50_train.loss.ipynb #06d709f1
 @contextmanager
 def label_only(
-    model: nn.Module,  # native or of transformers, plain, quantised or wrapped by PEFT
+    model: nn.Module | VLM,  # native or of transformers, plain, quantised or wrapped by PEFT
     at_once: int | None = None,  # logits that may exist at a time; None: `AT_ONCE`
 ) -> Iterator[None]:
     """Inside, a model that is called with labels returns the loss and no logits; without labels it does what it always
@@ -212,8 +212,9 @@ def label_only(
 
     Raises `InputError`, also later at the call, for a model whose loss is not the plain cross-entropy of the next
     token."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    place, modules = layout_of(model).head[0], dict(base.named_modules(remove_duplicate=False))
+    vlm = VLM.of(model)
+    base = vlm.base
+    place, modules = vlm.layout.head[0], dict(base.named_modules(remove_duplicate=False))
     if place not in modules:
         raise InputError(
             f"{type(base).__name__} has no module {place!r}, where its layout puts the head",

@@ -35,7 +35,7 @@ from ..compat import without_cache_note
 from ..data.batch import ByLength, Samples
 from ..errors import InputError, explain_write_errors
 from ..models.names import TensorName
-from ..models.parts import layout_of
+from ..models.parts import VLM
 from ..models.precision import not_finite, precision_of
 from ..plan.tuning import Rate, TuningPlan
 from ..settings import Settings, Within
@@ -140,6 +140,7 @@ class PartTrainer(Trainer):
 
     def __init__(
         self,
+        model: nn.Module | VLM,
         *args: Any,
         full_rate: float,
         plan: TuningPlan | None = None,
@@ -147,7 +148,8 @@ class PartTrainer(Trainer):
         best: Best | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        self.vlm = VLM.of(model)
+        super().__init__(self.vlm.model, *args, **kwargs)
         self.full_rate = full_rate
         self.plan = plan
         self.ask = ask
@@ -185,7 +187,7 @@ class PartTrainer(Trainer):
     def train(self, *args, **kwargs):
         """As the Trainer does it, with logits only where there are labels (chapter 50), evaluation and callbacks
         included."""
-        with label_only(self.model):
+        with label_only(self.vlm):
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
@@ -196,7 +198,7 @@ class PartTrainer(Trainer):
                 "PartTrainer",
                 "Set prediction_loss_only=True; ask for answers with generate_answers",
             )
-        with label_only(self.model), torch.random.fork_rng():  # whether somebody looks must not change what is learned
+        with label_only(self.vlm), torch.random.fork_rng():  # whether somebody looks must not change what is learned
             metrics = super().evaluate(*args, **kwargs)
         if self.ask is not None:
             with torch.random.fork_rng():
@@ -302,10 +304,9 @@ class PartTrainer(Trainer):
             model = model or self.model
             decay = set(self.get_decay_parameter_names(model))
             groups = {}
-            layout = layout_of(model)
             for name, p in model.named_parameters():
                 if p.requires_grad:
-                    rate = self.rate(name, layout.part_of(name))
+                    rate = self.rate(name, self.vlm.layout.part_of(name))
                     groups.setdefault((rate, self.args.weight_decay if name in decay else 0.0), []).append(p)
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = cls(
@@ -747,7 +748,7 @@ def _resumed_from(folder, schedule, train):
 
 
 def fit(
-    model: nn.Module,  # from `apply_plan`
+    model: nn.Module | VLM,  # from `apply_plan`
     train: Samples,
     schedule: Schedule,
     folder: str | Path,  # for checkpoints
@@ -777,6 +778,8 @@ def fit(
             "fit, best",
             "Give evaluation=… and save=True, or leave best out",
         )
+    vlm = VLM.of(model)
+    model = vlm.model
     precision = _trainable_precision(model)
     asked = "steps" if evaluate_every else "epoch"
     evaluates = {"eval_strategy": "no" if evaluation is None else asked, "eval_steps": evaluate_every or None}
@@ -788,7 +791,7 @@ def fit(
     stop, progress = StopOnSignal(save), Progress(desc)
     stretch = [Stretch(steps_done(checkpoint)[1], say)] if checkpoint else []
     trainer = PartTrainer(
-        model=model,
+        vlm,
         args=arguments,
         train_dataset=Numbered(train),
         eval_dataset=None if evaluation is None else Numbered(evaluation),
@@ -803,7 +806,7 @@ def fit(
     if checkpoint_activations:
         model.enable_input_require_grads()  # what re-entrant checkpointing would need; harmless to the other kind
     try:
-        with explain_write_errors(folder), without_cache_note(), cache.at(model) if cache else nullcontext():
+        with explain_write_errors(folder), without_cache_note(), cache.at(vlm) if cache else nullcontext():
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not stop.stopped:
                 trainer.catch_up()

@@ -32,9 +32,10 @@ from transformers import TrainerCallback
 from ..data.batch import Samples
 from ..errors import InputError, complete_or_nothing, write_json
 from ..lora.variants import VARIANTS, check_embeddings, check_staged, folded
-from ..models.names import TensorName, plain_name
-from ..models.parts import PARTS, layout_of, linear_layers, mixed_precision, numel
-from ..plan.tuning import WORDS, PlanTable, Rate, Rule, TuningPlan, apply_plan, full_modules, lora_layers
+from ..models.names import TensorName
+from ..models.parts import PARTS, VLM, mixed_precision, numel
+from ..plan.tuning import WORDS, PlanTable, Rate, Rule, TuningPlan, apply_plan
+from ..plan.tuning import full_modules, full_parameters, lora_layers
 from ..settings import OneOf, Settings, Within, inside, shown
 from ..show import COLORS, figure
 from .run import Fitted, Schedule, fit, last_checkpoint
@@ -156,20 +157,21 @@ def _turn(turn):
 
 # %% ../../nbs/reference/train.stages.ipynb #c48d441f
 def route(
-    model: nn.Module,  # not wrapped; the meta device is enough
+    model: nn.Module | VLM,  # not wrapped; the meta device is enough
     stages: Sequence[Stage],
     four_bit: bool = False,  # will the language model be in 4 bit?
 ) -> Route:
     """Walk through the stages without computing anything.
 
     Raises `InputError` for a stage that the model, or what an earlier stage left, does not allow."""
-    modules, turns = dict(model.named_modules()), []
+    vlm = VLM.of(model)
+    modules, turns = dict(vlm.model.named_modules()), []
     held, changed = {}, set()
     for number, stage in enumerate(stages, 1):
         where, plan = f"stages, {number}", stage.plan
-        trained, full = lora_layers(model, plan), _full(model, plan)
-        full_modules(model, plan)
-        _refuse(model, modules, stages, where, plan, trained, full)
+        trained, full = lora_layers(vlm, plan), full_parameters(vlm, plan)
+        full_modules(vlm, plan)
+        _refuse(vlm.model, modules, stages, where, plan, trained, full)
         last = turns[-1].stage if turns else stage
         merged = bool(turns) and last.lora == "merge"
         folded = {n: r for n, r in held.items() if merged or f"{n}.weight" in full}
@@ -185,13 +187,7 @@ def route(
         kept = {n: r for n, r in held.items() if n not in trained}
         turns.append(Turn(stage, trained, kept, folded, last.plan.variant, full))
         held, changed = held | trained, changed | full | _inside(modules, folded)
-    return _saved(model, modules, stages, turns, held, changed, four_bit)
-
-
-def _full(model, plan):
-    "Names of the parameters that a plan trains in full."
-    part_of = layout_of(model).part_of
-    return frozenset(n for n, _ in model.named_parameters() if plan.rule(part_of(n), plain_name(n)).word == "full")
+    return _saved(vlm, modules, stages, turns, held, changed, four_bit)
 
 # %% ../../nbs/reference/train.stages.ipynb #8d12802f
 def _refuse(model, modules, stages, where, plan, trained, full):
@@ -244,7 +240,7 @@ def _foldable(modules, folded, variant, where):
         check_embeddings(VARIANTS[variant], name, where)
 
 # %% ../../nbs/reference/train.stages.ipynb #83f2053b
-def _saved(model, modules, stages, turns, held, changed, four_bit):
+def _saved(vlm, modules, stages, turns, held, changed, four_bit):
     "What the last stage leaves, as one plan: a layer whose weight is not the base's any more takes in its LoRA."
     last = stages[-1]
     folded = {n: r for n, r in held.items() if last.lora == "merge" or f"{n}.weight" in changed}
@@ -256,19 +252,18 @@ def _saved(model, modules, stages, turns, held, changed, four_bit):
             f"stages, {len(stages)}",
             "Keep the LoRA of a stage (lora: keep), or load the model whole (four_bit: false)",
         )
-    plan = _one_plan(model, held, changed, last.plan) if held else None
-    whole = dict.fromkeys(n for t in turns for n in full_modules(model, t.stage.plan))
+    plan = _one_plan(vlm, held, changed, last.plan) if held else None
+    whole = dict.fromkeys(n for t in turns for n in full_modules(vlm, t.stage.plan))
     return Route(tuple(turns), folded, held, changed, plan, tuple(whole))
 
 
-def _one_plan(model, held, changed, last):
+def _one_plan(vlm, held, changed, last):
     "One plan that says `lora` of the layers in `held` and `full` of the parameters in `changed`, and of nothing else."
-    layout, layers = layout_of(model), linear_layers(model)
-    params = [n for n, _ in model.named_parameters()]
-    layers["embeddings"] = [n for n in layout.embeddings if n in held]
+    layers = vlm.layers | {"embeddings": [n for n in vlm.layout.embeddings if n in held]}
+    params = [n for n, _ in vlm.model.named_parameters()]
     (rank, alpha), lines = Counter((r.rank, r.alpha) for r in held.values()).most_common(1)[0][0], {}
     for part in PARTS:
-        rules, mine = [], [n for n in params if layout.part_of(n) == part]
+        rules, mine = [], [n for n in params if vlm.layout.part_of(n) == part]
         for size in dict.fromkeys((r.rank, r.alpha) for r in held.values()):
             wanted = [n for n in layers[part] if n in held and (held[n].rank, held[n].alpha) == size]
             own = {} if size == (rank, alpha) else {"rank": size[0], "alpha": size[1]}
@@ -277,11 +272,11 @@ def _one_plan(model, held, changed, last):
         rules += [Rule("full", on) for on in _ons([n for n in mine if n in changed], mine, homes)]
         lines[part] = ", ".join(map(str, rules)) or "freeze"
     plan = replace(last, **lines, rank=rank, alpha=alpha, targets=None, lora_plus=None)
-    if {n: (r.rank, r.alpha) for n, r in lora_layers(model, plan).items()} != {
+    if {n: (r.rank, r.alpha) for n, r in lora_layers(vlm, plan).items()} != {
         n: (r.rank, r.alpha) for n, r in held.items()
-    } or _full(model, plan) != changed:
+    } or full_parameters(vlm, plan) != changed:
         raise RuntimeError(f"The stages cannot be said as one plan: {plan}.")
-    full_modules(model, plan)
+    full_modules(vlm, plan)
     return plan
 
 # %% ../../nbs/reference/train.stages.ipynb #2fba2cdd
@@ -316,13 +311,13 @@ STATES = {
 }
 
 
-def _states(model, way):
+def _states(vlm, way):
     """For each stage and part, the state of its layers from the first to the last, as runs: (state, from, to), shares
     of the part."""
-    layers, part_of = linear_layers(model), layout_of(model).part_of
+    layers, part_of = dict(vlm.layers), vlm.layout.part_of
     for part in PARTS:
         layers[part] = layers[part] or [
-            n.removesuffix(".weight") for n, _ in model.named_parameters() if part_of(n) == part
+            n.removesuffix(".weight") for n, _ in vlm.model.named_parameters() if part_of(n) == part
         ]
     learned = set()
     for turn in way.turns:
@@ -354,7 +349,7 @@ def timeline(
     at the bottom of its band."""
     lengths = lengths or [t.stage.steps or t.stage.epochs or 1 for t in way.turns]
     fig, ax = figure(width=6.5, height=2.6)
-    for i, parts in enumerate(_states(model, way)):
+    for i, parts in enumerate(_states(VLM.of(model), way)):
         left = sum(lengths[:i])
         for row, part in enumerate(reversed(PARTS)):
             bottom, height = row - 0.42, 0.84 / max(sum(k for _, k in parts[part]), 1)
@@ -409,7 +404,7 @@ def leave_stage(
 
 # %% ../../nbs/reference/train.stages.ipynb #7680e190
 def enter_stage(
-    model: nn.Module,  # without wrappers
+    model: nn.Module | VLM,  # without wrappers
     turn: Turn,
     lora: dict[str, torch.Tensor],  # from `leave_stage`
     seed: int = 0,  # of the first matrices of new LoRA
@@ -417,10 +412,10 @@ def enter_stage(
     """Fold what is to be folded, apply the stage's plan, and put the LoRA of earlier stages back beside its layers.
 
     Audited by `apply_plan`."""
-    _fold(model, turn.folded, lora, turn.variant)
+    vlm = VLM.of(model)
+    _fold(vlm.model, turn.folded, lora, turn.variant)
     torch.manual_seed(seed)
-    model = apply_plan(model, turn.stage.plan, turn.kept)
-    return _put_back(model, turn.folded, lora)
+    return _put_back(apply_plan(vlm, turn.stage.plan, turn.kept), turn.folded, lora)
 
 
 def _put_back(model, folded, lora):
@@ -691,13 +686,14 @@ def _beginning(model, way, train, folder, resume):
 
 # %% ../../nbs/reference/train.stages.ipynb #01aa55dc
 def as_one_plan(
-    model: nn.Module,  # without wrappers
+    model: nn.Module | VLM,  # without wrappers
     way: Route,
     lora: dict[str, torch.Tensor],  # from `leave_stage`
 ) -> nn.Module:  # as `way.plan` says, audited; a whole model where nothing holds LoRA
     "The result of all stages in the form of one plan, which `save_adapter` can save and prove."
-    _fold(model, way.folded, lora, way.turns[-1].stage.plan.variant)
-    return model if way.plan is None else _put_back(apply_plan(model, way.plan), way.folded, lora)
+    vlm = VLM.of(model)
+    _fold(vlm.model, way.folded, lora, way.turns[-1].stage.plan.variant)
+    return vlm.model if way.plan is None else _put_back(apply_plan(vlm, way.plan), way.folded, lora)
 
 
 def _proved(before, model, train, folded, stage, where):
@@ -705,17 +701,17 @@ def _proved(before, model, train, folded, stage, where):
     return moved(before, probe_logits(model, train), bound_of(model, folded, stage.plan.variant), where)
 
 
-def _told(model, turn, far, title, checkpoint):
+def _told(vlm, turn, far, title, checkpoint):
     "What is said when a stage begins."
     kept = f" LoRA of an earlier stage stays beside {len(turn.kept)} layers, frozen." if turn.kept else ""
     folded = f" {len(turn.folded)} layers took in their LoRA, and are whole and in 32 bit now." if turn.folded else ""
     taken_up = f" Taken up at {checkpoint.name}." if checkpoint else ""
     change = f"The change moved the logits by {far:.0e} standard deviations.{kept}{folded}{taken_up}"
-    return f"{title.capitalize()}: {turn.stage}.\n{PlanTable.of(model, turn.stage.plan)}\n{change}"
+    return f"{title.capitalize()}: {turn.stage}.\n{PlanTable.of(vlm, turn.stage.plan)}\n{change}"
 
 # %% ../../nbs/reference/train.stages.ipynb #c0278b42
 def fit_stages(
-    model: nn.Module,  # from `load_vlm`, with `Route.whole` kept out of 4 bit
+    model: nn.Module | VLM,  # from `load_vlm`, with `Route.whole` kept out of 4 bit
     stages: Sequence[Stage],
     train: Samples,
     schedule: Schedule,  # what a stage does not say itself
@@ -732,18 +728,20 @@ def fit_stages(
     change of stage moved the model."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("stages run in one process", "WORLD_SIZE", "Start without torchrun or accelerate launch")
-    way, count_ = route(model, stages, getattr(model, "is_loaded_in_4bit", False)), len(stages)
+    vlm = VLM.of(model)
+    model = vlm.model
+    way, count_ = route(vlm, stages, getattr(model, "is_loaded_in_4bit", False)), len(stages)
     first, lora, moments, runs, before = _beginning(model, way, train, folder, resume)
     for number in range(first, count_):
         turn, here = way.turns[number], Path(folder) / f"stage-{number + 1}"
         stage, title = turn.stage, f"stage {number + 1} of {count_}"
         own, carry = stage.schedule(schedule, number), Carry(moments)
-        model, moments = enter_stage(model, turn, lora, own.seed), {}
+        model, moments = enter_stage(vlm.on(model), turn, lora, own.seed), {}
         far = _proved(before, model, train, turn.folded, stage, title)
         at = last_checkpoint(here) if resume and number == first else None
-        say(_told(model, turn, far, title, at))
+        say(_told(vlm.on(model), turn, far, title, at))
         given = options | {"plan": stage.plan, "callbacks": [carry, *callbacks(number + 1)]}
-        run = fit(model, train, own, here, resume=at is not None, desc=title, save=save, **given)
+        run = fit(vlm.on(model), train, own, here, resume=at is not None, desc=title, save=save, **given)
         runs.append(StageRun.of(turn, carry, far, run))
         if run.stopped:
             return FittedStages(model, way.plan, tuple(runs), None, True)
@@ -751,7 +749,7 @@ def fit_stages(
         (model, lora), moments = leave_stage(model), carry.moments
         if save:
             _write_handover(folder, number, model, way, lora, moments, runs, before)
-    model = as_one_plan(model, way, lora)
+    model = as_one_plan(vlm.on(model), way, lora)
     far = _proved(before, model, train, way.folded, stages[-1], "after the last stage")
     return FittedStages(model, way.plan, tuple(runs), far, False)
 
@@ -767,7 +765,7 @@ def from_top(
     """Stages that thaw a part from its last layer down.
 
     Raises `InputError` for a part without layers, and for a word that the plan says already."""
-    numbers = sorted({int(m[1]) for n in linear_layers(model).get(part, ()) if (m := re.search(r"\.(\d+)\.", n))})
+    numbers = sorted({int(m[1]) for n in VLM.of(model).layers.get(part, ()) if (m := re.search(r"\.(\d+)\.", n))})
     if not numbers:
         raise InputError(
             f"the part {part!r} has no numbered layers", "from_top, part", f"Choose among {', '.join(PARTS[:3])}"

@@ -106,8 +106,8 @@ def _words_of(model, part, sizes, modules, usual):
 def _refuse_another(plan, model, sizes, modules):
     "A plan that names other layers, sizes or modules than there are in the files is an error of this package."
     wanted = {n for n in model.params if below(n, modules)}
-    kept = {n for n in model.params if below(n, full_modules(model.model, plan))}
-    given = {n: (r.rank, r.alpha and float(r.alpha)) for n, r in lora_layers(model.model, plan).items()}
+    kept = {n for n in model.params if below(n, full_modules(model.vlm, plan))}
+    given = {n: (r.rank, r.alpha and float(r.alpha)) for n, r in lora_layers(model.vlm, plan).items()}
     if given != {n: (r, float(a)) for n, (r, a) in sizes.items()} or kept != wanted:
         raise RuntimeError(
             f"The plan {plan.words} does not say what is in the files: {sorted(set(given) ^ set(sizes))[:4]}, "

@@ -13,14 +13,13 @@ from functools import cached_property, partial
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from .signs import Found
 from ...errors import InputError
 from ...models.files import _unpickle, shape_of, stored_in
 from ...models.load import model_folder
 from ...models.names import LORA, TensorName, places_of
-from ...models.parts import layout_of, linear_layers
+from ...models.parts import VLM
 from ...models.published import on_meta
 
 # %% ../../../nbs/reference/checkpoint.rescue.read.ipynb #330cf46d
@@ -145,8 +144,9 @@ class Base:
 
     def __init__(self, base):
         self.name, self.folder = base, model_folder(base)
-        self.model = on_meta(self.folder)
-        self.layout, self.tensors = layout_of(self.model), self.model.state_dict()
+        self.vlm = VLM.of(on_meta(self.folder))
+        self.model, self.layout = self.vlm.model, self.vlm.layout
+        self.tensors = self.model.state_dict()
         self.modules = dict(self.model.named_modules())
         # a tied name -> the name that holds the value
         self.owner = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -158,10 +158,7 @@ class Base:
     @cached_property
     def adaptable(self) -> dict[str, str]:
         "Layers that LoRA can adapt -> part, embeddings among them."
-        layers = {n: part for part, names in linear_layers(self.model).items() for n in names}
-        return layers | {
-            n: "embeddings" for n in self.layout.embeddings if isinstance(self.modules.get(n), nn.Embedding)
-        }
+        return {n: part for part, names in self.vlm.adaptable.items() for n in names}
 
 # %% ../../../nbs/reference/checkpoint.rescue.read.ipynb #1fbeeeef
 def read_contents(
