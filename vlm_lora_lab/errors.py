@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EACCES, EAGAIN, EDQUOT, EEXIST, EFBIG, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
@@ -74,11 +75,11 @@ def unique(
     """An object's keys and values, for `object_pairs_hook`.
 
     Raises `InputError` for a key that is there twice: its first value would be lost."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise InputError(f"the key {key!r:.40} is there twice", remedy="Keep one of them")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        often = Counter(key for key, _ in pairs)
+        key = next(key for key, _ in pairs if often[key] > 1)
+        raise InputError(f"the key {key!r:.40} is there twice", remedy="Keep one of them")
     return found
 
 

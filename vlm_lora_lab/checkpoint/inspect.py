@@ -22,8 +22,9 @@ from .save import is_base, wrong_in
 from ..compat import no_false_warning
 from ..errors import InputError
 from ..families.base import families, families_of, is_ours
+from ..lora.patterns import check_patterns
 from ..lora.variants import title_of
-from ..models.files import FLOATS, account, stored_in
+from ..models.files import FLOATS, account, check_links, stored_in
 from ..models.load import stand_in
 from ..models.names import StoredNames, TensorName, places_of, plain_name
 from ..models.parts import PARTS, VLM, count
@@ -686,6 +687,7 @@ def _adapter(folder, base):
     findings += _check_files(file, config, findings)
     seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
     layout = _layout(list(seen), provenance.get("model_type"), base)
+    config = _without_endless(config, seen, base, findings)
     ranks, said = _check_lora(seen, config)
     tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
     findings += [*_check_values(seen), *said, *more]
@@ -703,6 +705,18 @@ def _adapter(folder, base):
 
     about = _about(config, provenance, base, layout)
     return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
+
+
+def _without_endless(config, seen, base, findings):
+    "The configuration, empty when a pattern in it is broken or never ends; and a finding for that."
+    names = {TensorName.of(k).module for k in seen}
+    names |= {n for n, _ in base.vlm.model.named_modules()} if base.vlm is not None else set()
+    try:
+        check_patterns(config, names, "adapter_config.json")
+    except InputError as e:
+        findings.append(Finding("error", f"adapter_config.json: {e.found}", e.remedy))
+        return {}
+    return config
 
 
 def _about(config, provenance, base, layout):
@@ -846,6 +860,7 @@ def inspect_adapter(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("there is no such folder", folder, "Give the folder of an adapter or of a model")
+    check_links(folder)
     if folder.name.endswith(".partial"):
         raise InputError(
             "this folder was left behind by a save that was stopped",

@@ -27,6 +27,7 @@ from .save import _or_rescue, check_base, check_seals, check_settings, lora_conf
 from .save import read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
+from ..lora.patterns import check_patterns
 from ..lora.variants import lora_layer, tensor_of, variant_of
 from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in
 from ..models.files import true_config, weight_files
@@ -195,6 +196,7 @@ class Adapter:
         self.copies: dict[str, str] = {}
         with _or_rescue(self.folder, self.provenance):
             self._sort(layers, file)
+            check_patterns(self.config, layers, self.folder / "adapter_config.json")
             self.loras = {module: _layer(self, module, keys) for module, keys in layers.items()}
 
     def _sort(self, layers, file):

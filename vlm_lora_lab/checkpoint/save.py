@@ -45,7 +45,8 @@ from ..compat import no_false_warning
 from ..data.batch import BaseProcessor
 from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
-from ..models.files import copy_beside, stored_in
+from ..lora.patterns import check_patterns
+from ..models.files import check_links, copy_beside, stored_in
 from ..models.load import load_tokenizer, load_vlm, model_folder, stand_in
 from ..models.names import TensorName
 from ..models.parts import VLM, layout_of
@@ -591,6 +592,7 @@ def read_provenance(
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise _no_adapter(folder)
+    check_links(folder)
     if not (folder / "provenance.json").is_file():
         return _of_checkpoint(folder, base) or _of_plain(folder, base)
     try:
@@ -987,6 +989,7 @@ def _wrap(model, config, weights, folder):
             folder,
             "Leave the base to load_adapter, or load it with whole=[…]",
         )
+    check_patterns(config, dict(model.named_modules()), Path(folder) / "adapter_config.json")
     try:
         with no_false_warning():
             return get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'FLOATS', 'Stored', 'weight_files', 'stored_in', 'Account', 'account', 'shape_of', 'has_pickles',
-           'convert_pickles', 'no_bar_if_small', 'save_vlm', 'copy_beside', 'true_config']
+           'convert_pickles', 'no_bar_if_small', 'save_vlm', 'check_links', 'copy_beside', 'true_config']
 
 # %% ../../nbs/reference/models.files.ipynb #18a521d3
 import json
+import os
 import pickle
 import shutil
 from collections import Counter
@@ -45,20 +46,36 @@ def weight_files(
     folder: Path,
 ) -> list[Path]:
     "The safetensors files of a model folder. Raises `InputError` when one is missing or none is there."
-    if (index := folder / INDEX).is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(f, str) and Path(f).name == f for f in weight_map.values()
-        ):
-            raise InputError("the index has no weight_map from tensors to files", index, "Fetch the file again")
-        for tensor, file in weight_map.items():
-            if not (folder / file).is_file():
-                raise InputError(
-                    f"the index says that {tensor} is in {file}, but there is no such file",
-                    index,
-                    "Fetch the missing file",
-                )
-        return sorted({folder / f for f in weight_map.values()})
+    return _weight_files(folder, _weight_map(folder))
+
+
+def _weight_map(folder, index=INDEX):
+    "Tensor -> file, as the index says it; None: there is no index."
+    if not (folder / index).is_file():
+        return None
+    weight_map = read_json(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError("the index has no weight_map from tensors to files", folder / index, "Fetch the file again")
+    for file in set(weight_map.values()):
+        if Path(file).name != file:
+            raise InputError(
+                f"the index has no weight_map from tensors to files; {file[:80]!r} is none of this folder",
+                folder / index,
+                "Fetch the file again",
+            )
+        if not (folder / file).is_file():
+            tensor = next(t for t, f in weight_map.items() if f == file)
+            raise InputError(
+                f"the index says that {tensor} is in {file}, but there is no such file",
+                folder / index,
+                "Fetch the missing file",
+            )
+    return weight_map
+
+
+def _weight_files(folder, weight_map):
+    if weight_map is not None:
+        return [folder / f for f in sorted(set(weight_map.values()))]
     files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith("adapter_")]
     if not files:
         raise InputError(
@@ -77,8 +94,8 @@ def stored_in(
     """Every tensor of a model folder, from the files' headers.
 
     Raises `InputError` for a damaged file or a tensor in a place where it should not be."""
-    found, files = {}, weight_files(folder)
-    for file in files:
+    found, weight_map = {}, _weight_map(folder)
+    for file in _weight_files(folder, weight_map):
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():
@@ -92,14 +109,13 @@ def stored_in(
                     found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as e:
             raise InputError(f"this file is truncated or damaged ({e})", file, "Fetch it again") from None
-    if (index := folder / INDEX).is_file():
-        for tensor, file in read_json(index)["weight_map"].items():
-            if tensor not in found or found[tensor].file.name != file:
-                raise InputError(
-                    f"the index says that {tensor} is in {file}, but it is not",
-                    index,
-                    "Fetch index and file again; they belong to different versions",
-                )
+    for tensor, file in (weight_map or {}).items():
+        if tensor not in found or found[tensor].file.name != file:
+            raise InputError(
+                f"the index says that {tensor} is in {file}, but it is not",
+                folder / INDEX,
+                "Fetch index and file again; they belong to different versions",
+            )
     return _unpacked(found)
 
 # %% ../../nbs/reference/models.files.ipynb #7586eb65
@@ -228,14 +244,8 @@ def convert_pickles(
 
 def _convert(folder):
     "The same, for the process that holds the lock."
-    bins = [folder / "pytorch_model.bin"]
-    if (index := folder / "pytorch_model.bin.index.json").is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(f, str) and Path(f).name == f for f in weight_map.values()
-        ):
-            raise InputError("the index has no weight_map from tensors to files", index, "Fetch the file again")
-        bins = sorted({folder / f for f in weight_map.values()})
+    weight_map = _weight_map(folder, "pytorch_model.bin.index.json")
+    bins = [folder / "pytorch_model.bin"] if weight_map is None else _weight_files(folder, weight_map)
     if lost := [b.name for b in bins if not b.is_file()]:
         raise InputError(f"{', '.join(lost)} is missing", folder, "Fetch the missing file")
     names = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))]
@@ -380,6 +390,27 @@ def _aside(source: Path, layout: Layout) -> dict[str, torch.Tensor]:
             with safe_open(s.file, framework="pt") as f:
                 found[name] = f.get_tensor(name)
     return found
+
+
+def check_links(
+    folder: str | Path,  # from somebody else
+) -> None:
+    """What a link points to outside of a folder is neither read nor copied; a snapshot of the hub's cache links to its
+    own `blobs`.
+
+    Raises `InputError` for such a link, and for what is neither file nor folder (a pipe would be waited for)."""
+    root = Path(folder).resolve()
+    homes = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    for path in sorted(Path(folder).iterdir()):
+        target = path.resolve()
+        if path.is_symlink() and not any(target.is_relative_to(home) for home in homes):
+            raise InputError(
+                f"{path.name} is a link to {os.readlink(path)}, which lies outside of this folder",
+                folder,
+                "Put the file itself there; or give the folder that it comes from, if you trust it",
+            )
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"{path.name} is neither file nor folder", folder, "Take it away")
 
 
 def copy_beside(

@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 from ..compat import plain_kernel
 from ..errors import InputError
 from ..families.base import family_named, is_ours
-from .files import FLOATS, account, convert_pickles, has_pickles, no_bar_if_small
+from .files import FLOATS, account, check_links, convert_pickles, has_pickles, no_bar_if_small
 from .files import shape_of, stored_in, weight_files
 from .names import StoredNames
 from .parts import VLM, linear_layers
@@ -105,6 +105,7 @@ def model_folder(
         folder = _fetch(str(name), _FETCHED if weights else [p for p in _FETCHED if p != "*.safetensors"])
         if weights and not list(folder.glob("*.safetensors")) and allow_pickle:
             folder = _fetch(str(name), [*_FETCHED, "pytorch_model*.bin"])
+    check_links(folder)
     if not (folder / "config.json").is_file():
         raise InputError(
             "there is no config.json in this folder", folder, "Give the folder that holds the model itself"

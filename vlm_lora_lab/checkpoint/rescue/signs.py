@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from ...errors import InputError, text_of, yaml_value
+from ...models.files import check_links
 from ...models.published import read_json
 from ...scripts.known import FORMATS
 from ...scripts.script import Folder
@@ -121,6 +122,7 @@ def recognise(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("there is no such folder", folder, "Give the folder that the training script wrote")
+    check_links(folder)
     names = frozenset(f.name for f in folder.iterdir() if f.is_file())
     inside = sorted(f.name for f in folder.iterdir() if f.is_dir())
     _refuse_ours(folder, names)

@@ -24,6 +24,7 @@ from .signs import recognise
 from ..save import PROCESSOR_FILES, TOKENIZER_FILES, base_sha256, fingerprint, seal
 from ...data.native import keep_limits
 from ...errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
+from ...lora.patterns import check_patterns
 from ...models.files import save_vlm, shape_of
 from ...models.load import load_vlm
 from ...models.published import on_meta
@@ -51,6 +52,8 @@ def rescue(
     output = None if output is None else empty_folder(output)
     model = Base(base)
     got = read_contents(found, model, allow_pickle)
+    names = {*model.modules, *got.lora, *got.raw.values()}
+    check_patterns(found.config or {}, names, found.folder / "adapter_config.json")
     if got.lora and found.config is None:
         raise InputError(
             "there is LoRA in it, and no adapter_config.json: nobody knows its alpha",
