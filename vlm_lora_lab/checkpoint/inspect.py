@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base
-from .save import is_base, wrong_in
+from .save import check_lora_types, is_base, wrong_in
 from ..compat import no_false_warning
 from ..errors import InputError
 from ..families.base import families, families_of, is_ours
@@ -612,6 +612,10 @@ def _check_origin(provenance, base):
 def _check_values(seen):
     "What no weight should be."
     found = []
+    try:
+        check_lora_types({k: getattr(torch, s.dtype) for k, s in seen.items()}, "adapter_model.safetensors")
+    except InputError as e:
+        found.append(Finding("error", e.found, e.remedy))
     if bad := [k for k, s in seen.items() if not s.finite]:
         found.append(
             _say(

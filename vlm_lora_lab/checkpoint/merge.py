@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from .save import _or_rescue, check_base, check_seals, check_settings, lora_config
-from .save import read_provenance, take_tokenizer
+from .save import _or_rescue, check_base, check_lora_types, check_seals, check_settings
+from .save import lora_config, read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
 from ..lora.patterns import check_patterns
@@ -196,6 +196,7 @@ class Adapter:
         self.copies: dict[str, str] = {}
         with _or_rescue(self.folder, self.provenance):
             self._sort(layers, file)
+            check_lora_types({k: p[1] for k, p in self.reader.places.items()}, file)
             check_patterns(self.config, layers, self.folder / "adapter_config.json")
             self.loras = {module: _layer(self, module, keys) for module, keys in layers.items()}
 
@@ -227,6 +228,10 @@ def _layer(adapter, module, keys):
         or ("lora_magnitude_vector" in keys) != variant.lengths
     ):
         raise InputError(f"of LoRA for {module} there is only {', '.join(sorted(keys))}", adapter.folder, remedy)
+    for kind, key in keys.items():
+        shape = adapter.reader.places[key][2]
+        if kind != "lora_magnitude_vector" and len(shape) != 2:
+            raise InputError(f"{key} is {shape_of(shape)}, which is no {kind}", adapter.folder, remedy)
     tensor = "in_proj_weight" if f"{module}.in_proj_weight" in (c.target_parameters or ()) else "weight"
     named = module if tensor == "weight" else f"{module}.{tensor}"
     r = c.rank_pattern.get(get_pattern_key(c.rank_pattern, named), c.r)

@@ -6,8 +6,8 @@
 __all__ = ['PROCESSOR_FILES', 'SAYS_PROVENANCE', 'SAYS_CONFIG', 'SAYS_JOB', 'TOKENIZER_FILES', 'fingerprint', 'tensor_hashes',
            'base_sha256', 'hashes_folder', 'seal', 'broken_seals', 'kept_tensors', 'save_adapter', 'wrong_in',
            'lora_config', 'read_provenance', 'find_base', 'check_seals', 'is_base', 'check_base', 'rescue_command',
-           'run_of', 'picture_limit', 'most_pixels', 'load_adapter', 'take_tokenizer', 'check_settings',
-           'adapter_processor', 'plan_of', 'check_start', 'start_from', 'ancestry']
+           'run_of', 'picture_limit', 'most_pixels', 'check_lora_types', 'load_adapter', 'take_tokenizer',
+           'check_settings', 'adapter_processor', 'plan_of', 'check_start', 'start_from', 'ancestry']
 
 # %% ../../nbs/reference/checkpoint.save.ipynb #fb68ba3f
 import copy
@@ -536,6 +536,7 @@ SAYS_CONFIG: dict[str, Any] = {
     "bias": str,
     "target_parameters": tuple[str, ...] | None,
     "modules_to_save": tuple[str, ...] | None,
+    "base_model_name_or_path": str | None,
 }
 
 
@@ -604,7 +605,7 @@ def read_provenance(
         # which only we say, of other folders
         provenance = {k: v for k, v in provenance.items() if k not in ("unsealed", "plan")}
         provenance["base"] = find_base(provenance["base"], folder)
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as e:
         raise InputError(
             f"provenance.json is damaged ({e!r})", folder, "Copy the whole folder again from where it was trained"
         ) from None
@@ -848,7 +849,7 @@ def _of_plain(folder, base):
         )
     path = folder / "adapter_config.json"
     config = read_json(path)
-    for error in wrong_in(config, SAYS_CONFIG | {"base_model_name_or_path": str | None}, str(path)).values():
+    for error in wrong_in(config, SAYS_CONFIG, str(path)).values():
         raise error
     named = config.get("base_model_name_or_path")
     base = base or (find_base(named, folder) if named else None)
@@ -931,6 +932,23 @@ def _kept_whole(weights):
     return sorted({m.module for m in matrices if not m.lora and m.tensor == "weight"})
 
 
+_TRAINED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_lora_types(
+    types: dict[str, torch.dtype],  # of an adapter's tensors
+    where: str | Path,
+) -> None:
+    "Raises `InputError` for a matrix of LoRA in a type that none is trained in: whole numbers, complex ones, 8 bit."
+    if odd := [k for k, kind in types.items() if TensorName.of(k).lora and kind not in _TRAINED]:
+        raise InputError(
+            f"{odd[0]} is stored as {str(types[odd[0]]).removeprefix('torch.')}, and LoRA is trained in 16, 32 or 64 "
+            "bit",
+            where,
+            "Copy the whole folder again from where it was trained",
+        )
+
+
 def _read_adapter(folder):
     "Weights and configuration. Raises `InputError` for a file that is damaged, or holds what LoRA cannot be."
     try:
@@ -939,13 +957,7 @@ def _read_adapter(folder):
         raise InputError(
             f"a file is truncated or damaged ({e})", folder, "Copy the whole folder again from where it was trained"
         ) from None
-    if whole := [k for k, t in weights.items() if TensorName.of(k).lora and not t.is_floating_point()]:
-        raise InputError(
-            f"{whole[0]} holds whole numbers ({str(weights[whole[0]].dtype).removeprefix('torch.')}), and LoRA's "
-            "matrices are fractions",
-            folder,
-            "Copy the whole folder again from where it was trained",
-        )
+    check_lora_types({k: t.dtype for k, t in weights.items()}, folder)
     return weights, config
 
 

@@ -119,13 +119,23 @@ def stored_in(
     return _unpacked(found)
 
 # %% ../../nbs/reference/models.files.ipynb #7586eb65
+def _state_of(file, name):
+    "What bitsandbytes says of a packed weight, as JSON in a tensor of bytes."
+    try:
+        with safe_open(file, framework="pt") as f:
+            state = json.loads(bytes(f.get_tensor(name).tolist()))
+        torch.Size(state["shape"]).numel()
+    except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as e:
+        raise InputError(f"{name} is no state of a packed weight ({e!r:.120})", file, "Fetch the file again") from None
+    return state
+
+
 def _unpacked(found):
     "Fold what bitsandbytes stores of one weight into one entry with the true shape."
     result = dict(found)
     for name in [n for n in found if _BNB in n]:
         weight, kind = name.split(_BNB)
-        with safe_open(found[name].file, framework="pt") as f:
-            state = json.loads(bytes(f.get_tensor(name).tolist()))
+        state = _state_of(found[name].file, name)
         if lacking := [s for s in ("absmax", "quant_map") if f"{weight}.{s}" not in found] or (
             [] if weight in found else ["the weight itself"]
         ):

@@ -283,7 +283,7 @@ def _weight_in(got, model, name, kind, value, where):
     if kind == "copy" or torch.equal(value, model.base[name].to(value.dtype)):
         got.same.add(name)
         return f"as in the base: {name}"
-    if not value.is_floating_point() or value.dtype is torch.float64 or name not in model.params:
+    if value.dtype not in (torch.float32, torch.float16, torch.bfloat16) or name not in model.params:
         raise InputError(
             f"{where} is {str(value.dtype).removeprefix('torch.')} and differs from the base, which nothing here can "
             "have trained",

@@ -21,7 +21,8 @@ from .account import own_processor, placed, rows_of, suspicious_in
 from .plan import fold, modules_around, options_of, plan_of, sizes_of
 from .read import Base, below, plain_key, read_contents
 from .signs import recognise
-from ..save import PROCESSOR_FILES, TOKENIZER_FILES, base_sha256, fingerprint, seal
+from ..save import PROCESSOR_FILES, TOKENIZER_FILES, _refuse_not_finite, base_sha256
+from ..save import check_lora_types, fingerprint, seal
 from ...data.native import keep_limits
 from ...errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
 from ...lora.patterns import check_patterns
@@ -52,6 +53,8 @@ def rescue(
     output = None if output is None else empty_folder(output)
     model = Base(base)
     got = read_contents(found, model, allow_pickle)
+    types = {f"{layer}.{kind}": t.dtype for layer, kinds in got.lora.items() for kind, t in kinds.items()}
+    check_lora_types(types, found.folder)
     names = {*model.modules, *got.lora, *got.raw.values()}
     check_patterns(found.config or {}, names, found.folder / "adapter_config.json")
     if got.lora and found.config is None:
@@ -113,6 +116,7 @@ def _write(result, model, got, output, four_bit):
     _refuse_apart(result.found, model, got)
     wrapped = apply_plan(on_meta(model.folder), result.plan)
     state = _state(wrapped, model, got)
+    _refuse_not_finite(state, result.found.folder)
     config = wrapped.active_peft_config
     config.base_model_name_or_path = located(model.name)
     config.inference_mode = True
