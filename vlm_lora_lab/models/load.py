@@ -341,6 +341,8 @@ def load_vlm(
 # %% ../../nbs/reference/models.load.ipynb #8c663e93
 def _from_pretrained(cls, folder, config, dtype, device, quantization, aside):
     "transformers' loader, with its complaints as `InputError` and its silences as well."
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
     loud = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # its report of missing and unexpected tensors is ours to tell, below
     with no_bar_if_small(sum(f.stat().st_size for f in weight_files(folder))):

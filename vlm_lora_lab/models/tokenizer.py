@@ -419,7 +419,20 @@ def _roles(folder, config, tokenizer):
 # %% ../../nbs/reference/models.tokenizer.ipynb #5d290c8c
 GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 # of tokenizer_config.json, passed on
-KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
+KEPT = {
+    "model_max_length": ("a number of tokens", lambda v: type(v) in (int, float)),
+    "padding_side": ("left or right", lambda v: v in ("left", "right")),
+    "truncation_side": ("left or right", lambda v: v in ("left", "right")),
+    "model_input_names": ("a list of names", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v)),
+}
+
+
+def _kept(config, where):
+    "What is passed on. Raises `InputError` for a value that the tokenizer would stumble over later."
+    for name, (what, fits) in KEPT.items():
+        if name in config and not fits(config[name]):
+            raise InputError(f"{name} is {config[name]!r:.60}", where, f"Write {what}")
+    return {k: config[k] for k in KEPT if k in config}
 
 
 def _native(name):
@@ -512,9 +525,7 @@ def tokenizer_of(
     else:
         config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
         backend, template = _from_sentencepiece(path, config), template or USER_AI
-    for key in ("padding_side", "truncation_side"):
-        if config.get(key, "right") not in ("left", "right"):
-            raise InputError(f"{key} is {config[key]!r}", folder / "tokenizer_config.json", "Write left or right")
+    kept = _kept(config, folder / "tokenizer_config.json")
     roles = _roles(folder, config, backend)
     known = backend.get_added_tokens_decoder().values()
     backend.add_tokens(
@@ -530,7 +541,7 @@ def tokenizer_of(
         **roles,
         extra_special_tokens=special,
         clean_up_tokenization_spaces=False,
-        **{k: config[k] for k in KEPT if k in config},
+        **kept,
     )
     tokenizer.chat_template, tokenizer.name_or_path = template, str(folder)
     return tokenizer
