@@ -537,6 +537,7 @@ SAYS_CONFIG: dict[str, Any] = {
     "target_parameters": tuple[str, ...] | None,
     "modules_to_save": tuple[str, ...] | None,
     "base_model_name_or_path": str | None,
+    "alora_invocation_tokens": tuple[Annotated[int, Within(0, 2**31)], ...] | None,
 }
 
 

@@ -67,8 +67,8 @@ def patterns_in(
         ("rank_pattern", r"(.*\.)?({})$"),
         ("alpha_pattern", r"(.*\.)?({})$"),
     ):
-        said = config.get(field) or ()
-        for pattern in [said] if isinstance(said, str) else said:
+        said = [config[field]] if isinstance(config.get(field), str) else config.get(field)
+        for pattern in said if isinstance(said, (list, tuple, set, dict)) else ():
             yield field, str(pattern), made.replace("{}", str(pattern))
 
 

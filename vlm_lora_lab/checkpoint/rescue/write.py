@@ -21,8 +21,8 @@ from .account import own_processor, placed, rows_of, suspicious_in
 from .plan import fold, modules_around, options_of, plan_of, sizes_of
 from .read import Base, below, plain_key, read_contents
 from .signs import recognise
-from ..save import PROCESSOR_FILES, TOKENIZER_FILES, _refuse_not_finite, base_sha256
-from ..save import check_lora_types, fingerprint, seal
+from ..save import PROCESSOR_FILES, SAYS_CONFIG, TOKENIZER_FILES, _refuse_not_finite
+from ..save import base_sha256, check_lora_types, fingerprint, seal, wrong_in
 from ...data.native import keep_limits
 from ...errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
 from ...lora.patterns import check_patterns
@@ -50,6 +50,8 @@ def rescue(
     Raises `InputError` for a folder of no known format, a pickle that was not allowed or holds more than tensors, a
     damaged file, another base, and for what no plan can say."""
     found = recognise(folder)
+    for error in wrong_in(found.config or {}, SAYS_CONFIG, str(found.folder / "adapter_config.json")).values():
+        raise error
     output = None if output is None else empty_folder(output)
     model = Base(base)
     got = read_contents(found, model, allow_pickle)
