@@ -54,7 +54,7 @@ from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
 from ..plan.tuning import TuningPlan, audit, full_parameters, lora_layers
-from ..settings import FilePath, Within, fitting
+from ..settings import FilePath, OneOf, Within, fitting
 from ..show import package_versions
 from ..train.identity import STARTED, file_sha256, located
 from ..train.run import last_checkpoint
@@ -533,7 +533,7 @@ SAYS_CONFIG: dict[str, Any] = {
     "use_dora": bool,
     "use_rslora": bool,
     "peft_type": str,
-    "bias": str,
+    "bias": Annotated[str, OneOf(("none", "all", "lora_only"))],
     "target_parameters": tuple[str, ...] | None,
     "modules_to_save": tuple[str, ...] | None,
     "base_model_name_or_path": str | None,

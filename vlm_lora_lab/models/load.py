@@ -341,8 +341,7 @@ def load_vlm(
 # %% ../../nbs/reference/models.load.ipynb #8c663e93
 def _from_pretrained(cls, folder, config, dtype, device, quantization, aside):
     "transformers' loader, with its complaints as `InputError` and its silences as well."
-    if (folder / "generation_config.json").is_file():
-        read_json(folder / "generation_config.json")
+    _check_switches(folder / "generation_config.json")
     loud = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # its report of missing and unexpected tensors is ours to tell, below
     with no_bar_if_small(sum(f.stat().st_size for f in weight_files(folder))):
@@ -386,6 +385,25 @@ def _from_pretrained(cls, folder, config, dtype, device, quantization, aside):
         )
     _check_ends(model, folder)
     return model
+
+
+_SWITCHES = (
+    "do_sample",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+    "return_dict_in_generate",
+)
+
+
+def _check_switches(path):
+    "What generation_config.json turns on or off: transformers would find a list there in the middle of an answer."
+    said = read_json(path) if path.is_file() else {}
+    for name in _SWITCHES:
+        if said.get(name) is not None and not isinstance(said[name], bool):
+            raise InputError(f"{name} is {said[name]!r:.60}", path, "Write true or false; or fetch the file again")
 
 
 def _check_ends(model, folder):
