@@ -52,6 +52,12 @@ def quickly(monkeypatch):
     monkeypatch.setattr("vlm_lora_lab.lora.patterns.check_patterns.__defaults__", (2.0,))
 
 
+COMMANDS = {
+    "inspect": lambda adapter, out: ["inspect", str(adapter), "--base", "lab"],
+    "rescue": lambda adapter, out: ["rescue", str(adapter), "--base", "lab"],
+    "merge": lambda adapter, out: ["merge", str(adapter), "--model", "lab", "--output", str(out / "merged")],
+    "ask": lambda adapter, out: ["ask", "What is this?", "--adapter", str(adapter), "--model", "lab"],
+}
 SPOILT = [
     {"target_modules": ENDLESS},
     {"modules_to_save": [ENDLESS]},
@@ -63,20 +69,21 @@ SPOILT = [
 
 
 @pytest.mark.parametrize("fields", SPOILT, ids=lambda f: next(iter(f)))
-@pytest.mark.parametrize("command", ["inspect", "rescue", "merge", "ask"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_pattern_that_never_ends_is_a_sentence(plain, tmp_path, capsys, command, fields):
     say(plain, **fields)
-    words = {
-        "inspect": ["inspect", str(plain), "--base", "lab"],
-        "rescue": ["rescue", str(plain), "--base", "lab"],
-        "merge": ["merge", str(plain), "--model", "lab", "--output", str(tmp_path / "merged")],
-        "ask": ["ask", "What is this?", "--adapter", str(plain), "--model", "lab"],
-    }[command]
     start = time.monotonic()
-    assert main(words) == 2
+    assert main(COMMANDS[command](plain, tmp_path)) == 2
     said = capsys.readouterr()
     assert "did not come to its end" in said.out + said.err and next(iter(fields)) in said.out + said.err
     assert time.monotonic() - start < 60 and not (tmp_path / "merged").exists()
+
+
+def test_a_pattern_in_a_field_that_is_wrong_besides_is_stopped_too(plain, capsys):
+    say(plain, rank_pattern={ENDLESS: "many"})
+    assert main(["inspect", str(plain), "--base", "lab"]) == 2
+    said = capsys.readouterr().out
+    assert "rank_pattern" in said and "did not come to its end" in said
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(?P<a>x)(?P<a>y)", "\\", "[z-a]", "(" * 5000 + ")" * 5000])
@@ -189,18 +196,12 @@ IN_FILES = {
 
 
 @pytest.mark.parametrize("kind", IN_FILES, ids=str)
-@pytest.mark.parametrize("command", ["inspect", "rescue", "merge", "ask"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_tensors_of_every_type_are_named(plain, tmp_path, capsys, command, kind):
     weights = load_file(plain / "adapter_model.safetensors")
     name = next(n for n in weights if "lora_B" in n)
     save_file(weights | {name: torch.ones_like(weights[name]).to(kind)}, plain / "adapter_model.safetensors")
-    words = {
-        "inspect": ["inspect", str(plain), "--base", "lab"],
-        "rescue": ["rescue", str(plain), "--base", "lab"],
-        "merge": ["merge", str(plain), "--model", "lab", "--output", str(tmp_path / "merged")],
-        "ask": ["ask", "What is this?", "--adapter", str(plain), "--model", "lab"],
-    }[command]
-    status = main(words)
+    status = main(COMMANDS[command](plain, tmp_path))
     said = capsys.readouterr()
     layer = name.removeprefix("base_model.model.").removesuffix(".weight")
     assert status == 2 and layer in said.out + said.err, said

@@ -355,8 +355,12 @@ def _check_keys(seen, folder, base):
     try:
         peft = PeftConfig.from_pretrained(str(folder))
         peft.base_model_name_or_path = None
+        # the file as PEFT reads it, with fields that were left out above because their values cannot be
+        check_patterns(peft, dict(base.vlm.model.named_modules()), "adapter_config.json")
         with no_false_warning():
             wrapped = get_peft_model(base.vlm.model, peft, low_cpu_mem_usage=True)
+    except InputError as e:
+        return [Finding("error", f"adapter_config.json: {e.found}", e.remedy)]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError) as e:
         return [
             Finding(
