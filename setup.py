@@ -54,7 +54,7 @@ setup(
     packages=find_packages(include=[lib, f"{lib}.*"]) + [f"{lib}.data_samples"],
     package_dir={f"{lib}.data_samples": "data_samples"},
     package_data={
-        lib: ["py.typed", "lab/*", "models/*.json", "study/results/*.json", "train/configs/*.yaml"],
+        lib: ["py.typed", "lab/*", "evaluate/*.json", "models/*.json", "study/results/*.json", "train/configs/*.yaml"],
         f"{lib}.data_samples": ["*", "*/*", "*/*/*"],
     },
     install_requires=cfg["requirements"].split(),

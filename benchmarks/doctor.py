@@ -3,15 +3,21 @@ one run of the Trainer.
 
 python benchmarks/doctor.py --steps 400
 
-Each pair of neighbouring steps gives a ratio; printed are the median and its bootstrap interval (95 %)."""
+Each pair of neighbouring steps gives a ratio; printed are the median and its bootstrap interval (95 %). On a machine
+that others use as well, --cpu-time counts the processor's time instead of the clock's, with all arms at once."""
 
 import argparse
+import multiprocessing
+import os
 import statistics
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
+from itertools import pairwise
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from common import device, interval, now, table
 from vlm_lora_lab.data.batch import Collator, Processor, Samples
@@ -44,22 +50,22 @@ class InTurns(NanDoctor):
 
 
 class Clock(TrainerCallback):
-    def __init__(self):
-        self.seconds = []
+    def __init__(self, now):
+        self.seconds, self.now = [], now
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = now()
+        self.start = self.now()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(now() - self.start)
+        self.seconds.append(self.now() - self.start)
 
 
-def ratios(plan, policy, batch_size, steps):
+def ratios(plan, policy, batch_size, steps, now=now):
     torch.manual_seed(0)
     model, tokenizer = load_vlm("lab"), load_tokenizer("lab")
     processor = Processor.of(model.config, tokenizer)
     model = apply_plan(model, plan)
-    clock = Clock()
+    clock = Clock(now)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -92,9 +98,9 @@ def ratios(plan, policy, batch_size, steps):
     return [a / b for a, b in pairs], statistics.median(b for _, b in pairs)
 
 
-def look(name, plan):
-    """One decoder layer and one layer of the tower of MiniCPM-V 2.6 at their real widths: a step and a look at its
-    weights, in turns."""
+def look(name, plan, now=now):
+    """One decoder layer and one layer of the tower of MiniCPM-V 2.6 at their real widths: a step, the watch over it and
+    a look at its weights, in turns."""
     values = deepcopy(PUBLISHED["openbmb/MiniCPM-V-2_6"].config) | {"num_hidden_layers": 1, "vocab_size": 4096}
     values["vision_config"] |= {"num_hidden_layers": 1}
     torch.manual_seed(0)
@@ -110,47 +116,73 @@ def look(name, plan):
     }
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
-    steps = []
-    looks = []
+    doctor, state = NanDoctor(), TrainerState()
+    doctor.trained = list(trained.values())
+    doctor._open(model, None, state, None)
+    doctor.handles[0].remove()  # called below instead, on the clock
+    times = []
     for _ in range(6):
-        start = now()
+        marks = [now()]
+        doctor.on_step_begin(None, state, None)
+        doctor._before(batch)
+        marks.append(now())
         model(**batch).loss.backward()
+        marks.append(now())
+        doctor.on_pre_optimizer_step(None, state, None, model, optimizer)
+        marks.append(now())
         optimizer.step()
         optimizer.zero_grad()
-        middle = now()
+        marks.append(now())
         assert not not_finite(trained)
-        steps.append(middle - start)
-        looks.append(now() - middle)
-    step, seen = statistics.median(steps[1:]), statistics.median(looks[1:])
+        marks.append(now())
+        before, passes, after, update, seen = (b - a for a, b in pairwise(marks))
+        times.append((passes + update, before + after, seen))
+    step, watch, seen = (statistics.median(t) for t in zip(*times[1:]))
     return [
         name,
         f"{sum(p.numel() for p in trained.values()):,}",
         f"{1000 * step:.0f}",
+        f"{1000 * watch:.1f}",
+        f"{watch / step:.2%}",
         f"{1000 * seen:.1f}",
         f"{seen / step:.2%}",
         f"{seen / step / 10:.2%}",
     ]
 
 
-if __name__ == "__main__":
+FULL = TuningPlan(*["full"] * 5)
+ARMS = {  # plan in words, policy -> what `ratios` takes
+    ("LoRA and resampler, batch 8", "stop"): (TuningPlan(vision="lora"), "stop", 8),
+    ("everything in full, batch 8", "stop"): (FULL, "stop", 8),
+    ("LoRA and resampler, batch 8", "rollback"): (TuningPlan(vision="lora"), "rollback", 8),
+    ("LoRA and resampler, batch 1", "stop"): (TuningPlan(vision="lora"), "stop", 1),
+}
+LOOKS = {"LoRA rank 16 and connector": TuningPlan(), "everything in full": FULL}
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
-    steps = parser.parse_args().steps
-    print(f"{device()}, {steps} steps in turns, lab model")
+    parser.add_argument("--cpu-time", action="store_true", help="for a machine that is shared: all arms at once")
+    given = parser.parse_args()
+    timer = time.process_time if given.cpu_time else now
+    says = f", CPU time, load {os.getloadavg()[0]:.0f}" if given.cpu_time else ""
+    print(f"{device()}, {given.steps} steps in turns, lab model{says}")
+    with ProcessPoolExecutor(len(ARMS), multiprocessing.get_context("spawn")) as pool:
+        apply = pool.map if given.cpu_time else map
+        found = list(apply(ratios, *zip(*((*arm, given.steps, timer) for arm in ARMS.values()))))
+        looks = list(apply(look, *zip(*((*arm, timer) for arm in LOOKS.items()))))
     rows = []
-    full = TuningPlan(*["full"] * 5)
-    for name, plan, policy, batch in (
-        ("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "stop", 8),
-        ("everything in full, batch 8", full, "stop", 8),
-        ("LoRA and resampler, batch 8", TuningPlan(vision="lora"), "rollback", 8),
-        ("LoRA and resampler, batch 1", TuningPlan(vision="lora"), "stop", 1),
-    ):
-        values, step = ratios(plan, policy, batch, steps)
+    for (name, policy), (values, step) in zip(ARMS, found):
         low, high = interval(values)
         rows.append([name, policy, f"{1000 * step:.1f}", f"{statistics.median(values):.3f}", f"{low:.3f} … {high:.3f}"])
     table(["plan", "policy", "step without it, ms", "ratio", "95 % interval"], rows)
-    print("\nLooking at all trained weights, as after each step that is logged: share of a step of the same shape")
-    table(
-        ["trained", "weights", "step, ms", "look, ms", "share of a step", "every tenth step"],
-        [look(*arm) for arm in (("LoRA rank 16 and connector", TuningPlan()), ("everything in full", full))],
+    print(
+        "\nAt real widths: the watch over each step; and a look at all trained weights, as after a step that is logged"
     )
+    head = ["trained", "weights", "step, ms", "watch, ms", "share of a step", "look, ms", "share of a step"]
+    table([*head, "every tenth step"], looks)
+
+
+if __name__ == "__main__":
+    main()

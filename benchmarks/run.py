@@ -44,7 +44,7 @@ BENCHMARKS = {  # name: (title, command)
     ),
     "loss": ("The loss of a long conversation", ["loss.py", "--rounds", "4"]),
     "data": ("Preparing rows", ["data.py", "--rounds", "2"]),
-    "doctor": ("What the doctor costs", ["doctor.py", "--steps", "200"]),
+    "doctor": ("What the doctor costs", ["doctor.py", "--steps", "240", "--cpu-time"]),
     "gpu": ("Published shapes on a GPU", ["gpu.py"]),
 }
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "tokenizers", "numpy", "vlm_lora_lab")

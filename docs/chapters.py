@@ -3,6 +3,7 @@ exports."""
 
 import ast
 import io
+import posixpath
 import re
 import tokenize
 
@@ -12,12 +13,15 @@ from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
+import translate
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 BADGE = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\((https://colab\.research[^)]*)\)")
 CHAPTER = re.compile(r"\]\(([\w./]+)\.ipynb")
 PRAGMA = re.compile(r"(?:fmt|noqa|type)\b")
 
 
-def read(text, front):
+def read(text, front, minutes="About {} minutes.", reference=True):
     "From the text of a notebook to the notebook that the site shows; front is the title of the front page."
     notebook = nbformat.reads(text, as_version=4)
     module, exported, shown = None, [], []
@@ -32,18 +36,20 @@ def read(text, front):
                 module = said["default_exp"].split()[-1]
             if "export" in said:
                 exported.append(cell.source)
-            if "hide" in said or not cell.source or ("eval" in said and "'google.colab' in sys.modules" in cell.source):
+            if "hide" in said or not cell.source or ("eval" in said and "google.colab" in cell.source):
                 continue
             for data in (output.get("data", {}) for output in cell.outputs):
                 if "text/markdown" in data:  # its links are left as they are, and a chapter is a page here
                     data["text/markdown"] = CHAPTER.sub(r"](\1.html", data["text/markdown"])
+            if "fig-alt" in said:
+                cell.metadata["mystnb"] = {"image": {"alt": said["fig-alt"].partition(":")[2].strip()}}
             cell.metadata["tags"] = sorted({"export", "slow", "gpu"} & set(said))
         shown.append(cell)
-    if module and (reference := "\n\n".join(_reference("\n\n".join(exported)))):
+    if module and reference and (described := "\n\n".join(_reference("\n\n".join(exported)))):
         title = f"## Reference\n\n```{{py:module}} vlm_lora_lab.{module}\n:synopsis: {_promise(shown)}\n```\n\n"
         shown.append(
             nbformat.v4.new_markdown_cell(
-                f"{title}What this chapter exports, as `vlm_lora_lab.{module}`:\n\n{reference}"
+                f"{title}What this chapter exports, as `vlm_lora_lab.{module}`:\n\n{described}"
             )
         )
     elif shown[0].source.startswith(f"# {front}\n"):
@@ -53,7 +59,42 @@ def read(text, front):
             )
         )
     notebook.cells = shown
+    if minutes and not shown[0].source.startswith(f"# {front}\n"):
+        shown[0].source = re.sub(
+            r"^(> .+)$", rf"\1\n\n{minutes.format(_minutes(shown))}", shown[0].source, count=1, flags=re.M
+        )
     return notebook
+
+
+def read_chinese(text, front):
+    "From a file that names a chapter to that chapter, with a translator's words between its own code and outputs."
+    name = text.strip()
+    notebook = nbformat.reads((translate.ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"), as_version=4)
+    words = translate.chinese(name)
+    for cell in notebook.cells:
+        if cell.id in words:
+            cell.source = LINK.sub(lambda m: f"]({_from_chinese(m[1], name)})", words[cell.id][0])
+    notebook.cells[0].source += f"\n\n[English](../{name}.ipynb)"
+    return read(nbformat.writes(notebook), front, "约 {} 分钟。", reference=False)
+
+
+def _from_chinese(link, name):
+    "A link of a chapter, from the folder of the Chinese ones; to a Chinese one where there is one."
+    if re.match(r"\w+:|#|$", link):
+        return link
+    target, hash, place = link.partition("#")
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    stem = path.removesuffix(".ipynb")
+    if (translate.FOLDER / f"{stem}.md").exists():
+        return f"{posixpath.basename(stem)}.zh"  # its headings have names of their own
+    return f"../{path}{hash}{place}"
+
+
+def _minutes(cells):
+    "To read what is shown: 200 words a minute, and 20 lines of code that is not exported."
+    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown" and "{py:" not in c.source)
+    tried = (c for c in cells if c.cell_type == "code" and "export" not in c.metadata.get("tags", ()))
+    return max(1, round(words / 200 + sum(len(c.source.splitlines()) for c in tried) / 20))
 
 
 def _promise(cells):
@@ -172,6 +213,16 @@ def _mathml(visitor, node):
     raise SkipNode
 
 
+def _reachable(app, page, template, context, tree):
+    "What keyboards and screen readers need, and Sphinx and Furo leave out: focus for what scrolls, a heading's level."
+    if "body" in context:
+        context["body"] = re.sub(r"<(pre|table)\b(?![^>]*(?:tabindex|docutils))", r'<\1 tabindex="0"', context["body"])
+    if "furo_navigation_tree" in context:
+        menu = context["furo_navigation_tree"]
+        context["furo_navigation_tree"] = menu.replace('role="heading"', 'role="heading" aria-level="2"')
+
+
 def setup(app):
+    app.connect("html-page-context", _reachable, priority=900)  # after the theme's own
     app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -34,7 +34,10 @@ def old_names():
 redirects = {old: f"{page}.html" for old, page in old_names()}
 
 nb_execution_mode = "off"
-nb_custom_formats = {".ipynb": ["chapters.read", {"front": facts["title"]}]}
+nb_custom_formats = {
+    ".ipynb": ["chapters.read", {"front": facts["title"]}],
+    ".zh": ["chapters.read_chinese", {"front": facts["title"]}],
+}
 nb_ipywidgets_js = {}  # a widget without a kernel is dead; its table is shown instead
 nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/png", 1)]
 myst_enable_extensions = ["dollarmath"]

@@ -44,6 +44,11 @@ def _source(path, pattern):
     return next((m[1] for m in found if m), None)
 
 
+def name_of(path):
+    "The module that a chapter exports; of one that exports nothing, its own name without the number."
+    return _source(path, r"^#\| default_exp (\S+)") or re.sub(r"^\d\d_", "", path.stem)
+
+
 def _opening(path):
     "The first cell, and the title and the promise that it begins with."
     first = "".join(_cells(path)[0]["source"])
@@ -73,11 +78,18 @@ def chapters(words, up, shelf=""):
     rows = []
     for path in notebooks(shelf):
         _, title, promise = _opening(path)
-        module = _source(path, r"^#\| default_exp (\S+)")
-        title, promise = words["chapters"].get(module, (title, promise))
-        link = f"{up}{path.relative_to(NBS).as_posix()}"
-        rows.append([f"`{module}`" if shelf else path.name[:2], f"[{title}]({link})", promise, _colab(path)])
+        name = name_of(path)
+        title, promise = words["chapters"].get(name, (title, promise))
+        rows.append(
+            [f"`{name}`" if shelf else path.name[:2], f"[{title}]({_place(path, words, up)})", promise, _colab(path)]
+        )
     return table(words["heads"]["reference" if shelf else "chapters"], rows)
+
+
+def _place(path, words, up):
+    "A notebook, or the chapter in the language of the words, where it was translated."
+    told = NBS / "zh" / f"{path.stem}.zh"
+    return f"{up}{(told if words is CHINESE and told.exists() else path).relative_to(NBS).as_posix()}"
 
 
 def reference(words, up):
@@ -94,7 +106,7 @@ def tutorials(words, up):
         text = "\n".join("".join(c["source"]) for c in _cells(path) if c["cell_type"] == "markdown")
         named = sorted(set(re.findall(r"\[(\d\d|`[\w.]+`)\]\(\.\./([^)]+)\)", text)))
         named = ", ".join(f"[{n}]({up}{link})" for n, link in named)
-        link = f"{up}{path.relative_to(NBS).as_posix()}"
+        link = _place(path, words, up)
         model, card = _source(path, r'^MODEL\b.*?= "([^"]+)"'), _source(path, r'cards\.fits\("(\w+)"\)')
         rows.append([f"[{title}]({link})", promise, f"`{model}`", card or "CPU", named, _colab(path)])
     return table(words["heads"]["tutorials"], rows)

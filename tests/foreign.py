@@ -2,6 +2,7 @@
 types, the same things forgotten."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -254,9 +255,9 @@ def swift(folder, base):
     return model
 
 
-def llamafactory(folder, base, zero3=False):
+def llamafactory(folder, base, zero3=False, family="qwen2_vl", additional=("embed_tokens", "lm_head")):
     """hiyouga/LLaMA-Factory src/llamafactory/model/adapter.py @ 01d87b8: lora_target all, additional_target
-    embed_tokens,lm_head in modules_to_save, adapters in 32 bit.
+    embed_tokens,lm_head in modules_to_save, adapters in 32 bit. On a tied base each of them leaves the tie.
 
     zero3=True: as issue #7665 found the files, with tensors of shape [0]."""
     config = LoraConfig(
@@ -264,9 +265,11 @@ def llamafactory(folder, base, zero3=False):
         lora_alpha=8,
         target_modules=r"^(?!.*(visual)).*(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*",
         task_type="CAUSAL_LM",
-        modules_to_save=["embed_tokens", "lm_head"],
+        modules_to_save=list(additional),
     )
-    model = train(get_peft_model(load_vlm(base), config, autocast_adapter_dtype=False), "qwen2_vl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT speaks of the tie
+        model = train(get_peft_model(load_vlm(base), config, autocast_adapter_dtype=False), family)
     model.save_pretrained(folder, save_embedding_layers=False)
     if zero3:
         state = {

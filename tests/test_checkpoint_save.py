@@ -500,9 +500,8 @@ def test_two_processes_under_ddp_and_fsdp2(tmp_path):
             try: save_adapter(outer, place / kind, plan, "lab", tokenizer, False)
             except (InputError, RuntimeError) as e: assert "not empty" in str(e), e
             else: raise AssertionError("overwritten")
-        dist.destroy_process_group()
+        os._exit(0)  # all was done; gloo's threads now and then abort or hold an interpreter that ends in the usual way
     work(int(sys.argv[2]))
-    os._exit(0)  # all was done; gloo's threads now and then abort an interpreter that ends in the usual way
     """
     )
     # processes of their own: a forked one would inherit the threads that load models

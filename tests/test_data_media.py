@@ -48,11 +48,11 @@ def test_a_picture_has_a_size_and_pixels_and_keeps_neither(tmp_path):
     messages = (Message("user", f"{MENTION}\n?"), Message("assistant", "x"))
     c = Conversation("c", messages, (tmp_path / "a.png", Image.new("RGB", (3, 2))))
     assert c.media == tuple(map(Picture, c.images)) and {m.mention for m in c.media} == {MENTION}
-    assert [m.size() for m in c.media] == [p.size for p in c.pixels()] == [(6, 4), (3, 2)]
-    assert all(p.mode == "RGB" for p in c.pixels())
+    assert [m.size() for m in c.media] == [m.pixels().size for m in c.media] == [(6, 4), (3, 2)]
+    assert all(m.pixels().mode == "RGB" for m in c.media)
     (tmp_path / "a.png").unlink()
     with pytest.raises(InputError, match="there is no picture"):
-        c.pixels()
+        [m.pixels(c.where) for m in c.media]
 
 
 @pytest.mark.parametrize("kind", REFUSED)

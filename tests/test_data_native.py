@@ -27,7 +27,7 @@ from vlm_lora_lab.data.native import load_processor
 from vlm_lora_lab.data.records import Conversation, Message, ask
 from vlm_lora_lab.data.tokens import IGNORE
 from vlm_lora_lab.data.view import see
-from vlm_lora_lab.debug.nan import rows_of
+from vlm_lora_lab.debug.trials import rows_of
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.evaluate.ask import _one_batch
 from vlm_lora_lab.models.load import lab_folder, load_vlm
@@ -529,3 +529,10 @@ def test_fewer_pixels_for_the_families_here(tmp_path):
         load_processor("lab", max_pixels=55 * 56)
     with pytest.raises(InputError, match="max_pixels is -1"):
         Reading(max_pixels=-1)
+
+
+def test_pictures_of_a_row_one_by_one_are_those_of_all_at_once(processor):
+    images = [Image.effect_noise(size, 80).convert("RGB") for size in ((60, 60), (130, 90), (57, 200))]
+    whole, one_by_one = processor.pictures(images), processor.joined([processor.pictures([i]) for i in images])
+    assert whole.keys() == one_by_one.keys() and all(torch.equal(whole[k], one_by_one[k]) for k in whole)
+    assert processor.joined([]) == processor.pictures([]) == {}

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from vlm_lora_lab.debug.nan import CAUSES, NanDoctor, NonFiniteStep, diagnose, healthy, replay, rows_of, save_case
+from vlm_lora_lab.debug.causes import CAUSES
+from vlm_lora_lab.debug.nan import NanDoctor, NonFiniteStep, diagnose, replay, save_case
 from vlm_lora_lab.debug.specimens import SPECIMENS, lab
 from vlm_lora_lab.debug.trace import extents, trace
+from vlm_lora_lab.debug.trials import healthy, rows_of
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.plan.tuning import TuningPlan, apply_plan
 

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -19,7 +21,9 @@ from vlm_lora_lab.data.records import samples_folder
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.models.published import lab_folder
 from vlm_lora_lab.plan.tuning import TuningPlan
-from vlm_lora_lab.train.devices import CONFIGS, Devices, check_devices, config_file, devices
+from vlm_lora_lab.train.devices import CONFIGS, Devices, ProcessLost, check_devices, config_file, devices
+from vlm_lora_lab.train.devices import watched_processes
+from vlm_lora_lab.train.run import last_checkpoint
 
 TWO = [
     sys.executable,
@@ -163,7 +167,7 @@ def test_a_shipped_configuration_is_what_accelerate_reads(name, monkeypatch):
         **{k: v for k, v in told.items() if k.startswith(("ACCELERATE_USE", "FSDP", "ACCELERATE_DEEPSPEED"))},
     }.items():
         monkeypatch.setenv(key, value)
-    assert devices() == Devices(1, 2, {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}.get(name, ""))
+    assert devices() == Devices(1, 2, {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}.get(name, ""), name.startswith("zero"))
     if name == "fsdp2":
         monkeypatch.setenv("FSDP_VERSION", "1")
         with pytest.raises(InputError, match="fsdp_version: 2"):
@@ -183,13 +187,57 @@ def test_what_cannot_be_shared_is_refused(here, four_bit, stages, plan, message,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=message):
         check_devices(here, four_bit, stages, plan)
-    with pytest.raises(InputError, match="nan: stop"):
-        check_devices(Devices(0, 2), True, (), TuningPlan(), "rollback")
+    for policy in ("skip", "rollback"):
+        check_devices(Devices(0, 2), True, (), TuningPlan(), policy)
+        with pytest.raises(InputError, match=f"nan is {policy}, and ZeRO-2 takes a step by itself.*share with ddp"):
+            check_devices(Devices(0, 2, deepspeed=True), True, (), TuningPlan(), policy)
 
 
 def test_the_command_says_where_a_configuration_lies(capsys):
     assert main(["config", "zero2"]) == 0 and capsys.readouterr().out.strip() == str(config_file("zero2"))
     assert main(["config", "zero9"]) == 2 and "ddp, fsdp2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_both_and_a_resume_ends_where_an_unbroken_run_ends(job, rank):
+    place, flags, _ = job
+    out = place / f"killed {rank}"
+    flags = [3 if before == "--save-every" else flag for before, flag in zip(["", *flags], flags)]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config_file("ddp"), "--num_processes", 2]
+    command = [sys.executable, *launch, "-m", "vlm_lora_lab", *flags, "--output", out]
+    with open(place / "stderr", "w+", encoding="utf-8") as stderr:
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=stderr, env=ENV)
+        while last_checkpoint(out / "checkpoints") is None:
+            assert process.poll() is None, (place / "stderr").read_text(encoding="utf-8")[-3000:]
+            time.sleep(0.05)
+        (one,) = [
+            p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == str(rank)
+        ]
+        start = time.monotonic()
+        one.kill()
+        assert process.wait(timeout=60) != 0
+        assert time.monotonic() - start < 60
+    said = (place / "stderr").read_text(encoding="utf-8")
+    kept = last_checkpoint(out / "checkpoints").name
+    assert f"another process of this training is gone, and process {1 - rank} of 2" in said, said
+    assert f"Saved up to {kept}" in said and "--resume" in said and "RuntimeError" not in said, said
+    again = two("train", "--resume", "--output", out)
+    assert again.returncode == 0, again.stderr[-3000:]
+    a, b = adapter(place / "two"), adapter(out)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_only_a_lost_connection_is_a_lost_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="preamble"), watched_processes():
+        raise RuntimeError("gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4")
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(ProcessLost, match="process 0 of 2 cannot go on"), watched_processes():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:30624.")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match="closed by peer"), watched_processes():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:30624.")
 
 
 @pytest.mark.slow

@@ -410,14 +410,14 @@ def test_boxes_are_worth_their_overlap():
 
 
 def test_a_metric_is_named_and_knows_its_direction():
-    assert set(METRICS) == {"exact", "cer", "anls", "iou", "iou@0.5"}
+    assert set(METRICS) == {"exact", "contains", "cer", "anls", "iou", "iou@0.5"}
     assert [n for n, m in METRICS.items() if not m.higher_is_better] == ["cer"]
     assert (
         METRICS["cer"].better(0.1, 0.2) == 1
         and METRICS["exact"].better(0.1, 0.2) == -1
         and METRICS["anls"].better(1, 1) == 0
     )
-    with pytest.raises(InputError, match="exact, cer, anls, iou"):
+    with pytest.raises(InputError, match="exact, contains, cer, anls, iou"):
         metric_of("accuracy")
     with pytest.raises(InputError, match="conversation 0.*no box"):
         judged("iou", ["x"], [["red"]])

@@ -3,11 +3,26 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+import translate  # noqa: E402
+
+TRANSLATED = sorted(p.relative_to(translate.FOLDER).with_suffix("").as_posix() for p in translate.FOLDER.rglob("*.md"))
+GLOSSARY = {  # what a word is not called -> what it is called
+    "家族": "系列",
+    "整精度": "不量化",
+    "重新采样器": "重采样器",
+    "视觉编码器": "视觉塔",
+    "适应器": "适配器",
+    "嵌入词": "词嵌入",
+    "学习速率": "学习率",
+    "保留集": "留出的",
+}
 # Chinese -> English
 TWINS = {"README.zh.md": "README.md", "nbs/index_zh.md": "nbs/index.ipynb"} | {
     p.relative_to(ROOT).as_posix(): f"nbs/pages/{p.name}" for p in sorted((ROOT / "nbs" / "pages" / "zh").glob("*.md"))
@@ -21,7 +36,8 @@ def text_of(name):
     if path.suffix != ".ipynb":
         return path.read_text(encoding="utf-8")
     cells = [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
-    return "\n\n".join(s if kind == "markdown" else f"```python\n{s}\n```" for kind, s in cells if "#| hide" not in s)
+    seen = [(kind, re.sub(r"^#\|.*\n", "", s, flags=re.M)) for kind, s in cells if "#| hide" not in s]
+    return "\n\n".join(s if kind == "markdown" else f"```python\n{s}\n```" for kind, s in seen)
 
 
 def links(name):
@@ -101,3 +117,29 @@ def test_the_chinese_is_chinese(name):
     chinese, latin = re.findall(r"[\u4e00-\u9fff]", plain), re.findall(r"[A-Za-z]+", re.sub(r"<[^>]*>", "", plain))
     assert len(chinese) > max(50, len(latin))
     assert not re.search(r"[\u4e00-\u9fff][,;:!?](?=[\u4e00-\u9fff])", plain)
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_a_chapter_in_chinese_says_all_of_today_s_english_and_leads_to_the_same_places(name):
+    assert list(translate.stale(name)) == []
+    chinese, english = translate.chinese(name), translate.english(name)
+    assert list(chinese) == list(english)
+    for id, (text, _) in english.items():
+        told = chinese[id][0]
+        for what in (r"\]\(([^)\s]+)\)", r"^(#+) ", r"(\$[^$\n]+\$)", r"(<summary>|</details>)"):
+            places = [re.findall(what, re.sub(r"```.*?```", "", t, flags=re.S), re.M) for t in (text, told)]
+            assert places[0] == places[1], (name, id)
+        code = [[re.sub(r" *#.*", "", c) for c in re.findall(r"^ *```.*?^ *```", t, re.S | re.M)] for t in (text, told)]
+        assert code[0] == code[1], (name, id)
+
+
+def test_the_site_has_a_page_for_each_translation():
+    pages = [p.read_text(encoding="utf-8").strip() for p in sorted((ROOT / "nbs" / "zh").glob("*.zh"))]
+    assert sorted(pages) == TRANSLATED and len(pages) >= 1
+
+
+@pytest.mark.parametrize("wrong, right", GLOSSARY.items())
+def test_the_glossary_holds(wrong, right):
+    texts = {name: text_of(name) for name in TWINS} | {"docs/zh.yml": text_of("docs/zh.yml")}
+    texts |= {name: (translate.FOLDER / f"{name}.md").read_text(encoding="utf-8") for name in TRANSLATED}
+    assert [name for name, text in texts.items() if wrong in text] == [], f"write {right}"

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from vlm_lora_lab.models.load import lab_folder, load_vlm
 from vlm_lora_lab.models.minicpmv import MiniCPMV, MiniCPMV26Config, MiniCPMVConfig
-from vlm_lora_lab.models.resampler import Resampler
+from vlm_lora_lab.models.resampler import Resampler, attention_maps
 
 TINY = dict(
     hidden_size=64,
@@ -124,6 +124,22 @@ def test_positions_grow_and_stay_right_when_a_larger_picture_comes():
     resampler(torch.randn(1, 40, 16), torch.tensor([[10, 4]]))
     resampler(torch.randn(1, 40, 16), torch.tensor([[4, 10]]))
     assert torch.equal(resampler(x, torch.tensor([[2, 3]])), before)
+
+
+@pytest.mark.parametrize("stored_table", [False, True])
+@pytest.mark.parametrize("temporal_ids", [None, torch.tensor([[0, 3], [0, 4], [1, -1]])])
+def test_attention_maps_are_the_weights_that_the_resampler_uses(stored_table, temporal_ids):
+    torch.manual_seed(0)
+    resampler = Resampler(4, 32, 4, 16, stored_table=stored_table)
+    x, sizes = torch.randn(3, 6, 16), torch.tensor([[2, 3], [2, 2], [1, 3]])
+    maps = attention_maps(resampler, x, sizes, temporal_ids)
+    lengths = [6, 4, 3] if temporal_ids is None else [10, 3]
+    assert maps.shape == (len(lengths), 4, 4, max(lengths))
+    assert [int((m > 0).any(0).any(0).sum()) for m in maps] == lengths  # nothing on padding
+    query, _, value, _ = resampler._inputs(x, sizes, temporal_ids)
+    *_, v = resampler.attn._heads(query, value, value)
+    taken = resampler.attn.out_proj((maps @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(resampler.ln_post(taken) @ resampler.proj, resampler(x, sizes, temporal_ids))
 
 
 def test_equal_widths_leave_the_projection_out_as_upstream_does():

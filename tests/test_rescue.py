@@ -18,10 +18,10 @@ from test_golden_minicpmv import CASES as GOLDEN
 from test_golden_minicpmv import FORWARD, checkpoints  # noqa: F401
 from test_golden_minicpmv import batch_of as golden_batch
 
+from vlm_lora_lab.checkpoint.inspect import inspect_adapter
 from vlm_lora_lab.checkpoint.rescue import write
 from vlm_lora_lab.checkpoint.merge import merge_adapter
-from vlm_lora_lab.checkpoint.rescue import FORMATS, lora_rules, modules_around, place, plain_key, recognise, rescue
-from vlm_lora_lab.checkpoint.rescue.plan import plan_of
+from vlm_lora_lab.checkpoint.rescue import FORMATS, place, plain_key, recognise, rescue
 from vlm_lora_lab.checkpoint.rescue.read import Base
 from vlm_lora_lab.checkpoint.save import load_adapter, read_provenance
 from vlm_lora_lab.cli import main
@@ -30,6 +30,7 @@ from vlm_lora_lab.models.load import load_vlm
 from vlm_lora_lab.models.names import plain_name
 from vlm_lora_lab.models.parts import PARTS, layout_of
 from vlm_lora_lab.models.published import on_meta
+from vlm_lora_lab.plan.exact import lora_rules, modules_around, plan_of
 from vlm_lora_lab.plan.tuning import TuningPlan, lora_layers
 
 # name -> format, family, what re-enacts it
@@ -54,6 +55,26 @@ CASES = {
     "swift": ("swift", "qwen3_vl", foreign.swift),
     "llamafactory": ("llamafactory", "qwen2_vl", foreign.llamafactory),
     "llamafactory-zero3": ("llamafactory", "qwen2_vl", lambda d, b: foreign.llamafactory(d, b, zero3=True)),
+    "llamafactory-tied": (
+        "llamafactory",
+        "qwen2_5_vl",
+        lambda d, b: foreign.llamafactory(d, b, family="qwen2_5_vl"),
+    ),
+    "llamafactory-tied-head": (
+        "llamafactory",
+        "qwen3_vl",
+        lambda d, b: foreign.llamafactory(d, b, family="qwen3_vl", additional=["lm_head"]),
+    ),
+    "llamafactory-tied-embeddings": (
+        "llamafactory",
+        "qwen3_vl",
+        lambda d, b: foreign.llamafactory(d, b, family="qwen3_vl", additional=["embed_tokens"]),
+    ),
+    "llamafactory-tied-zero3": (
+        "llamafactory",
+        "qwen3_vl",
+        lambda d, b: foreign.llamafactory(d, b, zero3=True, family="qwen3_vl"),
+    ),
     "llamafactory-freeze": ("whole", "qwen2_vl", foreign.llamafactory_freeze),
     "recipe": ("recipe", "qwen", foreign.recipe),
 }
@@ -61,8 +82,11 @@ LOST = {
     "minicpmv-2024": {"vision", "connector", "embeddings"},
     "qwenvl": {"embeddings", "head"},
     "llamafactory-zero3": {"embeddings", "head"},
+    "llamafactory-tied-zero3": {"embeddings", "head"},
 }
-FOLDED = {"2u1-vision-lora"}  # LoRA and weight were trained side by side; their sum is rounded once
+# LoRA and weight were trained side by side, or a tie came apart: their sum is rounded once
+APART = {"llamafactory-tied", "llamafactory-tied-head", "llamafactory-tied-embeddings"}
+FOLDED = {"2u1-vision-lora", "llamafactory-tied-zero3", *APART}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +136,7 @@ def test_what_is_in_the_files_comes_back_to_the_last_bit_and_what_is_not_is_name
     report = rescue(folder, base, tmp_path / "out", allow_pickle=True)
     assert report.found.format == fmt and before == {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     assert {x.part for x in report.lost} == LOST.get(name, set()), report
+    assert ("trained apart" in repr(report)) == bool(report.plan is None and "tied" in name)
     again = load_adapter(report.written) if report.plan else load_vlm(report.written)
     if report.plan:
         assert set(load_file(report.written / "adapter_model.safetensors")) and not [
@@ -273,6 +298,7 @@ def test_a_run_in_four_bit_with_the_base_packed_beside_it(tmp_path):
     [
         dict(use_rslora=True),
         dict(use_dora=True),
+        dict(use_dora=True, use_rslora=True),
         dict(rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 32}),
         dict(layers_to_transform=[1]),
     ],
@@ -300,7 +326,7 @@ def test_variants_and_patterns_of_peft(option, bases, tmp_path):
         dict(peft_type="IA3"),
         dict(init_lora_weights="pissa"),
         dict(layer_replication=[[0, 2]]),
-        dict(use_dora=True, use_rslora=True),
+        dict(use_dora=True, init_lora_weights="pissa"),
         dict(lora_alpha=None),
     ],
     ids=str,
@@ -477,7 +503,7 @@ def test_rules_give_lora_to_exactly_the_layers_that_have_it(seed, bases):
         else [n for n in layers if n.endswith(dice.choice(["proj", "c_proj", "attn", "1"]))] or layers[:1]
     )
     sizes = {n: dice.choice([(4, 8.0), (8, 8.0)] if seed % 2 else [(4, 8.0)]) for n in chosen}
-    plan = plan_of(m, sizes, [], {"dropout": 0.0, "variant": "lora"})
+    plan = plan_of(m.model, sizes, [], {"dropout": 0.0, "variant": "lora"})
     plan = TuningPlan.of(json.loads(json.dumps(plan.to_dict())))
     assert {n: (r.rank, float(r.alpha)) for n, r in lora_layers(m.model, plan).items()} == sizes
 
@@ -603,8 +629,8 @@ def test_the_command_line(copied, tmp_path, capsys):
     assert "lost for good" in capsys.readouterr().out and set(PARTS) >= set(LOST["qwenvl"])
 
 
-def test_an_embedding_that_left_its_tie_is_refused_and_one_that_stayed_comes_back(tmp_path):
-    base, batch = tmp_path / "base", None
+def test_an_embedding_that_left_its_tie_is_two_tensors_and_one_that_stayed_comes_back(tmp_path):
+    base = tmp_path / "base"
     tiny_model("gemma3").save_pretrained(base)
     for tying in (False, True):
         torch.manual_seed(0)
@@ -625,13 +651,68 @@ def test_an_embedding_that_left_its_tie_is_refused_and_one_that_stayed_comes_bac
                     p += 0.05 * torch.randn(p.shape)
         folder = tmp_path / f"trained-{tying}"
         model.save_pretrained(folder, save_embedding_layers=False)
-        if not tying:
-            with pytest.raises(InputError, match="apart from"):
-                rescue(folder, base, tmp_path / "no")
-            assert not (tmp_path / "no").exists()
-            continue
-        rescue(folder, base, tmp_path / "yes")
-        batch = batch_of("gemma3", model)
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        with torch.no_grad():
-            assert torch.equal(load_adapter(tmp_path / "yes")(**inputs).logits, model.eval()(**inputs).logits)
+        report = rescue(folder, base, tmp_path / f"out-{tying}")
+        assert report.ok and (report.plan is not None) == tying
+        again = (load_adapter if tying else load_vlm)(report.written)
+        difference = (foreign.logits(again, "gemma3") - foreign.logits(model, "gemma3")).abs().max()
+        assert difference == 0 if tying else difference < 1e-5
+        config = json.loads((base if tying else report.written).joinpath("config.json").read_text())
+        assert load_vlm(report.written if not tying else base).config.tie_word_embeddings == tying, config
+
+
+def test_names_of_older_transformers_are_read_alike_by_all(bases, tmp_path):
+    base, family = bases("qwen2_5_vl"), "qwen2_5_vl"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], modules_to_save=["merger"])
+    model = foreign.train(get_peft_model(load_vlm(base), config, autocast_adapter_dtype=False), family)
+    model.save_pretrained(tmp_path / "run", save_embedding_layers=False)
+    file = tmp_path / "run" / "adapter_model.safetensors"
+    older = {
+        k.replace(".model.language_model.", ".model.").replace(".model.visual.", ".visual."): t
+        for k, t in load_file(file).items()
+    }
+    assert not set(older) & set(load_file(file))
+    save_file(older, file, metadata={"format": "pt"})
+    seen = inspect_adapter(tmp_path / "run", base)
+    assert seen.status == 0 and "names of another version of transformers" in repr(seen), seen
+    assert {(r.part, r.kind, r.tensors) for r in seen.rows} == {("language", "LoRA", 8), ("connector", "in full", 5)}
+    trained = foreign.logits(model, family)
+    report = rescue(tmp_path / "run", base, tmp_path / "out")
+    assert report.ok and torch.equal(foreign.logits(load_adapter(report.written), family), trained)
+    assert torch.equal(foreign.logits(load_adapter(tmp_path / "run", base), family), trained)
+    assert (foreign.logits(merge_adapter(tmp_path / "run", base), family) - trained).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("twin", ["checkpoint-2/converted/default", "checkpoint-2/pissa_converted", "pissa_converted"])
+def test_the_plain_twin_of_a_pissa_adapter_is_named(twin, bases, tmp_path):
+    base, family, run = bases("qwen2_5_vl"), "qwen2_5_vl", tmp_path / "run" / "checkpoint-2"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa")
+    model = get_peft_model(load_vlm(base), config, autocast_adapter_dtype=False)
+    model.peft_config["default"].init_lora_weights = True  # both tools write the start so
+    model.save_pretrained(tmp_path / "start", save_embedding_layers=False)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    foreign.train(model, family).save_pretrained(run, save_embedding_layers=False)
+    with pytest.raises(InputError, match="init_lora_weights 'pissa'.*vlm-lora-lab merge"):
+        rescue(run, base)
+    trained = foreign.logits(model, family)
+    plain, start = tmp_path / "run" / twin, tmp_path / "start"
+    model.save_pretrained(plain, save_embedding_layers=False, path_initial_model_for_weight_conversion=start)
+    with pytest.raises(InputError, match=f"{plain.name} holds the same training as plain LoRA: give that one"):
+        rescue(run, base)
+    assert "holds the same training as plain LoRA" in repr(inspect_adapter(run, base))
+    report = rescue(plain, base, tmp_path / "out")
+    assert report.ok and (foreign.logits(load_adapter(report.written), family) - trained).abs().max() < 1e-4
+
+
+def test_what_a_run_s_settings_say_of_the_base_is_told(copied, bases):
+    folder, base = copied("swift")
+    assert dict(inspect_adapter(folder, base).about)["trained beside"] == "a whole base"
+    (folder / "args.json").write_text('{"quant_bits": 4}')
+    assert dict(inspect_adapter(folder, base).about)["trained beside"] == "a base in 4 bit"
+    (folder / "args.json").unlink()
+    assert dict(inspect_adapter(folder, base).about)["trained beside"] == "not said; taken as a whole base"
+    (folder / "args.json").write_text("{")
+    assert "settings were cannot be read" in repr(inspect_adapter(folder, base))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth"):
+        torch.save({}, folder / name)
+    said = repr(inspect_adapter(folder, base))
+    assert "no weights of the model: optimizer.pt" in said and "missing from this account" not in said

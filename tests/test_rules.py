@@ -179,7 +179,7 @@ def test_variants_train_and_come_back(variant, four_bit, tmp_path):
     model = apply_plan(load_vlm("lab", four_bit=four_bit), plan)
     assert {m.r["default"] for n, m in model.named_modules() if hasattr(m, "lora_A")} == {4, 8}
     assert {m.scaling["default"] for n, m in model.named_modules() if hasattr(m, "lora_A")} == (
-        {2.0} if variant != "rslora" else {16 / 8**0.5, 8 / 4**0.5}
+        {16 / 8**0.5, 8 / 4**0.5} if variant in ("rslora", "rsdora") else {2.0}
     )
     ids = torch.randint(20, 400, (2, 30))
     step(model.train(), dict(input_ids=ids, labels=ids), plan)

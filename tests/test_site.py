@@ -16,6 +16,8 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 
+from real import real
+
 ROOT = Path(__file__).parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -134,7 +136,9 @@ def test_an_old_address_leads_to_the_chapter_that_took_its_place(pages, site):
 
 def test_the_machinery_of_notebooks_stays_behind_the_scenes(pages):
     for name, page in pages.items():
-        assert not re.search(r"^#\|", page.code, re.M) and "'google.colab' in sys.modules" not in page.code, name
+        assert not re.search(r"^#\|", page.code, re.M) and not re.search(r"google\.colab.+sys\.modules", page.code), (
+            name
+        )
     assert (
         "TuningPlan" in pages["25_plan.tuning.html"].code
         and "assert answer == question.answer" not in pages["index.html"].code
@@ -144,6 +148,16 @@ def test_the_machinery_of_notebooks_stays_behind_the_scenes(pages):
 def leads_to(pages, name):
     "Pages that a page has a link to, in its text or in the menu."
     return {urldefrag(urljoin(f"/{name}", link))[0].lstrip("/") for link in pages[name].links}
+
+
+def test_an_issue_is_two_clicks_from_its_answer(pages, site):
+    assert "pages/issues.html" in leads_to(pages, "index.html")
+    text = (site / "pages" / "issues.html").read_text(encoding="utf-8").split("<article")[1].split("</article>")[0]
+    rows = [re.findall(r'href="([^"]+)"', row) for row in re.findall(r"<tr.*?</tr>", text, re.S)[1:]]
+    assert len(rows) > 22
+    for issue, first, *_ in rows:
+        answer = urldefrag(urljoin("/pages/issues.html", first))[0].lstrip("/")
+        assert issue in pages[answer].links, f"{answer} has no word on {issue}"
 
 
 def test_the_front_page_leads_to_every_name_and_to_the_other_language(pages):
@@ -160,7 +174,9 @@ def test_the_tables_are_made_and_lead_to_every_chapter_claim_and_public_name(pag
         return re.findall(r"<tr.*?</tr>", text.split("<article")[1].split("</article>")[0], re.S)
 
     listed = "".join(rows("chapters"))
-    assert [name for name in CHAPTERS if name != "index" and f"{name}.html" not in listed] == []
+    told = {p.stem: f"{p.stem}.html" for p in (ROOT / "nbs" / "zh").glob("*.zh")} if folder == "pages/zh" else {}
+    places = {name: told.get(name.rpartition("/")[2], f"{name}.html") for name in CHAPTERS if name != "index"}
+    assert [name for name, place in places.items() if place not in listed] == []
     assert len(rows("claims")) == 30 and all(".html" in row for row in rows("claims")[1:])
     assert "check-data" in "".join(rows("use"))
     named = "".join(rows("python"))
@@ -266,6 +282,29 @@ def test_three_pages_fit_and_can_be_read(tab, width, scheme, tmp_path):
         picture = keep / f"{name.replace('/', '.')}-{width}-{scheme}.png"
         page.screenshot(path=picture, full_page=True)
         assert picture.stat().st_size > 20_000
+
+
+AXE = """async () => (await axe.run(document, {resultTypes: ["violations"]})).violations
+    .filter(v => ["serious", "critical"].includes(v.impact))
+    .map(v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 200), v.nodes[0].failureSummary].join(" | "))"""
+
+
+@browser_needed
+@pytest.mark.skipif(real("axe.min.js") is None, reason="python tests/real.py fetches axe")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index", *LOOKED_AT, "05_vlm", "75_evaluate.compare", "index_zh"])
+def test_axe_finds_nothing_serious(tab, name, scheme):
+    page = tab(f"{name}.html", 390, scheme)
+    page.add_script_tag(content=real("axe.min.js").decode("utf-8"))
+    assert page.evaluate(AXE) == []
+
+
+def test_a_picture_is_told_in_words(site):
+    for name in CHAPTERS:
+        if not name.startswith("tutorials/"):
+            pictures = re.findall(r"<img [^>]*_images[^>]*>", (site / f"{name}.html").read_text(encoding="utf-8"))
+            told = [re.search(r'alt="([^"]*)"', p)[1] for p in pictures]
+            assert not [alt for alt in told if len(alt) < 40 or alt.startswith("_images")], (name, told)
 
 
 @browser_needed

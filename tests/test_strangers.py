@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vlm_lora_lab.checkpoint.save import load_adapter, save_adapter
 from vlm_lora_lab.cli import main
+from vlm_lora_lab.debug.nan import diagnose, replay, save_case
 from vlm_lora_lab.errors import InputError
 from vlm_lora_lab.lora.patterns import check_patterns, patterns_in, run_patterns
 from vlm_lora_lab.models.files import INDEX, check_links, copy_beside, stored_in
@@ -91,6 +92,79 @@ def test_what_is_no_regular_expression_is_named(plain, pattern):
     say(plain, rank_pattern={pattern: 2})
     with pytest.raises(InputError, match="rank_pattern holds .*, which is no regular expression"):
         load_adapter(plain, "lab")
+
+
+MANY = {f"layers.{i}.q_proj": 2 for i in range(1_000_000)}
+ENORMOUS = {  # field -> value, and what is said of it
+    "layers_to_transform": (list(range(2_000_000)), "2,000,000 entries"),
+    "target_modules": (list(MANY), "1,000,000 entries"),
+    "exclude_modules": (list(MANY), "1,000,000 entries"),
+    "modules_to_save": (list(MANY), "1,000,000 entries"),
+    "rank_pattern": (MANY, "1,000,000 entries"),
+    "alpha_pattern": (MANY, "1,000,000 entries"),
+    "trainable_token_indices": ({"embed_tokens": list(range(2_000_000))}, "2,000,000 entries"),
+    "r": (10**9, "1000000000"),
+}
+
+
+SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("exclude_modules", "modules_to_save", "alpha_pattern")]
+
+
+@pytest.mark.parametrize("field", [*SLOW, *(f for f in ENORMOUS if f not in [p.values[0] for p in SLOW])])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_enormous_lists_and_numbers_are_answered_within_seconds(plain, tmp_path, capsys, command, field):
+    value, says = ENORMOUS[field]
+    say(plain, **{field: value})
+    start = time.process_time()
+    assert main(COMMANDS[command](plain, tmp_path)) == 2
+    said = capsys.readouterr()
+    assert says in said.out + said.err and field in said.out + said.err and len(said.out + said.err) < 5000
+    assert time.process_time() - start < 20 and not (tmp_path / "merged").exists()
+
+
+def test_a_list_longer_than_the_model_and_a_rank_above_the_file_are_refused(plain):
+    say(plain, rank_pattern={f"layers.{i}.q_proj": 2 for i in range(5000)})  # for a large model it may be
+    with pytest.raises(InputError, match="rank_pattern has 5,000 entries, and no adapter of this model needs more"):
+        load_adapter(plain, "lab")
+    say(plain, rank_pattern={"q_proj": 2**20})
+    with pytest.raises(InputError, match=r"rank_pattern\['q_proj'\] is 1048576, and the largest rank in the file is 2"):
+        load_adapter(plain, "lab")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    "What the NaN doctor writes of a step with an adapter."
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}
+    model = apply_plan(load_vlm("lab"), TuningPlan(connector="freeze", rank=2))
+    model.get_parameter(next(n for n, _ in model.named_parameters() if "lora_A" in n)).data.fill_(torch.inf)
+    folder = tmp_path_factory.mktemp("case") / "case"
+    return save_case(folder, model, batch, diagnose(model, batch))
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"target_modules": ENDLESS}, "did not come to its end"),
+        ({"rank_pattern": {"(": 2}}, "no regular expression"),
+        ({"rank_pattern": MANY}, "1,000,000 entries"),
+        ({"r": 10**9}, "largest rank in the file is 2"),
+        ({"target_modules": ["nowhere"]}, "PEFT cannot put this adapter on the model"),
+        ({"r": "many"}, "PEFT cannot put this adapter on the model"),
+    ],
+    ids=["endless", "broken", "million", "rank", "nowhere", "word"],
+)
+def test_a_case_of_a_stranger_is_checked_as_an_adapter_is(case, tmp_path, fields, says):
+    folder = shutil.copytree(case, tmp_path / "case")
+    say(folder, **fields)
+    start = time.process_time()
+    with pytest.raises(InputError, match=says):
+        replay(folder)
+    assert time.process_time() - start < 20
+
+
+def test_the_case_itself_can_be_played(case):
+    told = json.loads((case / "case.json").read_text(encoding="utf-8"))["diagnosis"]
+    assert (replay(case).cause, replay(case).bad) == (told["cause"], tuple(told["bad"]))
 
 
 def test_patterns_match_as_peft_matches_them():
@@ -206,6 +280,30 @@ def test_tensors_of_every_type_are_named(plain, tmp_path, capsys, command, kind)
     layer = name.removeprefix("base_model.model.").removesuffix(".weight")
     assert status == 2 and layer in said.out + said.err, said
     assert {str(kind).removeprefix("torch."), IN_FILES[kind]} & set(re.findall(r"\w+", said.out + said.err))
+
+
+@pytest.mark.parametrize("value", [2**63, -1.5, ["q_proj", 3], {"q_proj": 1}], ids=str)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_no_pattern_is_named(plain, tmp_path, capsys, command, value):
+    say(plain, target_modules=value)
+    status, said = main(COMMANDS[command](plain, tmp_path)), capsys.readouterr()
+    assert status == 2 and "target_modules is" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    "file, field, value",
+    [
+        ("tokenizer_config.json", "extra_special_tokens", -1),
+        ("tokenizer_config.json", "additional_special_tokens", "many"),
+        ("config.json", "pad_token_id", 2**63),
+    ],
+)
+def test_what_no_model_can_be_made_of_is_a_sentence(copied, capsys, file, field, value):
+    path = copied / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert main(["ask", "What is this?", "--model", str(copied)]) == 2
+    said = capsys.readouterr().err
+    assert file in said or str(copied) in said
 
 
 def test_spoilt_folders_end_in_a_sentence(tmp_path):

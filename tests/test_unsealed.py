@@ -235,6 +235,8 @@ def spoil(what, folder, place):
     elif what == "a base of the hub":
         config["base_model_name_or_path"] = "somebody/their-model"
     elif what == "another kind":
+        config["peft_type"] = "IA3"
+    elif what == "AdaLoRA":
         config["peft_type"] = "ADALORA"
     elif what == "weights beside":
         save_file({"x": torch.ones(2)}, folder / "vit.safetensors")
@@ -255,7 +257,8 @@ def spoil(what, folder, place):
     [
         ("no base", "does not say which model", "--base MODEL"),
         ("a base of the hub", "is not on this machine", "--base MODEL"),
-        ("another kind", "ADALORA", "--base"),
+        ("another kind", "merge_and_unload", ""),
+        ("AdaLoRA", "this is PEFT's ADALORA", "--base"),
         ("weights beside", "vit.safetensors", "--base"),
         ("a pickle beside", "non_lora_state_dict.bin", "--allow-pickle"),
         ("keys that fit nowhere", "", "--base"),

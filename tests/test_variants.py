@@ -28,7 +28,7 @@ from vlm_lora_lab.quant.policy import plan_bytes
 from vlm_lora_lab.train.stages import Stage, route
 
 OUTSIDE = [
-    Variant("rsdora", "rsDoRA", {"use_rslora": True, "use_dora": True}),
+    Variant("updora", "orthogonal DoRA", {"use_dora": True, "init_lora_weights": "orthogonal"}),
     Variant("upright", "orthogonal LoRA", {"init_lora_weights": "orthogonal"}),
     Variant("olora", "OLoRA", {"init_lora_weights": "olora"}, takes="the first directions of its QR decomposition"),
 ]
@@ -116,12 +116,12 @@ def test_a_variant_is_recognised_in_peft_s_words(registered, tmp_path):
         "DoRA + rsLoRA",
     ]
     assert title_of({"init_lora_weights": "pissa"}) == "LoRA, started by pissa"
-    both, unknown = {"use_dora": True, "use_rslora": True}, {"init_lora_weights": "olora"}
-    assert variant_of(both).name == "" and variant_of(both).lengths and variant_of(both).scale(8, 4) == 4
+    both, unknown = {"use_dora": True, "init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}
+    assert variant_of(both).name == "" and variant_of(both).lengths and variant_of(both).moves_base
     assert variant_of(unknown).moves_base and not variant_of(unknown).repeatable
     for variant in OUTSIDE:
         registered(variant)
-    assert variant_of(both) is OUTSIDE[0] and title_of(both) == "rsDoRA"
+    assert variant_of(OUTSIDE[0].peft) is OUTSIDE[0]
     assert variant_of(unknown) is OUTSIDE[2] and variant_of(unknown).repeatable
     assert variant_of({"init_lora_weights": "gaussian"}) is VARIANTS["lora"]
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_registered(variant, message, registered):
 
 @pytest.mark.parametrize("variant", OUTSIDE, ids=lambda v: v.name)
 def test_a_variant_from_outside_trains_is_saved_loaded_merged_and_served(variant, registered, tmp_path):
-    with pytest.raises(InputError, match="Write one of lora, rslora, dora, pissa"):
+    with pytest.raises(InputError, match="Write one of lora, rslora, dora, rsdora, pissa"):
         TuningPlan(variant=variant.name)
     registered(variant)
     plan = TuningPlan(variant=variant.name, connector="freeze", rank=4, alpha=8)
@@ -172,7 +172,7 @@ def test_a_variant_from_outside_trains_is_saved_loaded_merged_and_served(variant
     assert all(torch.equal(t, theirs[n]) for n, t in merged.state_dict().items())
     assert dict(inspect_adapter(folder).about)["variant"] == title_of(variant.peft)
     if variant.lengths:
-        with pytest.raises(InputError, match="this adapter is rsDoRA, which vLLM does not serve"):
+        with pytest.raises(InputError, match="this adapter is orthogonal DoRA, which vLLM does not serve"):
             export_adapter(folder, tmp_path / "served", "vllm")
     else:
         served = export_adapter(folder, tmp_path / "served", "vllm")
@@ -184,7 +184,9 @@ def test_what_a_moved_base_forbids_is_forbidden_from_outside_as_well(registered)
     plan = TuningPlan(variant="olora", connector="freeze")
     with pytest.raises(InputError, match="OLoRA takes the first directions of its QR decomposition out of the base"):
         apply_plan(load_vlm("lab", four_bit=True), plan)
-    with pytest.raises(InputError, match="next stage would meet another base. Write variant: lora, rslora or dora"):
+    with pytest.raises(
+        InputError, match="next stage would meet another base. Write variant: lora, rslora, dora or rsdora"
+    ):
         route(on_meta("lab"), [Stage(plan), Stage(TuningPlan())])
     with pytest.raises(InputError, match="variant: olora: PEFT adds .* variant: lora or rslora, or leave"):
         apply_plan(on_meta("lab"), TuningPlan(connector="lora(targets=in_proj_weight) on attn", variant="olora"))
@@ -192,8 +194,8 @@ def test_what_a_moved_base_forbids_is_forbidden_from_outside_as_well(registered)
 
 def test_the_explorer_offers_what_is_registered(registered):
     registered(OUTSIDE[0])
-    seen = PlanExplorer("lab", variant="rsdora", rank=16, alpha=16)
-    assert "rsdora" in seen.widget.children[-2].children[3].options and "LoRA is scaled by 4" in seen._repr_html_()
+    seen = PlanExplorer("lab", variant="updora", rank=16, alpha=16)
+    assert "updora" in seen.widget.children[-2].children[3].options and "LoRA is scaled by 1" in seen._repr_html_()
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])

@@ -6,8 +6,8 @@
 __all__ = ['SEEN', 'PRIVATE', 'STEPS', 'DECLARED', 'Private', 'touches', 'gone', 'taken', 'dispatch_mode', 'operation',
            'backward_node', 'sequence_number', 'tensors_in', 'writes', 'is_stored', 'set_rates', 'attention_of',
            'set_attention', 'opened', 'open_trainer', 'on_one_gpu', 'other_loss', 'switch_checkpointing',
-           'checkpointing_arguments', 'computes_again', 'without_cache_note', 'without_adapters', 'no_false_warning',
-           'plain_kernel']
+           'checkpointing_arguments', 'computes_again', 'without_cache_note', 'autocast_to', 'without_adapters',
+           'no_false_warning', 'plain_kernel']
 
 # %% ../nbs/reference/compat.ipynb #f9960e1e
 from collections.abc import Callable, Iterable, Iterator
@@ -327,6 +327,44 @@ def without_cache_note() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(note)
+
+# %% ../nbs/reference/compat.ipynb #699810d2
+@touches(
+    "torch",
+    "torch.autocast.__enter__",
+    "torch.autocast.device",
+    why="an autocast that is entered inside a forward pass overrules all outside of it",
+)
+@contextmanager
+def autocast_to(
+    dtype: Any,  # float32: autocast is off
+) -> Iterator[None]:
+    "Inside, every autocast that is on computes in another type, those included that are entered later."
+    import torch
+
+    enter, kinds = taken(torch.autocast, "__enter__", "torch"), ("cpu", "cuda")
+    was = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+
+    def change(kind, on):
+        torch.set_autocast_enabled(kind, on and dtype != torch.float32)
+        if on and dtype != torch.float32:
+            torch.set_autocast_dtype(kind, dtype)
+
+    def entered(self):
+        out = enter(self)
+        change(taken(self, "device", "torch"), torch.is_autocast_enabled(self.device))
+        return out
+
+    try:
+        torch.autocast.__enter__ = entered
+        for kind, (on, _) in zip(kinds, was):
+            change(kind, on)
+        yield
+    finally:
+        torch.autocast.__enter__ = enter
+        for kind, (on, old) in zip(kinds, was):
+            torch.set_autocast_enabled(kind, on)
+            torch.set_autocast_dtype(kind, old)
 
 # %% ../nbs/reference/compat.ipynb #5f717159
 @touches("peft", "BaseTunerLayer._disable_adapters", why="`enable_adapters` also changes which weights are trained")

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from errno import EIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +29,7 @@ from .debug.preflight import Check, Preflight, check_steps, filled_up
 from .errors import InputError, check_free, check_writable, claimed, empty_folder, explain_write_errors
 from .errors import unknown_keys, write_json
 from .evaluate.ask import generate_answers
+from .evaluate.language import Language, Text, cost
 from .evaluate.metrics import check_truths, metric_of
 from .evaluate.scores import ExactMatch, Score
 from .models.files import save_vlm
@@ -39,9 +39,9 @@ from .models.published import on_meta, read_json
 from .plan.tuning import PlanTable, TuningPlan, apply_plan, full_modules, lora_layers
 from .quant.policy import Packing
 from .settings import FilePath, Metavar, OneOf, Settings, Within, inside, shown
-from .show import save_figure
+from .show import outliving, save_figure
 from .train.cache import CHOICES, choose_cache, why_not
-from .train.devices import agreeing, check_devices, devices, meet, split_up
+from .train.devices import agreeing, check_devices, devices, meet, split_up, watched_processes
 from .train.identity import DATA, STARTED, Inputs, absolute, changed_since, check_resumed, located, mended
 from .train.run import Best, Interrupted, Schedule, check_length, fit, is_out_of_memory, last_checkpoint
 from .train.run import mix, other_length, steps_done, steps_of
@@ -57,8 +57,11 @@ class Job(Settings):
     output: Annotated[str, FilePath()]  # folder for checkpoints, adapter and report
     model: Annotated[str, FilePath()] = "lab"  # "lab", a folder, or owner/name on the Hugging Face hub
     eval_data: Annotated[str, FilePath()] | None = None  # JSON file of conversations to be asked about afterwards
-    # how those answers are judged: exact, cer, anls, iou or iou@0.5
+    # how those answers are judged: exact, contains, cer, anls, iou or iou@0.5
     metric: Annotated[str, Metavar("NAME")] = "exact"
+    # what the run costs in language: english (a text and a hundred instructions), or a text file; measured before, at
+    # each evaluation, and after
+    watch_text: Annotated[str, FilePath()] | None = None
     # folder that picture paths start from; default: that of the JSON file
     image_root: Annotated[str, FilePath()] | None = None
     allow_pickle: bool = False  # convert pickled weights (*.bin) once, through a reader that runs no code
@@ -191,6 +194,13 @@ def _misplaced(names, where):
     return None
 
 
+def _processor(job):
+    "What prepares the rows of a job."
+    reading = job.reading
+    limits = reading.max_pixels, reading.row_pixels
+    return load_processor(job.model, job.schedule.max_length, reading.drop_turns, *limits)
+
+
 def _checked(path, job, processor, desc, say):
     """Prepare every row of a data file once, before anything expensive happens; say which bad ones are left out, if the
     user wants that."""
@@ -237,16 +247,33 @@ def _answers(job, model, processor, conversations, desc):
         ) from None
 
 
-def _asker(job, processor, conversations):
+def _language(job, given, model, desc):
+    "How well the model speaks. Raises `InputError` where the text does not fit."
+    try:
+        return Language.of(model, given.processor, given.text, desc, job.schedule.batch_size)
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise InputError(
+            f"out of memory while {desc} was measured",
+            str(e).partition("\n")[0][:160],
+            "Leave watch_text out, and measure later: vlm-lora-lab compare --watch-text",
+        ) from None
+
+
+def _asker(job, given):
     "What is measured at each evaluation: the job's metric on a few questions, with its interval; None: nothing."
-    if not conversations or not job.watch.questions:
+    few = some(given.held_out, job.watch.questions, job.schedule.seed) if given.held else []
+    if not given.held or not (few or given.text):
         return None
-    few = some(conversations, job.watch.questions, job.schedule.seed)
 
     def ask(model):
-        score = Score.of(job.metric, _answers(job, model, processor, few, "asking"), few)
-        low, high = score.interval or (score.value, score.value)
-        return {job.metric: score.value, f"{job.metric}_low": low, f"{job.metric}_high": high}
+        found = {}
+        if few:
+            score = Score.of(job.metric, _answers(job, model, given.processor, few, "asking"), few)
+            low, high = score.interval or (score.value, score.value)
+            found = {job.metric: score.value, f"{job.metric}_low": low, f"{job.metric}_high": high}
+        return found | (_language(job, given, model, "language").measures if given.text else {})
 
     return ask
 
@@ -414,7 +441,8 @@ def _check_same(job, output, finished):
         elsewhere |= {"image_root", *(k for k in started.files if asked.get(k))}
         elsewhere |= {"model"} if started.base_sha256 else set()
     for reading in (was.get("reading"), asked["reading"]):
-        (reading or {}).pop("verify", None)
+        for key in ("verify", "workers", "row_pixels"):  # of which the rows do not depend
+            (reading or {}).pop(key, None)
     if _per_step(was.get("schedule")) == _per_step(asked["schedule"]):
         # the same rows in smaller batches make the same step: the way out of a batch that does not fit
         was["schedule"] = asked["schedule"]
@@ -439,7 +467,7 @@ def _check_same(job, output, finished):
 
 def _room(job, resume):
     "The same, for the process that holds the lock."
-    output, made_by_us = Path(job.output), {"job.json", "before.json", "checkpoints", "nan"}
+    output, made_by_us = Path(job.output), {"job.json", "before.json", "language.json", "checkpoints", "nan"}
     checkpoint = last_checkpoint(output / "checkpoints") or where_stopped(output / "checkpoints")
     finished = (output / "report.json").exists()
     if checkpoint is None and resume:
@@ -474,6 +502,7 @@ class _Given:
     files: dict  # file -> how it was looked through
     inputs: Inputs  # what the run starts from, as it is now; hashed by the first process alone
     ancestor: dict | None = None  # the adapter that it goes on from
+    text: Text | None = None  # on which language is measured
 
     @property
     def held_out(self):
@@ -571,8 +600,9 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
     if place:
         check_writable(output)
     _check_here(job, here)
+    text = Text.of(job.watch_text) if job.watch_text else None
     at("model")
-    processor = load_processor(job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels)
+    processor = _processor(job)
     # shapes are enough to see whether plan and data fit, before gigabytes are fetched
     vlm = VLM.of(on_meta(model_folder(job.model, weights=False)))
     at("plan")
@@ -609,12 +639,13 @@ def _prepare(job, resume, say, here, at=lambda name: None, place=True):
             "vision cache",
             "Set vision_cache: off, or vision: freeze in the plan",
         )
-    return _Given(output, processor, new, held, left_out, vlm, files, inputs, ancestor)
+    return _Given(output, processor, new, held, left_out, vlm, files, inputs, ancestor, text)
 
 
 def _begin(job, resume, given, here, say, lock):
     "Make the folder ready, by the first process alone, and ask the questions once before anything is learned."
-    output, asked = given.output, given.held and not resume and not here.sharded
+    output, asks = given.output, not resume and not here.sharded
+    asked, listens = asks and given.held, asks and given.text
     if resume:
         say(f"Resuming from {last_checkpoint(output / 'checkpoints') or where_stopped(output / 'checkpoints')[1]}.")
     if here.first:
@@ -635,6 +666,9 @@ def _begin(job, resume, given, here, say, lock):
     answers = _ask_all(job, given, given.vlm.model, "asking before") if asked else None
     if asked and here.first:
         write_json(output / "before.json", answers)
+    spoken = _language(job, given, given.vlm.model, "language before") if listens else None
+    if spoken and here.first:
+        write_json(output / "language.json", spoken.to_dict())
 
 
 def _ask_all(job, given, model, desc):
@@ -652,21 +686,6 @@ def _ask_after(job, given, model, say):
             f"{given.output / 'adapter'} --data {job.eval_data} --batch-size 1"
         )
         return None
-
-
-def _outliving(say):
-    """The same for a run that outlives its terminal: once that is closed, what is said goes nowhere, and the run goes
-    on."""
-
-    def told(line):
-        try:
-            say(line)
-        except OSError as e:
-            if e.errno != EIO:
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would fail again at the end
-
-    return told
 
 
 def _quiet(line):
@@ -725,11 +744,45 @@ def _marks(job, given, after, say):
     return marks
 
 
+def _spoken(job, given, model, say):
+    "What the run cost in language, for the report; where that cannot be had, what was trained is saved all the same."
+    file = given.output / "language.json"
+    try:
+        before = Language.from_dict(read_json(file), str(file))
+        after = _language(job, given, model, "language after")
+    except (InputError, OSError) as e:
+        found = e.found if isinstance(e, InputError) else f"{file.name} cannot be read ({e.strerror})"
+        say(
+            f"{found}: what the run cost in language is not known, and the adapter is saved all the same. Measure: "
+            f"vlm-lora-lab compare {job.model} {given.output / 'adapter'} --data … --watch-text {job.watch_text}"
+        )
+        return {}
+    if before.sha256 != after.sha256:
+        say(f"{job.watch_text} is another text than before the run: what it cost in language is not known.")
+    else:
+        say(f"language {cost(before, after)}")
+    return {"language": {"before": before.to_dict(), "after": after.to_dict()}}
+
+
+def _with_language(history, report):
+    "The history of a run with language before its first step and after its last, as two more evaluations."
+    if not (spoken := report.get("language")):
+        return history
+    seen = {row["step"] for row in history if "eval_perplexity" in row}
+    points = [(0, spoken["before"]), (report["steps"], spoken["after"])]
+    rows = [
+        {"step": step} | {f"eval_{k}": said[k] for k in ("perplexity", "english") if k in said}
+        for step, said in points
+        if step not in seen
+    ]
+    return sorted([*history, *rows], key=lambda row: row["step"])
+
+
 def _save(job, run, given, vlm, plan, report, here):
     "Save what was trained: an adapter, or a whole model. Says where, for the report."
     output = given.output
     if isinstance(vlm.model, PeftModel):
-        kept = ("steps", "kept", "loss", "exact_match", "score", "stages")
+        kept = ("steps", "kept", "loss", "exact_match", "score", "language", "stages")
         told = {
             "data": {f.path: f.sha256 for f in given.inputs.files.values()},
             "metrics": {k: report[k] for k in kept if k in report},
@@ -758,9 +811,16 @@ def _finish(job, run, given, vlm, plan, doctors, here, say):
         )
     elif given.held and (after := _ask_after(job, given, vlm.model, say)) is not None:
         report |= _marks(job, given, after, say)
+    if job.watch_text and here.sharded:
+        say(
+            f"Language was not measured: under {here.sharded} no process holds the whole model. Ask the adapter: "
+            f"vlm-lora-lab compare {job.model} {output / 'adapter'} --data … --watch-text {job.watch_text}"
+        )
+    elif job.watch_text:
+        report |= _spoken(job, given, vlm.model, say)
     if here.first:
         with explain_write_errors(output):
-            save_figure(training_curve(run.history), output / "loss.png")
+            save_figure(training_curve(_with_language(run.history, report)), output / "loss.png")
     if here.first and (swapped := _swapped(job, given.inputs)):
         report["changed_while_training"] = swapped
         say("\n".join(f"Swapped while it trained: {change}" for change in swapped))
@@ -783,10 +843,10 @@ def train(
 
     Raises `InputError` before anything is written when something that was given cannot be used."""
     here = meet()
-    say = _outliving(say) if here.first else _quiet
-    with agreeing():
-        given = _prepare(job, resume, say, here)
-    with ExitStack() as lock:
+    say = say if here.first else _quiet
+    with ExitStack() as lock, watched_processes(), outliving():  # also its terminal
+        with agreeing():
+            given = _prepare(job, resume, say, here)
         with agreeing():
             _begin(job, resume, given, here, say, lock)
         return _run(job, resume, given, here, say)
@@ -821,7 +881,7 @@ def _learn(job, resume, given, here, say, callbacks):
     folder = given.output / "checkpoints"
     watch: dict[str, Any] = {
         "evaluate_every": job.watch.every,
-        "ask": None if here.sharded else _asker(job, given.processor, given.held_out),
+        "ask": None if here.sharded else _asker(job, given),
     }
     if job.stages:
         staged = fit_stages(
@@ -849,7 +909,7 @@ def _run(job, resume, given, here, say):
             if e.lost
             else "Stopped before the weights were lost, at"
         )
-        (say if here.first or e.diagnosis.cause == "unknown" else print)(f"{what} {e}")
+        say(f"{what} {e}")  # all processes have the diagnosis of the one that saw it
         return {"not_finite_at_step": doctors[-1].bad_steps[-1][0]}
     except Interrupted:
         if here.first:
@@ -894,9 +954,7 @@ def _refused(job, name, error):
     says = str(error)
     if name == "data" and not job.reading.skip_bad_rows:
         with suppress(InputError):
-            processor = load_processor(
-                job.model, job.schedule.max_length, job.reading.drop_turns, job.reading.max_pixels
-            )
+            processor = _processor(job)
             bad = _bad_rows(job, processor)
             if bad:
                 others = f"\nand {len(bad) - 20} others" if len(bad) > 20 else ""

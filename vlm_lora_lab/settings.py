@@ -10,6 +10,7 @@ import inspect
 import io
 import math
 import os
+import sys
 import tokenize
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -138,6 +139,13 @@ def _text(value, limits, name, where):
                 f"{name} is {shown(value)}, with a tab or a line break in it",
                 where,
                 "In double quotes \\t and \\n are those: write / between folders, or single quotes",
+            )
+        if not value.isprintable() and any("\udc80" <= c <= "\udcff" for c in value):  # how Python writes other bytes
+            known = sys.getfilesystemencoding()
+            raise InputError(
+                f"{name} is {shown(value)}, and these bytes are no text in {known}",
+                where,
+                "Rename it" if known == "utf-8" else "Set PYTHONUTF8=1, or rename it",
             )
         longest = max(len(os.fsencode(n)) for n in value.replace("\\", "/").split("/"))
         if longest > _NAME or len(os.fsencode(value)) > _PATH:

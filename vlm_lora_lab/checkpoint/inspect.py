@@ -12,24 +12,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from .save import _STATE, SAYS_CONFIG, SAYS_PROVENANCE, _of_checkpoint, broken_seals, find_base
+from .rescue.signs import settings_in, twins_of
 from .save import check_lora_types, is_base, wrong_in
 from ..compat import no_false_warning
 from ..errors import InputError
 from ..families.base import families, families_of, is_ours
-from ..lora.patterns import check_patterns
-from ..lora.variants import title_of
+from ..lora.patterns import check_patterns, check_ranks
+from ..lora.variants import elsewhere, kept_directions, method_of, title_of
 from ..models.files import FLOATS, account, check_links, stored_in
 from ..models.load import stand_in
-from ..models.names import StoredNames, TensorName, places_of, plain_name
+from ..models.names import StoredNames, TensorName, key_today, name_today, names_of, places_of, plain_name
 from ..models.parts import PARTS, VLM, count
 from ..models.published import lab_folder, on_meta, read_json
 from ..plan.tuning import TuningPlan, full_modules, lora_layers
+from ..scripts.known import bits_in
 from ..show import Html, element, html_list, html_table, readable_file_size, text_lines
 
 # %% ../../nbs/reference/checkpoint.inspect.ipynb #eb8b7edd
@@ -53,8 +55,8 @@ class Holding:
     "What a folder holds of one part."
 
     part: str  # one of `PARTS`, or the beginning of the names if the family is not known
-    # LoRA, in full, a tied copy (of embeddings, as the head), by hand, a table (which is not trained), or weights (of a
-    # whole model)
+    # LoRA, in full, some rows (of embeddings), a tied copy (of embeddings, as the head), beside LoRA (the base's own),
+    # by hand, a table (which is not trained), or weights (of a whole model)
     kind: str
     tensors: int
     weights: int
@@ -211,9 +213,9 @@ def _stored(base, findings):
     try:
         stored = stored_in(base.folder)
         there = {n: _Place(s.file, n, s.shape) for n, s in stored.items() if s.dtype in FLOATS}
-        return there | {
-            new: there[old] for old, new in StoredNames(base.vlm.model, stored).in_model.items() if old in there
-        }
+        there |= {new: there[old] for old, new in StoredNames(base.vlm.model, stored).in_model.items() if old in there}
+        tied = getattr(base.vlm.model, "all_tied_weights_keys", None) or {}  # a head that lies there as its embeddings
+        return {head: there[name] for head, name in tied.items() if name in there} | there
     except InputError as e:
         findings.append(Finding("warning", f"the base could not be compared: {e.found}", e.remedy))
         return None
@@ -293,7 +295,7 @@ def _asked(layer, config):
     "The name under which adapter_config.json speaks of a layer, and the rank and alpha that it gives it."
     packed = f"{layer}.in_proj_weight"  # a parameter without a layer of its own, chapter 25
     name = packed if packed in (config.get("target_parameters") or ()) else layer
-    ranks, alphas = config.get("rank_pattern", {}), config.get("alpha_pattern", {})
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(ranks, name), config.get("r"))
     return name, rank, alphas.get(get_pattern_key(alphas, name), config.get("lora_alpha"))
 
@@ -348,32 +350,49 @@ def _said_of_lora(seen, zero, half, wrong, layers):
     return found
 
 # %% ../../nbs/reference/checkpoint.inspect.ipynb #f8271e7c
-def _check_keys(seen, folder, base):
+def _peft_would(seen, folder, config, base):
+    "Keys that PEFT would ask for, and every key that it has a place for -> shape. Raises what PEFT raises."
+    peft = PeftConfig.from_pretrained(str(folder))
+    peft.base_model_name_or_path = None
+    # the file as PEFT reads it, with fields that were left out above because their values cannot be
+    check_patterns(peft, dict(base.vlm.model.named_modules()), "adapter_config.json")
+    check_ranks(peft, {k: t.shape for k, t in seen.items()}, "adapter_config.json")
+    names = names_of(base.vlm.model)
+    if isinstance(getattr(peft, "target_modules", None), set):
+        peft.target_modules = {name_today(t, names) for t in peft.target_modules}
+    kept = {name_today(layer, names): n for layer, n in kept_directions(config).items()}
+    if peft.peft_type == PeftType.ADALORA:
+        peft.rank_pattern = None  # it would pick directions out of tensors that have no values here
+    with no_false_warning():
+        wrapped = get_peft_model(base.vlm.model, peft, low_cpu_mem_usage=True)
+    wanted = get_peft_model_state_dict(
+        wrapped, state_dict=wrapped.state_dict(keep_vars=True), save_embedding_layers=False
+    )
+    shapes = {k: list(t.shape) for k, t in (dict(wrapped.named_parameters(remove_duplicate=False)) | wanted).items()}
+    for key, said in ((k, TensorName.of(k)) for k in wanted):
+        if said.lora and said.module in kept:
+            shapes[key][said.lora == "lora_B"] = kept[said.module]
+    return set(wanted), {k: tuple(shape) for k, shape in shapes.items()}
+
+# %% ../../nbs/reference/checkpoint.inspect.ipynb #f8271e7d
+def _check_keys(seen, config, folder, base):
     "Which keys PEFT would ask for, and which it would not find a place for."
     if base.vlm is None:
         return []
     try:
-        peft = PeftConfig.from_pretrained(str(folder))
-        peft.base_model_name_or_path = None
-        # the file as PEFT reads it, with fields that were left out above because their values cannot be
-        check_patterns(peft, dict(base.vlm.model.named_modules()), "adapter_config.json")
-        with no_false_warning():
-            wrapped = get_peft_model(base.vlm.model, peft, low_cpu_mem_usage=True)
+        wanted, places = _peft_would(seen, folder, config, base)
     except InputError as e:
         return [Finding("error", f"adapter_config.json: {e.found}", e.remedy)]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError) as e:
-        return [
-            Finding(
-                "error",
-                f"PEFT cannot put this adapter on the base {base.name!r} ({' '.join(str(e).split())[:200]})",
-                "Name the base it was trained on: --base",
-            )
-        ]
-    wanted = get_peft_model_state_dict(
-        wrapped, state_dict=wrapped.state_dict(keep_vars=True), save_embedding_layers=False
-    )
-    found, places = [], dict(wrapped.named_parameters()) | wanted
-    if missing := set(wanted) - set(seen):
+        said, method = " ".join(str(e).split())[:200], method_of(config)
+        if method not in ("LORA", "ADALORA"):  # some look at the values of the base, which has none here
+            return [
+                Finding("note", f"keys and shapes were not compared with the base: PEFT's {method} asks for its values")
+            ]
+        text = f"PEFT cannot put this adapter on the base {base.name!r} ({said})"
+        return [Finding("error", text, "Name the base it was trained on: --base")]
+    found = []
+    if missing := wanted - set(seen):
         found.append(
             _say(
                 "error",
@@ -391,7 +410,7 @@ def _check_keys(seen, folder, base):
                 "Name the base it was trained on: --base",
             )
         )
-    if wrong := [f"{k} {seen[k].shape}" for k in seen if k in places and tuple(places[k].shape) != seen[k].shape]:
+    if wrong := [f"{k} {seen[k].shape}" for k in seen if k in places and places[k] != seen[k].shape]:
         found.append(
             _say(
                 "error",
@@ -460,10 +479,21 @@ def _copies(keys, config, layout):
     ]
 
 
+def _beside(seen):
+    "The base's own weights of embeddings or a head that have LoRA: PEFT writes them along."
+    return [k for k in seen if TensorName.of(k).base_weight and seen[k].same is not False]
+
+
+def _rows(keys):
+    "Rows of embeddings, where PEFT trained some and no others."
+    return [k for k in keys if plain_name(k).endswith(".trainable_tokens_delta")]
+
+# %% ../../nbs/reference/checkpoint.inspect.ipynb #c271636d
 def _check_full(seen, config, layout, provenance, base):
     "What is held in full: asked for or not, the base's own or not, the whole base or not."
     said, saved = {k: TensorName.of(k) for k in seen}, config.get("modules_to_save") or []
-    full = [k for k, t in said.items() if not t.lora and not t.adapter]
+    besides = [*_beside(seen), *_rows(seen)]
+    full = [k for k, t in said.items() if not t.lora and not t.adapter and k not in besides]
 
     def inside(k, m):
         return f".{m}." in f".{plain_name(k)}."
@@ -613,7 +643,7 @@ def _check_origin(provenance, base):
     return found
 
 # %% ../../nbs/reference/checkpoint.inspect.ipynb #a01f9243
-def _check_values(seen):
+def _check_values(seen, config):
     "What no weight should be."
     found = []
     try:
@@ -629,7 +659,8 @@ def _check_values(seen):
                 "Go back to an earlier checkpoint; chapter 65 finds the cause",
             )
         )
-    if empty := [k for k, s in seen.items() if 0 in s.shape]:
+    dropped = {layer for layer, n in kept_directions(config).items() if not n}
+    if empty := [k for k, s in seen.items() if 0 in s.shape and TensorName.of(k).module not in dropped]:
         found.append(
             _say(
                 "error",
@@ -641,7 +672,7 @@ def _check_values(seen):
     return found
 
 # %% ../../nbs/reference/checkpoint.inspect.ipynb #11d739a4
-_COPY = "tied copy"
+_COPY, _OWN = "tied copy", "beside LoRA"  # neither was trained under that name
 
 
 def _holdings(seen, kind_of, layout, ranks):
@@ -658,7 +689,7 @@ def _holdings(seen, kind_of, layout, ranks):
             return "+".join(f"{v:g}" for v in sorted({r[i] for r in mine if isinstance(r[i], (int, float))}))
 
         # they are counted where they are trained
-        weights = 0 if kind == _COPY else sum(torch.Size(seen[k].shape).numel() for k in keys)
+        weights = 0 if kind in (_COPY, _OWN) else sum(torch.Size(seen[k].shape).numel() for k in keys)
         rows.append(Holding(part, kind, len(keys), weights, sum(seen[k].nbytes for k in keys), joined(0), joined(1)))
     return tuple(rows)
 
@@ -694,25 +725,68 @@ def _adapter(folder, base):
     file = folder / "adapter_model.safetensors"
     findings += _check_files(file, config, findings)
     seen = _look([file] if file.is_file() else [], _stored(base, findings), findings)
-    layout = _layout(list(seen), provenance.get("model_type"), base)
     config = _without_endless(config, seen, base, findings)
-    ranks, said = _check_lora(seen, config)
+    ranks, said = ({}, []) if method_of(config) != "LORA" else _check_lora(seen, config)
+    seen, ranks, said = _with_names_of(base, seen, ranks, said)
+    layout = _layout(list(seen), provenance.get("model_type"), base)
     tables, (by_hand, more) = _buffers(seen, provenance, base), _check_full(seen, config, layout, provenance, base)
-    findings += [*_check_values(seen), *said, *more]
+    findings += [*_check_values(seen, config), *said, *more]
     if seen and ((folder / "plan.json").is_file() or provenance.get("plan")):
         findings += _plan_findings(folder, provenance.get("plan"), seen, base, layout)
-    findings += (_check_keys(seen, folder, base) if config and seen else []) + _check_beside(folder, provenance, base)
-    findings += _not_known(base, layout, seen)
+    findings += (_check_keys(seen, config, folder, base) if config and seen else []) + _check_beside(
+        folder, provenance, base
+    )
+    findings += [*_not_known(base, layout, seen), *_twins(folder)]
     copies, by_hand = _copies(seen, config, layout), set(by_hand)
+    own, rows = _beside(seen), _rows(seen)
 
     def kind_of(k):
         if TensorName.of(k).lora:
             return "LoRA"
-        said = ((_COPY, copies), ("table", tables), ("by hand", by_hand))
+        said = ((_OWN, own), ("some rows", rows), (_COPY, copies), ("table", tables), ("by hand", by_hand))
         return next((kind for kind, keys in said if k in keys), "in full")
 
-    about = _about(config, provenance, base, layout)
+    packed = _packed_in_training(folder, provenance, base, findings)
+    about = _about(config, provenance, base, layout, packed)
     return Inspection(folder.name, "adapter", about, _holdings(seen, kind_of, layout, ranks), _sorted(findings))
+
+# %% ../../nbs/reference/checkpoint.inspect.ipynb #6d502a60
+def _variant(config):
+    "What an adapter is, for a reader."
+    if (method := method_of(config)) != "LORA":
+        return f"PEFT's {method}"
+    return title_of(config) if config else "not known"
+
+
+def _with_names_of(base, seen, ranks, said):
+    "What was seen, under the base's names, where the file has those of another version of transformers."
+    known = names_of(base.vlm.model) if base.vlm is not None else ()
+    today = {k: key_today(k, known) for k in seen}
+    if older := [k for k, new in today.items() if k != new]:
+        text = "names of another version of transformers, read as this one has them"
+        said = [*said, _say("note", older, text)]
+    return {today[k]: s for k, s in seen.items()}, {name_today(n, known): r for n, r in ranks.items()}, said
+
+
+def _twins(folder):
+    "The plain LoRA that a tool wrote of an adapter which fits a changed base only."
+    return [
+        Finding("note", f"{twin} holds the same training as plain LoRA", "Use that one") for twin in twins_of(folder)
+    ]
+
+# %% ../../nbs/reference/checkpoint.inspect.ipynb #6d502a61
+def _packed_in_training(folder, provenance, base, findings):
+    "Was the base in 4 bit? As provenance.json, the run's own settings or the base itself say; None: nothing says it."
+    if "four_bit" in provenance:
+        return provenance["four_bit"]
+    try:
+        said = bits_in(settings_in(folder))
+    except InputError as e:
+        findings.append(Finding("warning", f"what this run's settings were cannot be read: {e.found}", e.remedy))
+        said = []
+    config = read_json(base.folder / "config.json") if base.folder is not None else {}
+    packed = (config.get("quantization_config") or {}).get("load_in_4bit")
+    return 4 in said if said else packed
 
 
 def _without_endless(config, seen, base, findings):
@@ -727,19 +801,22 @@ def _without_endless(config, seen, base, findings):
     return config
 
 
-def _about(config, provenance, base, layout):
+def _about(config, provenance, base, layout, packed):
     "Labels and values above the table."
     beside = {True: "a base in 4 bit", False: "a whole base"}
     return (
         ("base", base.name or "not said"),
         ("family", layout.family if layout else "not known"),
-        ("variant", title_of(config) if config else "not known"),
-        ("trained beside", beside.get(provenance.get("four_bit"), "not known")),
+        ("variant", _variant(config)),
+        (
+            "trained beside",
+            beside.get(packed, "not said; taken as a whole base"),
+        ),
         ("versions", ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items()) or "not known"),
         ("data", ", ".join(provenance.get("data") or ()) or "not known"),
     )
 
-
+# %% ../../nbs/reference/checkpoint.inspect.ipynb #6d502a70
 def _check_files(file, config, before):
     "The two files of an adapter, as far as nothing was said of them before."
     findings = []
@@ -759,12 +836,11 @@ def _check_files(file, config, before):
                 "Copy the whole folder",
             )
         )
-    if config and config.get("peft_type") != "LORA":
-        findings.append(
-            Finding(
-                "warning", f"this is PEFT's {config.get('peft_type')}, not LoRA; only names and values are looked at"
-            )
-        )
+    if config and (method := method_of(config)) != "LORA":
+        plain = "Write it as plain LoRA: vlm-lora-lab rescue"
+        remedy = plain if method == "ADALORA" else elsewhere(method)
+        text = f"this is PEFT's {method}, not LoRA; only names, shapes and values are looked at"
+        findings.append(Finding("warning", text, remedy))
     return findings
 
 
@@ -813,7 +889,7 @@ def _model(folder, base):
     there = _stored(base, findings)
     names = StoredNames(here.vlm.model, stored).in_model if here.vlm is not None else {}
     seen = _look(sorted({s.file for s in stored.values()}), there, findings, names)
-    findings += _check_values(seen) + _check_beside(folder, {}, base, adapter=False)
+    findings += _check_values(seen, {}) + _check_beside(folder, {}, base, adapter=False)
     findings += _check_same(seen, base)
     if (folder / "adapter_config.json").exists():
         findings.append(

@@ -28,11 +28,11 @@ from .save import lora_config, read_provenance, take_tokenizer
 from ..data.native import keep_limits, load_processor
 from ..errors import Finding, InputError, complete_or_nothing, empty_folder, unique, write_json
 from ..lora.patterns import check_patterns
-from ..lora.variants import lora_layer, tensor_of, variant_of
+from ..lora.variants import lora_layer, start_elsewhere, tensor_of, variant_of
 from ..models.files import FLOATS, INDEX, copy_beside, save_vlm, shape_of, stored_in
 from ..models.files import true_config, weight_files
 from ..models.load import load_vlm, model_folder
-from ..models.names import LORA, PREFIX, StoredNames, TensorName
+from ..models.names import LORA, PREFIX, StoredNames, TensorName, name_today, names_of
 from ..models.parts import linear_layers, mixed_precision
 from ..models.published import on_meta, read_json
 from ..settings import Within, fitting
@@ -173,17 +173,13 @@ class Adapter:
                 file,
                 "Copy the whole folder again from where it was trained",
             ) from None
-        if (
-            not variant_of(self.config).repeatable
-            or self.config.lora_bias
-            or self.config.layer_replication
-            or self.config.use_qalora
-        ):
+        variant = variant_of(self.config)
+        if not variant.repeatable or self.config.lora_bias or self.config.layer_replication or self.config.use_qalora:
             raise InputError(
                 f"init_lora_weights={self.config.init_lora_weights!r}, lora_bias={self.config.lora_bias}: this variant "
                 "is not merged here",
                 self.folder / "adapter_config.json",
-                "Merge it with PEFT's merge_and_unload",
+                "Merge it with PEFT's merge_and_unload" if variant.repeatable else start_elsewhere(variant),
             )
         if other := [p for p in self.config.target_parameters or () if not p.endswith(".in_proj_weight")]:
             raise InputError(
@@ -215,6 +211,15 @@ class Adapter:
                 self.copies[said.plain] = key
             else:
                 self.full[said.plain] = key
+
+    def name_as(
+        self,
+        known: set[str],  # from `names_of` (models.names), of its base
+    ) -> None:
+        "Take the base's names, where the file has those of another version of transformers."
+        self.full = {name_today(n, known): k for n, k in self.full.items()}
+        self.copies = {name_today(n, known): k for n, k in self.copies.items()}
+        self.loras = {name_today(n, known): lora for n, lora in self.loras.items()}
 
 # %% ../../nbs/reference/checkpoint.merge.ipynb #2fd80dac
 def _layer(adapter, module, keys):
@@ -387,6 +392,7 @@ def changes(
 
     Raises `InputError` for what the adapter holds and the base has no place for."""
     stored, model = stored_in(source), on_meta(source)
+    adapter.name_as(names_of(model))
     known = StoredNames(model, stored)
     names = known.in_files  # a tensor that is rebuilt is not in there: it can be copied, but not changed
     packed = {n for n, s in stored.items() if s.dtype in ("NF4", "FP4")}

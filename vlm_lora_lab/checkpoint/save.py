@@ -45,16 +45,18 @@ from ..compat import no_false_warning
 from ..data.batch import BaseProcessor
 from ..data.native import keep_limits, load_processor
 from ..errors import InputError, complete_or_nothing, empty_folder, json_value, unique, write_json
-from ..lora.patterns import check_patterns
+from ..lora.patterns import check_patterns, check_ranks, too_long
+from ..lora.variants import elsewhere, method_of
 from ..models.files import check_links, copy_beside, stored_in
 from ..models.load import load_tokenizer, load_vlm, model_folder, stand_in
+from ..models.names import TensorName, key_today, names_of
 from ..models.names import TensorName
 from ..models.parts import VLM, layout_of
 from ..models.precision import not_finite
 from ..models.published import on_meta, read_json
 from ..models.tokenizer import picture_file
 from ..plan.tuning import TuningPlan, audit, full_parameters, lora_layers
-from ..settings import FilePath, OneOf, Within, fitting
+from ..settings import FilePath, OneOf, Within, fitting, shown
 from ..show import package_versions
 from ..train.identity import STARTED, file_sha256, located
 from ..train.run import last_checkpoint
@@ -539,6 +541,12 @@ SAYS_CONFIG: dict[str, Any] = {
     "base_model_name_or_path": str | None,
     "alora_invocation_tokens": tuple[Annotated[int, Within(0, 2**31)], ...] | None,
 }
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")  # a text or a list of texts
+_LORAS_OWN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_parameters")  # others mean something else
+
+
+def _several(value):
+    return value if isinstance(value, list) else [value]
 
 
 def wrong_in(
@@ -546,19 +554,27 @@ def wrong_in(
     kinds: dict[str, Any],  # what its fields should be: `SAYS_PROVENANCE` or `SAYS_CONFIG`
     where: str,  # the file
 ) -> dict[str, InputError]:  # field -> what is wrong with it
-    "Fields of another type than they should have, or with a number that cannot be. What is not there is not wrong."
-    said = {n: (v, kinds[n]) for n, v in values.items() if n in kinds}
-    for n, kind in (("rank_pattern", _RANK), ("alpha_pattern", _ALPHA)):
-        if n in kinds and isinstance(values.get(n), dict):
+    """Fields of another type than they should have, with a number that cannot be, or longer than any model needs. What
+    is not there is not wrong, nor is a rank of a method of PEFT's that means something else by it."""
+    found = too_long(values, where=where) if "rank_pattern" in kinds else {}
+    remedy = "Copy the whole folder again from where it was trained"
+    for n in _PATTERNS if "rank_pattern" in kinds else ():
+        pattern = values.get(n)
+        if n not in found and pattern is not None and not all(isinstance(v, str) for v in _several(pattern)):
+            found[n] = InputError(f"{n} is {shown(pattern)}, and no pattern", where, remedy)
+    method = method_of(values) if "peft_type" in kinds else "LORA"
+    if method not in ("LORA", "ADALORA"):
+        kinds = {n: k for n, k in kinds.items() if n not in _LORAS_OWN}
+    said = {n: (v, kinds[n]) for n, v in values.items() if n in kinds and n not in found}
+    rank = tuple[bool, ...] if method == "ADALORA" else _RANK  # which directions it kept
+    for n, kind in (("rank_pattern", rank), ("alpha_pattern", _ALPHA)):
+        if n in said and isinstance(values[n], dict):
             said |= {f"{n}[{k!r:.60}]": (v, kind) for k, v in values[n].items()}
-    found = {}
     for name, (value, kind) in said.items():
         try:
             fitting(value, kind, name, where)
         except InputError as e:
-            found[name.partition("[")[0]] = InputError(
-                e.found, where, "Copy the whole folder again from where it was trained"
-            )
+            found[name.partition("[")[0]] = InputError(e.found, where, remedy)
     return found
 
 
@@ -855,12 +871,9 @@ def _of_plain(folder, base):
     named = config.get("base_model_name_or_path")
     base = base or (find_base(named, folder) if named else None)
     command = rescue_command(folder, base)
-    if config.get("peft_type", "LORA") != "LORA":
-        raise InputError(
-            f"this is PEFT's {config['peft_type']}, and LoRA is what is read here",
-            folder,
-            f"See what can be kept of it: {command}",
-        )
+    if (method := method_of(config)) != "LORA":
+        remedy = f"Write it as plain LoRA: {command}" if method == "ADALORA" else elsewhere(method)
+        raise InputError(f"this is PEFT's {method}, and LoRA is what is read here", folder, remedy)
     _refuse_others_beside(folder, command)
     if base is None:
         raise InputError(
@@ -1002,7 +1015,9 @@ def _wrap(model, config, weights, folder):
             folder,
             "Leave the base to load_adapter, or load it with whole=[…]",
         )
-    check_patterns(config, dict(model.named_modules()), Path(folder) / "adapter_config.json")
+    where = Path(folder) / "adapter_config.json"
+    check_patterns(config, dict(model.named_modules()), where)
+    check_ranks(config, {k: t.shape for k, t in weights.items()}, where)
     try:
         with no_false_warning():
             return get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -1039,6 +1054,7 @@ def load_adapter(
             base, four_bit=provenance["four_bit"] if four_bit is None else four_bit, whole=_kept_whole(weights)
         )
     with _or_rescue(folder, provenance):
+        weights = {key_today(k, names): t for names in [names_of(model)] for k, t in weights.items()}
         adapted = _wrap(model, config, weights, folder)
         places = _places(adapted, weights, folder)
     config.base_model_name_or_path = provenance["base"]

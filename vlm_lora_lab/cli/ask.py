@@ -7,9 +7,10 @@ __all__ = ['SHORT', 'LONG', 'takes', 'run']
 
 # %% ../../nbs/reference/cli.ask.ipynb #de3c0d4e
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
-from .options import FILE, FOLDER, MODEL, PIXELS, TOKENS, add_quick
+from .options import FILE, FOLDER, MODEL, PIXELS, TOKENS, add_quick, add_row_pixels
 
 SHORT = "ask a model, or a model with an adapter, one question"
 LONG = """\
@@ -46,11 +47,15 @@ def takes(parser: ArgumentParser) -> None:
         help="most pixels that the model looks at of one picture (default: 0, as the adapter was trained, or as the "
         "model's files say)",
     )
+    parser.add_argument(
+        "--max-length", **TOKENS, default=2048, help="longest question, tokens, pictures included (default: 2048)"
+    )
+    add_row_pixels(parser)
     add_quick(parser)
 
 # %% ../../nbs/reference/cli.ask.ipynb #e54efb29
-def _asked(given):
-    "(model, processor) that answer."
+def _asked(given, question):
+    "(model, processor) that answer; the question is looked at before a model is loaded."
     from vlm_lora_lab.checkpoint.save import adapter_processor, load_adapter, read_provenance
     from vlm_lora_lab.data.native import load_processor
     from vlm_lora_lab.models.load import load_vlm, model_folder
@@ -60,10 +65,12 @@ def _asked(given):
     if given.allow_pickle:
         model_folder(base, allow_pickle=True)
     if given.adapter:
-        processor = adapter_processor(given.adapter, base, max_pixels=given.max_pixels)
-        return load_adapter(given.adapter, base, quick=given.quick), processor
-    processor = load_processor(base, max_pixels=given.max_pixels)
-    return load_vlm(base), processor
+        processor = adapter_processor(given.adapter, base, given.max_length, given.max_pixels)
+    else:
+        processor = load_processor(base, given.max_length, max_pixels=given.max_pixels)
+    processor = replace(processor, row_pixels=given.row_pixels)
+    processor.measure(question, answer=False)
+    return load_adapter(given.adapter, base, quick=given.quick) if given.adapter else load_vlm(base), processor
 
 
 def run(given: Namespace) -> int:
@@ -72,6 +79,6 @@ def run(given: Namespace) -> int:
     from vlm_lora_lab.evaluate.ask import generate_answers
 
     question = ask(given.question, "", *map(Path, given.image), id="of the command line")
-    model, processor = _asked(given)
+    model, processor = _asked(given, question)
     print(generate_answers(model, processor, [question], max_new_tokens=given.max_new_tokens)[0])
     return 0

@@ -11,7 +11,7 @@ import os
 from argparse import ArgumentParser, Namespace
 
 from .files import check_new, write_report
-from .options import FILE, FOLDER, PIXELS, TOKENS, add_allowed, add_image_root, within
+from .options import FILE, FOLDER, PIXELS, TOKENS, add_allowed, add_image_root, add_row_pixels, within
 
 SHORT = "look at every record of a data file, and say what is wrong"
 LONG = """\
@@ -79,6 +79,7 @@ def takes(parser: ArgumentParser) -> None:
         "there (default: decode)",
     )
     add_allowed(parser)
+    add_row_pixels(parser)
     _report_options(parser)
 
 # %% ../../nbs/reference/cli.check_data.ipynb #a1e7ab63
@@ -90,11 +91,13 @@ def _check(given):
     if given.model:
         from vlm_lora_lab.data.native import load_processor
 
-        processor = load_processor(given.model, given.max_length, given.drop_turns, given.max_pixels)
+        limits = given.max_pixels, given.row_pixels
+        processor = load_processor(given.model, given.max_length, given.drop_turns, *limits)
     light = given.pictures == "none" and not given.model  # then the work is less than sending it elsewhere
-    workers = given.workers or (1 if light else min(os.cpu_count() or 1, 16))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = given.workers or (1 if light else min(cores, 16))
     where = given.image_root, given.against, given.pictures, workers, given.allow_outside, given.allow_urls
-    return check_data(given.file, processor, *where, progress=True)
+    return check_data(given.file, processor, *where, given.row_pixels, progress=True)
 
 
 def run(given: Namespace) -> int:

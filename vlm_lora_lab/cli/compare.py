@@ -9,7 +9,7 @@ __all__ = ['SHORT', 'LONG', 'add_questions', 'add_limits', 'takes', 'run']
 from argparse import ArgumentParser, Namespace
 
 from .options import FILE, FOLDER, PIXELS, ROWS, TOKENS, WORKERS, add_allowed, add_image_root
-from .options import add_quick, read_path
+from .options import add_quick, add_row_pixels, read_path
 
 SHORT = "ask checkpoints the same questions: which is better, and for sure?"
 LONG = """\
@@ -37,12 +37,18 @@ def add_questions(parser: ArgumentParser) -> None:
         "--metric",
         action="append",
         metavar="NAME",
-        help="exact, cer, anls, iou or iou@0.5; repeat for several (default: exact)",
+        help="exact, contains, cer, anls, iou or iou@0.5; repeat for several (default: exact)",
     )
     parser.add_argument(
         "--output",
         **FOLDER,
         help="for answers, report and figures: new, empty, or of an earlier comparison (default: nothing is written)",
+    )
+    parser.add_argument(
+        "--watch-text",
+        type=read_path,
+        metavar="english|FILE",
+        help="measure how well each speaks, too: on a text and a hundred instructions (english), or on a text file",
     )
     parser.add_argument("--model", **FOLDER, help="another place of the adapters' base model")
     add_quick(parser)
@@ -79,6 +85,7 @@ def add_limits(parser: ArgumentParser) -> None:
         help="most pixels that a model looks at of one picture (default: 0, as an adapter was trained, or as the "
         "model's files say)",
     )
+    add_row_pixels(parser)
 
 # %% ../../nbs/reference/cli.compare.ipynb #ebf5446b
 def takes(
@@ -108,8 +115,10 @@ def run(given: Namespace) -> int:
         allow_outside=given.allow_outside,
         allow_urls=given.allow_urls,
         max_pixels=given.max_pixels,
+        row_pixels=given.row_pixels,
     )
-    limits = {n: getattr(given, n) for n in ("batch_size", "max_new_tokens", "max_length", "allow_pickle", "quick")}
+    names = "batch_size", "max_new_tokens", "max_length", "allow_pickle", "quick", "watch_text"
+    limits = {n: getattr(given, n) for n in names}
     try:
         compare(given.checkpoints, given.data, given.metric or ["exact"], *places, reading, **limits)
     except KeyboardInterrupt:  # it has said what is kept

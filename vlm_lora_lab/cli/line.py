@@ -15,6 +15,7 @@ from types import ModuleType
 
 from .options import check_paths, given_twice
 from ..errors import InputError, nearest
+from ..show import outliving
 
 # %% ../../nbs/reference/cli.line.ipynb #4eb1320d
 COMMANDS = (  # in the order of --help
@@ -98,11 +99,8 @@ def options_of(parser: ArgumentParser, argv: list[str]) -> Namespace:
 _REFUSED = (EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS)  # by the file system
 
 
-def main(
-    argv: list[str] | None = None,  # None: from the command line
-) -> int:  # exit status: 0 done, 1 warnings or a step that was not finite, 2 bad input, 130 stopped
-    "The command `vlm-lora-lab`."
-    argv = sys.argv[1:] if argv is None else list(argv)
+def _obey(argv):
+    "Do what the words of the command line say; the exit status."
     if int(os.environ.get("RANK", "0")):
         os.environ["TQDM_DISABLE"] = "1"  # of several processes only the first one draws bars
     name = argv[0] if argv and argv[0] in COMMANDS else overview().parse_args(argv).command
@@ -128,3 +126,23 @@ def main(
     except KeyboardInterrupt:
         say("stopped before anything was finished.")
         return 130
+
+
+def main(
+    argv: list[str] | None = None,  # None: from the command line
+) -> int:
+    """The command `vlm-lora-lab`.
+
+    Its exit status: 0 done, 1 warnings or a step that was not finite, 2 bad input or a full standard output, 130
+    stopped. Who closes the pipe behind it early changes nothing."""
+
+    def told(status):
+        out.flush()
+        return max(status, 2 if out.full else 0)
+
+    with outliving() as out:
+        try:
+            return told(_obey(sys.argv[1:] if argv is None else list(argv)))
+        except SystemExit as stop:  # of argparse: after --help, or for a flag that it does not know
+            stop.code = told(int(stop.code or 0))
+            raise

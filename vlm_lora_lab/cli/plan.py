@@ -30,7 +30,7 @@ def takes(parser: ArgumentParser) -> None:
     add_plan(parser)
 
 # %% ../../nbs/reference/cli.plan.ipynb #08c20525
-def _plan(given):
+def _plan(given, model):
     "(plan, what was said of it), from flags of ours or of another script."
     from vlm_lora_lab.scripts.known import from_flags
     from vlm_lora_lab.plan.tuning import TuningPlan
@@ -43,7 +43,7 @@ def _plan(given):
     if not given.flags:
         return plan, said
     script, flags = read_flags(given.flags)
-    was = from_flags(script, **flags)
+    was = from_flags(script, model, **flags)
     print(f"{was}\n")
     return was.plan, was.plan.to_dict()
 
@@ -56,13 +56,13 @@ def run(given: Namespace) -> int:
     from vlm_lora_lab.plan.preview import Preview
     from vlm_lora_lab.plan.tuning import full_modules
 
-    plan, said = _plan(given)
+    vlm = VLM.of(on_meta(given.model))
+    plan, said = _plan(given, vlm.model)
     if given.stages:
         from vlm_lora_lab.train.stages import read_stages, route
 
-        print(route(on_meta(given.model), read_stages(read_configuration(given.stages, list), said)))
+        print(route(vlm, read_stages(read_configuration(given.stages, list), said)))
         return 0
-    vlm = VLM.of(on_meta(given.model))
     preview = Preview.of(vlm, plan)
     check_stored(given.model, full_modules(vlm, plan))
     if copy := packed_copy(given.model):

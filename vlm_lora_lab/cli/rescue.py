@@ -19,8 +19,8 @@ Say what another script's checkpoint holds and what is lost for good, and write 
   vlm-lora-lab rescue runs/old --base path/to/base --flags minicpmv use_lora=true tune_llm=false  the flags it ran \
 with, if you know them
 
-Known are the scripts of MiniCPM-V, Qwen-VL and Qwen3-VL, 2U1/Qwen-VL-Series-Finetune, ms-swift, LLaMA-Factory, and \
-whole models.
+Known are the scripts of MiniCPM-V, Qwen-VL and Qwen3-VL, 2U1/Qwen-VL-Series-Finetune, ms-swift, LLaMA-Factory, \
+plain folders of PEFT's (TRL, axolotl, unsloth), and whole models.
 Status: 0 nothing lost, 1 something lost or suspicious, 2 not readable."""
 
 # %% ../../nbs/reference/cli.rescue.ipynb #546ad4d7

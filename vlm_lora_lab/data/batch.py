@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['SLICED', 'SQUARE', 'Sliced', 'Square', 'slices_within', 'BaseProcessor', 'prepared', 'Processor', 'WorkerError',
-           'Samples', 'pad_texts', 'Collator', 'ByLength', 'loader', 'Reading', 'Skipped', 'Checked', 'check_rows']
+           'Samples', 'WorkerLost', 'watched_workers', 'pad_texts', 'Collator', 'ByLength', 'loader', 'Reading',
+           'Skipped', 'Checked', 'check_rows']
 
 # %% ../../nbs/reference/data.batch.ipynb #44806558
+import re
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing import active_children
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -23,7 +27,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .media import Conversation
+from .files import LIMITS
+from .media import Conversation, check_together
 from .slicing import CLIP_MEAN, CLIP_STD, HALF, Colours, cut_of, tiles_of
 from .slicing import to_patches, to_square
 from .tokens import IGNORE, Encoded, Words, drop_turns, encode, named_tokens
@@ -136,6 +141,9 @@ class BaseProcessor(ABC):
     # tokens that the model's configuration names: commands, as in `control_tokens`
     named: tuple[str, ...] = field(default=(), kw_only=True)
 
+    # most pixels of all pictures of a row
+    row_pixels: int = field(default=LIMITS.row_pixels, kw_only=True)
+
     echoes: ClassVar[bool] = False  # does the model's `generate` return the prompt as well?
 
     @abstractmethod
@@ -148,7 +156,11 @@ class BaseProcessor(ABC):
 
     @abstractmethod
     def pictures(self, images: list[Image.Image]) -> dict:
-        "What the vision tower sees of the pictures of a row."
+        "What the vision tower sees of some pictures."
+
+    @abstractmethod
+    def joined(self, seen: list[dict]) -> dict:
+        "What `pictures` made of each picture of a row, as it would have made it of all."
 
     @abstractmethod
     def tiles(self, image: Image.Image) -> tuple[tuple[Image.Image, ...], tuple[int, int] | None]:
@@ -170,9 +182,14 @@ class BaseProcessor(ABC):
     def collate(self, rows: list[dict], side: str = "right") -> dict[str, torch.Tensor]:
         "One batch, as the model wants it; padded on the right to learn, on the left to generate."
 
-    def measure(self, conversation: Conversation) -> Encoded:
+    def measure(
+        self,
+        conversation: Conversation,
+        answer: bool = True,  # with the answer, or only the prompt
+    ) -> Encoded:
         "What `__call__` would make of the text, with only the headers of the pictures read."
-        return self.encode(conversation, [self.grid(m.size(conversation.where)) for m in conversation.media])
+        sizes = self._sizes(conversation.media, conversation.where)
+        return self.encode(conversation, [self.grid(s) for s in sizes], answer)
 
     def __call__(
         self,
@@ -180,16 +197,30 @@ class BaseProcessor(ABC):
         answer: bool = True,  # with the answer and labels, or only the prompt
     ) -> dict:  # one row, for `collate`
         "Tokens, labels and pictures of one conversation. Raises `InputError`."
-        images = conversation.pixels()
-        e = self.encode(conversation, [self.grid(i.size) for i in images], answer)
-        kept = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
+        media, where = [m.fetched(conversation.where) for m in conversation.media], conversation.where
+        sizes = self._sizes(media, where)
+        e = self.encode(conversation, [self.grid(s) for s in sizes], answer)
+        kept = slice(len(media) - len(drop_turns(conversation, e.dropped).images), None)
         return {
             "input_ids": e.input_ids,
             "labels": e.labels,
             "image_bound": e.image_bound,
             "dropped": e.dropped,
-            **self.pictures(kept),
+            **self.joined([self._seen(m, s, where) for m, s in zip(media[kept], sizes[kept])]),
         }
+
+    def _sizes(self, media, where):
+        "Width and height of each picture of a row. Raises `InputError` where they are too many pixels together."
+        sizes = [m.size(where) for m in media]
+        check_together(sizes, where, self.row_pixels)
+        return sizes
+
+    def _seen(self, medium, size, where):
+        "What the vision tower sees of a picture; its pixels are let go before the next one is opened."
+        image = medium.pixels(where)
+        if image.size != size:
+            raise InputError(f"a picture of {size} in its header has {image.size} pixels", where, "Save it again")
+        return self.pictures([image])
 
 # %% ../../nbs/reference/data.batch.ipynb #7b5aef15
 def prepared(
@@ -283,6 +314,9 @@ class Processor(BaseProcessor):
     def pictures(self, images: list[Image.Image]) -> dict:
         return {"patches": [p for image in images for p in self.eyes.patches(self, image)]}
 
+    def joined(self, seen: list[dict]) -> dict:
+        return {"patches": [p for one in seen for p in one["patches"]]}
+
     def tiles(self, image: Image.Image) -> tuple[tuple[Image.Image, ...], tuple[int, int] | None]:
         return self.eyes.tiles(self, image)
 
@@ -329,6 +363,67 @@ class Samples(Dataset):
             if get_worker_info() is None:
                 raise
             raise WorkerError(str(e)) from None
+
+# %% ../../nbs/reference/data.batch.ipynb #3f8e2102
+_LOST = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)\.?(?: It is| Details|$)", re.M)
+
+
+class WorkerLost(InputError):
+    "A worker process that ended before its work was done."
+
+    @classmethod
+    def of(
+        cls,
+        error: Exception,
+        where: str = "",  # what was done, for the message
+    ) -> "WorkerLost | None":  # None: it is another error
+        "What PyTorch says of a worker, as a sentence."
+        if isinstance(error, MemoryError):
+            ran_out = "in DataLoader worker" in str(error)
+            return cls("a worker process ran out of memory", where, _FEWER) if ran_out else None
+        if isinstance(error, (ConnectionError, EOFError)):  # in the middle of a tensor that it sent
+            return cls("a worker process was killed", where, _FEWER)
+        found = _LOST.search(str(error.__cause__)) or _LOST.search(str(error))  # the cause knows the signal
+        if found is None:
+            return None
+        who, what = f"a worker process ({found[1]})", found[2].removeprefix("is ").rstrip(". ")
+        if "Bus error" in what:
+            more = "Write workers: 0 (--workers), or give a container more of it: docker run --shm-size=8g"
+            return cls(f"{who} found no room in shared memory (/dev/shm)", where, more)
+        if "signal" in what and "Killed" not in what:
+            return cls(f"{who} was {what}", where, "Write workers: 0 (--workers) to see what ends it")
+        return cls(f"{who} was killed, or {what}" if "signal" not in what else f"{who} was killed", where, _FEWER)
+
+
+_FEWER = "Most likely memory ran out: give fewer workers (--workers), smaller pictures, or more memory"
+
+
+def _ended(before):
+    "End all worker processes but those of before; were there none left?"
+    with suppress(RuntimeError):  # PyTorch says of each that it is gone, at any moment
+        others = [w for w in active_children() if w not in before]
+        for worker in others:
+            worker.kill()  # it would wait five seconds for each
+        for worker in others:
+            worker.join()
+        return not others
+
+
+@contextmanager
+def watched_workers(
+    where: str = "",  # what is done, for the message
+) -> Iterator[None]:
+    "Raises `WorkerLost` where a worker process of a `DataLoader` is lost inside; then the others end as well."
+    before = active_children()
+    try:
+        yield
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as e:
+        lost = WorkerLost.of(e, where)
+        if lost is None:
+            raise
+        while not _ended(before):
+            pass
+        raise lost from None
 
 # %% ../../nbs/reference/data.batch.ipynb #0ce5ba96
 def pad_texts(
@@ -440,6 +535,7 @@ class Reading(Settings):
     verify: bool = False  # know pictures by their bytes, not by size and time, when a run starts, goes on and ends
     # most pixels that the model looks at of one picture (MiniCPM-V: fewer slices); 0: what its own files say
     max_pixels: Annotated[int, Within(0, 10**9)] = 0
+    row_pixels: Annotated[int, Within(1, 10**12)] = LIMITS.row_pixels  # most pixels of all pictures of a row, as stored
 
 
 @dataclass(frozen=True)
@@ -513,20 +609,22 @@ def check_rows(
     unread = Counter()
     context = 0
     probe = DataLoader(_Probe(conversations, processor, learned), batch_size=None, num_workers=reading.workers)
-    for i, (length, turns, (more, silent), wrong) in enumerate(
-        tqdm(probe, desc=desc, leave=False, **({"disable": True} if len(conversations) < 100 else {}))
-    ):
-        if wrong is None:
-            good.append(i)
-            lengths.append(length)
-            dropped += turns > 0
-            unread.update(more)
-            context += silent
-            continue
-        error = InputError(*wrong[1:])
-        if not reading.skip_bad_rows:
-            raise error
-        skipped.append(Skipped(i, wrong[0], str(error)))
+    # tqdm's own iterator would start all workers twice
+    bar = tqdm(total=len(probe), desc=desc, leave=False, **({"disable": True} if len(conversations) < 100 else {}))
+    with bar, watched_workers(desc):
+        for i, (length, turns, (more, silent), wrong) in enumerate(probe):
+            bar.update()
+            if wrong is None:
+                good.append(i)
+                lengths.append(length)
+                dropped += turns > 0
+                unread.update(more)
+                context += silent
+                continue
+            error = InputError(*wrong[1:])
+            if not reading.skip_bad_rows:
+                raise error
+            skipped.append(Skipped(i, wrong[0], str(error)))
     if not good:
         raise InputError(
             f"no row is left; all {len(skipped)} are bad, the first because: {skipped[0].reason}",

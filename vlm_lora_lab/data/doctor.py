@@ -10,20 +10,21 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .batch import BaseProcessor
+from .batch import BaseProcessor, watched_workers
 from .dialects import DIALECTS, dialect_of
-from .files import Inline, Remote, Rows, parse_json
-from .media import MENTION, RecordError, Unread, load_image, numbered, opened, picture_size
+from .files import LIMITS, Inline, Remote, Rows, parse_json
+from .media import MENTION, RecordError, Unread, check_together, load_image, numbered, opened
+from .media import picture_size
 from .records import Access, parse_record
 from .tokens import IGNORE
 from ..errors import InputError
@@ -145,6 +146,11 @@ def look(
         for severity, text in odd:
             say(severity, "picture", text, field=f"picture {i}")
         sizes.append(size)
+        try:
+            check_together(filter(None, sizes), "", access.limits.row_pixels)
+        except InputError as e:
+            say("error", "picture", e.found, e.remedy)
+            break
         seen.append(key)
     tokens = learned = None
     if processor and len(sizes) == len(conversation.images) and None not in sizes:
@@ -415,40 +421,48 @@ def _page_of(report, show):
     return f'<!doctype html><html lang="en">{head}<body>{_body_of(report, show)}</body></html>\n'
 
 # %% ../../nbs/reference/data.doctor.ipynb #1eb0e011
-_WORK = {}  # what a worker needs, set once
+_CHUNK = 64  # records
 
 
-def _start(*work):
+def _deaf(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    _WORK["of"] = work
 
 
-def _looks(numbers):
-    return _look_at(*_WORK["of"], numbers)
+@dataclass
+class _Looks(Dataset):
+    "What there is to see in the records of a file, some at a time."
+
+    rows: Sequence
+    access: Access
+    processor: BaseProcessor | None
+    pictures: str
+
+    def __len__(self):
+        return -(-len(self.rows) // _CHUNK)
+
+    def __getitem__(self, chunk):
+        return [self.at(i) for i in self.numbers(chunk)]
+
+    def numbers(self, chunk):
+        return range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.rows)))
+
+    def at(self, i):
+        if isinstance(self.rows, Rows):
+            return look(self.rows.raw(i), self.access, self.processor, self.pictures, i, self.rows.lines[i])
+        return look(self.rows[i], self.access, self.processor, self.pictures, i)
 
 
-def _look_at(rows, access, processor, pictures, numbers):
-    "Looks at some records."
-    if isinstance(rows, Rows):
-        return [look(rows.raw(i), access, processor, pictures, i, rows.lines[i]) for i in numbers]
-    return [look(rows[i], access, processor, pictures, i) for i in numbers]
-
-
-def _all_looks(rows, access, processor, pictures, workers, bar):
+def _all_looks(looks, workers, bar):
     "Looks at all records, in order."
-    size = 64
-    chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
     with bar:
-        if workers < 2 or len(chunks) < 4:
-            for chunk in chunks:
-                for seen in _look_at(rows, access, processor, pictures, chunk):
-                    yield seen
-                    bar.update()
+        if workers < 2 or len(looks) < 4:
+            for i in range(len(looks.rows)):
+                yield looks.at(i)
+                bar.update()
             return
-        with get_context().Pool(workers, _start, (rows, access, processor, pictures)) as pool:
-            for some in pool.imap(_looks, chunks):
-                yield from some
-                bar.update(len(some))
+        for some in DataLoader(looks, batch_size=None, num_workers=workers, worker_init_fn=_deaf):
+            yield from some
+            bar.update(len(some))
 
 # %% ../../nbs/reference/data.doctor.ipynb #a75690ca
 def check_data(
@@ -460,28 +474,31 @@ def check_data(
     workers: int = 1,  # processes
     allow_outside: bool = False,  # let picture paths leave the root
     allow_urls: bool = False,  # let pictures be fetched
+    row_pixels: int = LIMITS.row_pixels,  # of all pictures of one record together
     progress: bool = False,  # show a bar
 ) -> Report:
-    "Look at every record of a file. Raises `InputError` only for a file that cannot be read at all."
+    "Look at every record of a file. Raises `InputError` for a file that cannot be read at all, and for a lost process."
     if pictures not in ("decode", "header", "none"):
         raise InputError(f"pictures is {pictures!r}", "check_data", "Write decode, header or none")
-    start, compare = time.perf_counter(), Compare()
+    start, compare, limits = time.perf_counter(), Compare(), replace(LIMITS, row_pixels=row_pixels)
 
     def looks(source, desc):
         rows = Rows(source) if isinstance(source, (str, Path)) else source
         root = Path(image_root or (Path(source).parent if isinstance(source, (str, Path)) else "."))
         # None: no bar where nobody looks
         bar = tqdm(total=len(rows), desc=desc, unit=" records", leave=False, disable=None if progress else True)
-        return rows, _all_looks(rows, Access(root, allow_outside, allow_urls), processor, pictures, workers, bar)
+        return rows, _all_looks(
+            _Looks(rows, Access(root, allow_outside, allow_urls, limits), processor, pictures), workers, bar
+        )
 
-    for other in against:
-        compare.learn(str(other), looks(other, f"reading {Path(other).name}")[1])
-    rows, seen = looks(source, "checking")
-    report = Report(
-        str(source) if isinstance(source, (str, Path)) else "records", limit=processor.max_length if processor else None
-    )
-    for i, one in enumerate(seen):
-        _take_in(report, one, compare.findings(one, i, rows.lines[i] if isinstance(rows, Rows) else None))
+    name = str(source) if isinstance(source, (str, Path)) else "records"
+    report = Report(name, limit=processor.max_length if processor else None)
+    with watched_workers(name):
+        for other in against:
+            compare.learn(str(other), looks(other, f"reading {Path(other).name}")[1])
+        rows, seen = looks(source, "checking")
+        for i, one in enumerate(seen):
+            _take_in(report, one, compare.findings(one, i, rows.lines[i] if isinstance(rows, Rows) else None))
     for u, n in report.lost.most_common():
         report.findings.append(
             Finding("warning", "unread", f"{u.name!r} in {n:,} record{'s' * (n > 1)} is not read: {u.loss}")

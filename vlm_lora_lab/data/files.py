@@ -12,13 +12,14 @@ import codecs
 import json
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 import zipfile
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Limits:
     pictures: int = 256  # of one conversation
     file_bytes: int = 2**27  # of one picture file
     pixels: int = 64_000_000  # of one picture, after decoding
+    row_pixels: int = 640_000_000  # of all pictures of one conversation
     proportion: int = 200  # long side of a picture : short side
 
 
@@ -567,9 +569,12 @@ class Remote:
     It is fetched each time it is needed: for training, download first."""
 
     url: str  # http or https
+    data: bytes | None = field(default=None, repr=False, compare=False)  # of the file, when it was fetched
 
     def read(self, where: str, limits: Limits = LIMITS) -> bytes:
         "Fetch the picture file, within the limit of bytes and half a minute. Raises `InputError`."
+        if self.data is not None:
+            return self.data
         opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.HTTPHandler,
@@ -607,6 +612,8 @@ def _meant(name, root):
     "A word on a path that leads to no picture, where its spelling shows why; else nothing."
     if re.search(r"[\x07-\x0d]", name[:300]):
         return r"In JSON \t and \n are a tab and a line break: in paths, write / instead of a backslash"
+    if sys.getfilesystemencoding() != "utf-8" and not name.isascii():
+        return "This terminal's language (LC_ALL, LANG) knows names in ASCII alone: set PYTHONUTF8=1"
     parts, says = re.split(r"[\\/]+", name[:1000]), ""
     if "\\" in name[:1000] and os.sep == "/":
         says = "A backslash is part of a name here; write / between folders"

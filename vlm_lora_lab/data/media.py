@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MENTION', 'PLACEHOLDER', 'REFUSED', 'FORMATS', 'ORIENTATION', 'Source', 'numbered', 'mentions', 'pieces', 'woven',
            'RecordError', 'Refused', 'is_empty', 'kind_of', 'refusal', 'refuse_media', 'refuse_part', 'mere_tags',
-           'check_size', 'opened', 'to_rgb', 'load_image', 'picture_size', 'Picture', 'Message', 'Unread',
-           'Conversation']
+           'check_size', 'check_together', 'opened', 'to_rgb', 'load_image', 'picture_size', 'Picture', 'Message',
+           'Unread', 'Conversation']
 
 # %% ../../nbs/reference/data.media.ipynb #b44a805e
 import io
@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -255,6 +255,21 @@ def check_size(
             "Cut it to pieces",
         )
 
+
+def check_together(
+    sizes: Iterable[tuple[int, int]],  # width and height of each picture of a conversation
+    where: str = "",  # for the error message
+    most: int = LIMITS.row_pixels,  # of all of them
+) -> None:
+    "Raises `InputError` for pictures of a conversation that are too many pixels together."
+    pixels = sum(width * height for width, height in sizes)
+    if pixels > most:
+        raise InputError(
+            f"its pictures have {pixels:,} pixels together; the limit of a row is {most:,}",
+            where,
+            "Give fewer or smaller pictures, or raise row_pixels under reading (--row-pixels)",
+        )
+
 # %% ../../nbs/reference/data.media.ipynb #94d3387a
 @contextmanager
 def opened(
@@ -284,6 +299,8 @@ def opened(
         raise InputError(
             f"{name} claims more pixels than the limit of {limits.pixels:,}", where, "Make it smaller"
         ) from None
+    except MemoryError:
+        raise InputError(f"{name} needs more memory than there is", where, "Make it smaller") from None
     except _DAMAGED as e:
         reason = (
             f"is none of {', '.join(FORMATS)}"
@@ -386,6 +403,7 @@ def picture_size(
 ) -> tuple[int, int]:  # width and height in pixels, upright, as `load_image` gives them
     "The size of a picture, from its header; the pixels are not decoded unless only they can tell. Raises `InputError`."
     if isinstance(image, Image.Image):
+        check_size(*image.size, where, limits)
         return _upright_size(image)
     with opened(image, where, limits) as picture:
         return _upright_size(picture)
@@ -409,6 +427,16 @@ class Picture:
     ) -> tuple[int, int]:
         "Width and height in pixels, see `picture_size`. Raises `InputError`."
         return picture_size(self.source, where, limits)
+
+    def fetched(
+        self,
+        where: str = "",  # file and record, for the error message
+        limits: Limits = LIMITS,
+    ) -> "Picture":
+        "The same with its file at hand, if it is on the network; it is opened twice then, and fetched once."
+        if not isinstance(self.source, Remote):
+            return self
+        return Picture(replace(self.source, data=self.source.read(where, limits)))
 
     def pixels(
         self,
@@ -453,10 +481,6 @@ class Conversation:
     def media(self) -> tuple[Picture, ...]:
         "What the messages mention, in order."
         return tuple(map(Picture, self.images))
-
-    def pixels(self) -> list[Image.Image]:
-        "The pixels of all media, in order. Raises `InputError`."
-        return [medium.pixels(self.where) for medium in self.media]
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 
 from .batch import BaseProcessor, Processor, pad_texts, prepared, slices_within
+from .files import LIMITS
 from .media import Conversation, woven
 from .tokens import Encoded, ids_and_labels, named_tokens, no_commands
 from .tokens import supervised, within
@@ -96,6 +97,10 @@ class NativeProcessor(BaseProcessor):
     def pictures(self, images: list[Image.Image]) -> dict:
         seen = self.images(images, return_tensors="pt") if images else {}
         return {k: seen[k] for k in ("pixel_values", self.sizes) if images}
+
+    def joined(self, seen: list[dict]) -> dict:
+        along = {"pixel_values": self.along, self.sizes: 0}
+        return {k: torch.cat([one[k] for one in seen], dim) for k, dim in along.items() if seen}
 
     def collate(self, rows: list[dict], side: str = "right") -> dict[str, torch.Tensor]:
         batch, _ = pad_texts(rows, self.tokenizer.pad_token_id, side)
@@ -262,6 +267,7 @@ def load_processor(
     max_length: int = 2048,  # tokens of a conversation
     drop: bool = False,  # a text that is too long loses whole turns at the front; False: it is an error
     max_pixels: int = 0,  # most pixels that the model looks at of one picture; 0: what its files say
+    row_pixels: int = LIMITS.row_pixels,  # most pixels of all pictures of a row, as they are stored
 ) -> BaseProcessor:
     """What prepares the data of a model, with its tokenizer; no weights are read.
 
@@ -280,6 +286,7 @@ def load_processor(
         processor: BaseProcessor = _native(family, config, tokenizer, folder, max_length, drop)
     else:
         processor = Processor.of(config, tokenizer, max_length, drop, image_settings(folder))
+    processor = replace(processor, row_pixels=row_pixels)
     return processor.smaller(max_pixels) if max_pixels else processor
 
 

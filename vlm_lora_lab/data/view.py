@@ -147,12 +147,11 @@ def see(
     answer: bool = True,  # with the last answer (training), or only its prompt (generation)
 ) -> TokenView:
     "What a model sees of a conversation. Raises `InputError` as the processor does."
-    images = conversation.pixels()
-    e = processor.encode(conversation, [processor.grid(i.size) for i in images], answer)
-    images = images[len(images) - len(drop_turns(conversation, e.dropped).images) :]
+    e = processor.measure(conversation, answer)
+    seen = drop_turns(conversation, e.dropped)
     padding = max(0, (pad_to or 0) - len(e.input_ids))
     return TokenView(
         pieces_of(e.input_ids, e.labels, e.image_bound, processor.tokenizer, padding),
-        tuple(processor.tiles(i) for i in images),
+        tuple(processor.tiles(m.pixels(conversation.where)) for m in seen.media),
         e.dropped,
     )

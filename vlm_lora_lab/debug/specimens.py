@@ -12,6 +12,7 @@ __all__ = ['SPECIMENS', 'Case', 'Specimen', 'specimen', 'lab', 'fp16_forward', '
 # %% ../../nbs/reference/debug.specimens.ipynb #f385d292
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import nn
 
 from ..data.batch import Collator, Processor
 from ..data.drawn import Drawn
+from .gradients import loss_of
 from ..models.load import load_tokenizer, load_vlm
 
 # %% ../../nbs/reference/debug.specimens.ipynb #5e8b854c
@@ -28,11 +30,12 @@ class Case:
     "A training step that goes wrong: all that is needed to play it."
 
     model: nn.Module
-    batch: object  # as the model takes it
+    batch: Any  # as the model takes it
     optimizer: torch.optim.Optimizer | None = None
     scale: float = 1.0  # of the loss
     # norm of each weight when training began, where that is known
     start: dict[str, float] = field(default_factory=dict)
+    loss: Callable = loss_of  # of model and batch
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from ..data.native import load_processor
 from ..data.records import Conversation, Conversations
 from ..errors import InputError, claimed, explain_write_errors, write_json
 from .ask import answer_all
+from .language import Language, Text, instructions, said_of
 from .metrics import Metric, check_truths, metric_of
 from .scores import RESAMPLES, Score, ScoreTable, bootstrap, middle
 from ..models.load import load_vlm, model_folder
@@ -354,12 +355,12 @@ def _kept(file, key, conversations):
     return rows[1:], sum(len(line) + 1 for line in lines)
 
 
-def _ask(checkpoint, processor, conversations, file, key, batch_size, max_new_tokens):
+def _ask(checkpoint, load, processor, conversations, file, key, batch_size, max_new_tokens):
     "All answers of a checkpoint, of which some may be in a file already; the model is loaded only if one is missing."
     rows, size = _kept(file, key, conversations) if file and file.exists() else ([], 0)
     if len(rows) == len(conversations):
         return rows, 0
-    have, model = len(rows), checkpoint.load()
+    have, model = len(rows), load()
     rest = (
         conversations.select(range(have, len(conversations)))
         if hasattr(conversations, "select")
@@ -449,12 +450,14 @@ def compare(
     base: str | Path | None = None,  # another place of the adapters' base
     four_bit: bool = False,  # whole models in 4 bit; adapters are asked as they were trained
     image_root: str | Path | None = None,  # folder that picture paths start from; default: the file's own
-    reading: Reading = Reading(),  # of a file: allow_outside, allow_urls, max_pixels
+    reading: Reading = Reading(),  # of a file: allow_outside, allow_urls, max_pixels, row_pixels
     batch_size: int = 50,
     max_new_tokens: int = 64,
     max_length: int = 2048,  # tokens of a question
     allow_pickle: bool = False,  # convert pickled weights of a model once
     quick: bool = False,  # know adapters' bases by names, shapes and samples instead of every byte
+    # also how well each speaks: "english", or a text file, see `evaluate.language`; None: not measured
+    watch_text: str | None = None,
     say: Callable = print,  # called with each line of the account
 ) -> dict[str, Comparison]:  # metric -> its comparison
     """Ask all checkpoints the same questions, and judge the answers.
@@ -471,7 +474,9 @@ def compare(
     )
     for metric in wanted:
         check_truths(metric, conversations)
-    processors = {(c.base, c.max_pixels, c.own): c.processor(max_length) for c in chosen}
+    text = Text.of(watch_text) if watch_text else None
+    limit = reading.row_pixels
+    processors = {(c.base, c.max_pixels, c.own): replace(c.processor(max_length), row_pixels=limit) for c in chosen}
     for (name, *_), processor in processors.items():
         check_rows(
             conversations, processor, replace(reading, skip_bad_rows=False), f"checking questions for {name[-40:]}"
@@ -487,13 +492,14 @@ def compare(
             output,
             batch_size,
             {"max_new_tokens": max_new_tokens, "max_length": max_length},
+            text,
             say,
         )
 
 
-def _compared(chosen, processors, wanted, data, conversations, output, batch_size, limits, say):
+def _compared(chosen, processors, wanted, data, conversations, output, batch_size, limits, text, say):
     "Ask, judge and write, in a folder that is nobody else's."
-    rows, about = _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
+    rows, about, spoken = _ask_all(chosen, processors, conversations, output, batch_size, limits, text, say)
     results = {
         m.name: Comparison(
             {n: Score.of(m.name, [r["answer"] for r in a], conversations) for n, a in rows.items()},
@@ -502,6 +508,9 @@ def _compared(chosen, processors, wanted, data, conversations, output, batch_siz
         for m in wanted
     }
     say("".join(f"\n{result}\n" for result in results.values()).rstrip("\n"))
+    if spoken:
+        say("")
+        said_of(spoken, say)
     for c in chosen:
         if c.idle:
             say(
@@ -513,9 +522,22 @@ def _compared(chosen, processors, wanted, data, conversations, output, batch_siz
     return results
 
 # %% ../../nbs/75_evaluate.compare.ipynb #93504535
-def _ask_all(chosen, processors, conversations, output, batch_size, limits, say):
-    "Load one checkpoint after the other, and ask; name -> answers, and what to report about each."
-    rows, about = {}, []
+def _spoken(checkpoint, load, processor, text, output, batch_size):
+    "How well a checkpoint speaks, which may be in a file already."
+    about = [text.name, text.sha256, [c.question for c in instructions()], checkpoint.depends_on()]
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    file = output / "answers" / f"{key[:16]}.language.json" if output else None
+    if file and file.exists():
+        return Language.from_dict(read_json(file), str(file))
+    found = Language.of(load(), processor, text, f"language of {checkpoint.name[-40:]}", batch_size)
+    if file:
+        write_json(file, found.to_dict())
+    return found
+
+
+def _ask_all(chosen, processors, conversations, output, batch_size, limits, text, say):
+    "Load one checkpoint after the other, and ask; name -> answers, what to report about each, and how well it speaks."
+    rows, about, spoken = {}, [], {}
     asked = data_digest(conversations)
     for c in chosen:
         key = {"questions": asked} | limits | c.depends_on()
@@ -524,33 +546,40 @@ def _ask_all(chosen, processors, conversations, output, batch_size, limits, say)
             if output
             else None
         )
-        start = time.perf_counter()
+        start, load, processor = time.perf_counter(), cache(c.load), processors[c.base, c.max_pixels, c.own]
         try:
             rows[c.name], new = _ask(
                 c,
-                processors[c.base, c.max_pixels, c.own],
+                load,
+                processor,
                 conversations,
                 file,
                 key,
                 batch_size,
                 limits["max_new_tokens"],
             )
+            seconds = time.perf_counter() - start
+            if text:
+                spoken[c.name] = _spoken(c, load, processor, text, output, batch_size)
         except KeyboardInterrupt:
             say(
                 f"Stopped while asking {c.name}."
                 + (f" What was answered is kept in {output}; the same command goes on from there." if output else "")
             )
             raise
-        _tell(say, c, rows[c.name], new, time.perf_counter() - start, limits["max_new_tokens"])
+        _tell(say, c, rows[c.name], new, seconds, limits["max_new_tokens"])
         cut = sum(r["cut"] for r in rows[c.name])
         about.append(
             {"name": c.name, "base": located(c.base), "answers": file and file.name, "asked_now": new, "cut_off": cut}
             | key
             | (c.told or {})
         )
+        if text:
+            about[-1]["language"] = spoken[c.name].to_dict()
+        del load  # and the model
         gc.collect()
         torch.cuda.empty_cache()
-    return rows, about
+    return rows, about, spoken
 
 # %% ../../nbs/75_evaluate.compare.ipynb #cb06a6da
 def _tell(say, checkpoint, rows, new, seconds, limit):

@@ -21,15 +21,20 @@ from ..show import COLORS, figure
 # %% ../../nbs/reference/evaluate.gallery.ipynb #38d5c24d
 def _strip(conversation, height=112, most=4):
     "The pictures of a conversation side by side, as one."
-    images = [m.pixels(conversation.where) for m in conversation.media[:most]]
-    scales = [min(height / i.height, 4 * height / i.width) for i in images]
-    images = [i.resize((max(1, round(i.width * s)), max(1, round(i.height * s)))) for i, s in zip(images, scales)]
+    # one at a time: a picture may be large
+    images = [_shrunk(m.pixels(conversation.where), height) for m in conversation.media[:most]]
     strip = Image.new("RGB", (sum(i.width + 4 for i in images) - 4, height), "white")
     at = 0
     for i in images:
         strip.paste(i, (at, 0))
         at += i.width + 4
     return strip
+
+
+def _shrunk(image, height):
+    "A picture of this height, or of four times this width."
+    scale = min(height / image.height, 4 * height / image.width)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
 def _short(text, width, lines=2):

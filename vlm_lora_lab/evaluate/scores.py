@@ -108,7 +108,7 @@ class Score:
     @cached_property
     def interval(self) -> tuple[float, float] | None:  # 95 %: Wilson for right and wrong, else bootstrap
         points, out_of = self.arrays
-        counted = self.metric.name in ("exact", "iou@0.5") and set(points) <= {0, 1}
+        counted = self.metric.name in ("exact", "contains", "iou@0.5") and set(points) <= {0, 1}
         return (
             ExactMatch(int(points.sum()), len(points)).interval
             if counted

@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['PLAIN_STARTS', 'VARIANTS', 'Variant', 'register_variant', 'named', 'check_packed', 'check_staged', 'check_embeddings',
-           'title_of', 'variant_of', 'lora_layer', 'tensor_of', 'folded']
+           'title_of', 'variant_of', 'method_of', 'kept_directions', 'elsewhere', 'start_elsewhere', 'lora_layer',
+           'tensor_of', 'folded']
 
 # %% ../../nbs/reference/lora.variants.ipynb #b549ce92
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..errors import InputError
+from ..models.names import TensorName
 
 # %% ../../nbs/reference/lora.variants.ipynb #de07c0c8
 _START = "init_lora_weights"
@@ -88,7 +92,7 @@ def register_variant(variant: Variant) -> Variant:
     disagree."""
     where = f"register_variant, {variant.name}"
     if not variant.name.isidentifier() or VARIANTS.get(variant.name, variant) != variant:
-        raise InputError(f"{variant.name!r} is taken, or no name", where, "Write another one, such as rsdora")
+        raise InputError(f"{variant.name!r} is taken, or no name", where, "Write another one, such as upright")
     try:
         variant.config(8, 16)
     except (TypeError, ValueError) as e:
@@ -107,6 +111,7 @@ for _variant in (
     Variant("lora", "LoRA"),
     Variant("rslora", "rsLoRA", {"use_rslora": True}),
     Variant("dora", "DoRA", {"use_dora": True}),
+    Variant("rsdora", "DoRA + rsLoRA", {"use_dora": True, "use_rslora": True}),
     Variant("pissa", "PiSSA", {_START: "pissa"}, takes="the largest directions"),
 ):
     register_variant(_variant)
@@ -172,6 +177,53 @@ def variant_of(config: LoraConfig | dict) -> Variant:
         if found := next((v for v in VARIANTS.values() if v.peft == wanted), None):
             return found
     return Variant("", title_of(config), plain, f"what {plain[_START]} takes" if _START in plain else "")
+
+# %% ../../nbs/reference/lora.variants.ipynb #5c1d7e21
+_BY_PEFT = "Merge it with PEFT (PeftModel.from_pretrained, then merge_and_unload), and go on from the whole model"
+_COMPUTED = ("olora",)  # starts that PEFT computes from the base, the same each time
+
+
+def method_of(
+    config: Mapping[str, Any],  # adapter_config.json
+) -> str:
+    "PEFT's name of what an adapter is: LORA, ADALORA, IA3, PROMPT_TUNING, …"
+    return str(config.get("peft_type") or "LORA").upper()
+
+
+def kept_directions(
+    config: Mapping[str, Any],  # adapter_config.json of AdaLoRA
+) -> dict[str, int]:  # layer, as that file calls it -> how many; what it does not name kept all
+    "How many directions AdaLoRA left each layer: `rank_pattern` says true or false of each that there was."
+    pattern = config.get("rank_pattern") or {} if method_of(config) == "ADALORA" else {}
+    return {TensorName.of(name).module: sum(kept) for name, kept in pattern.items()}
+
+
+def elsewhere(
+    method: str,  # from `method_of`, and not LORA
+) -> str:
+    "What can be done, outside of this package, with an adapter that is no LoRA."
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(method)
+    if tuner is None:
+        return (
+            f"This version of PEFT ({version('peft')}) does not know it, either: merge it with the program that wrote "
+            "it, and go on from the whole model"
+        )
+    if not hasattr(tuner, "merge_and_unload"):
+        return "It changes no weights, so nothing can merge it: use it in PEFT, on its base (PeftModel.from_pretrained)"
+    return _BY_PEFT
+
+
+def start_elsewhere(
+    variant: Variant,  # that is not `repeatable`
+) -> str:
+    "What can be done, outside of this package, with an adapter whose start left a base that is in no file."
+    if variant.peft.get(_START) in _COMPUTED:
+        return _BY_PEFT
+    return (
+        "That start was drawn at random or from data; another one gives other answers. Go back to the run, and let the "
+        "tool write plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion; LLaMA-Factory: "
+        "pissa_convert: true)"
+    )
 
 # %% ../../nbs/reference/lora.variants.ipynb #81c76a6c
 def lora_layer(

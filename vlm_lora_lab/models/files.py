@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'FLOATS', 'Stored', 'weight_files', 'stored_in', 'Account', 'account', 'shape_of', 'has_pickles',
-           'convert_pickles', 'no_bar_if_small', 'save_vlm', 'check_links', 'copy_beside', 'true_config']
+           'convert_pickles', 'no_bar_if_small', 'save_vlm', 'check_links', 'copy_beside', 'true_config', 'untied']
 
 # %% ../../nbs/reference/models.files.ipynb #18a521d3
 import json
@@ -445,20 +445,31 @@ def true_config(
 ) -> dict:
     """The source's configuration, true of what is written.
 
-    Raises `RuntimeError` when it cannot be made to say that head and embeddings are two."""
+    Raises `InputError` when it cannot be made to say that head and embeddings are two."""
     values = {k: v for k, v in values.items() if k != "quantization_config"}
     floating = {d: n for d, n in kinds.items() if d.is_floating_point}
     values["dtype" if "dtype" in values else "torch_dtype"] = str(max(floating, key=floating.__getitem__)).removeprefix(
         "torch."
     )
-    if not tied and "model_type" in values and getattr(on_meta(values), "all_tied_weights_keys", None):
-        values |= {"tie_word_embeddings": False} | {
-            k: v | {"tie_word_embeddings": False} for k, v in values.items() if k == "text_config"
-        }
-        if on_meta(values).all_tied_weights_keys:
-            raise RuntimeError(
-                f"The configuration of {values['model_type']} ties the head to the embeddings, and they differ."
-            )
+    return values if tied else untied(values)
+
+
+def untied(
+    values: dict,  # of a config.json
+) -> dict:
+    """The configuration of the same model, whose head is a tensor of its own.
+
+    Raises `InputError` for a family whose head always is the embeddings, whatever its configuration says."""
+    if "model_type" not in values or not getattr(on_meta(values), "all_tied_weights_keys", None):
+        return values
+    inner = {k: v | {"tie_word_embeddings": False} for k, v in values.items() if k == "text_config"}
+    values = values | {"tie_word_embeddings": False} | inner
+    if on_meta(values).all_tied_weights_keys:
+        raise InputError(
+            f"a model of {values['model_type']} ties the head to the embeddings, whatever its configuration says",
+            "config.json",
+            "Train embeddings and head as one (PEFT: ensure_weight_tying), or keep the adapter beside its base",
+        )
     return values
 
 # %% ../../nbs/reference/models.files.ipynb #08bd5f72

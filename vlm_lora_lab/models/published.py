@@ -67,6 +67,7 @@ def model_config(
 
 # what strange values cause
 UNUSABLE = (
+    AssertionError,
     ValueError,
     TypeError,
     KeyError,

@@ -405,6 +405,8 @@ def _roles(folder, config, tokenizer):
     named = dict(roles)
     for key in ("additional_special_tokens", "extra_special_tokens"):
         tokens = config.get(key) or other.get(key) or []
+        if not isinstance(tokens, (list, dict)):
+            raise InputError(f"{key} is {tokens!r:.60}, and no list of tokens", folder, AGAIN)
         named |= {
             f"{key} {n}": _content(t, folder / "tokenizer_config.json")
             for n, t in (tokens.items() if isinstance(tokens, dict) else enumerate(tokens))

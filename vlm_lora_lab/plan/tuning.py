@@ -149,7 +149,7 @@ class TuningPlan(Settings):
     dropout: Annotated[float, Within(0, 1, below=True)] = 0.0  # before LoRA's first matrix
     # layers of the language model that get LoRA; None: all linear ones
     targets: Annotated[tuple[str, ...], Metavar("q_proj,v_proj")] | None = None
-    variant: Annotated[str, OneOf(VARIANTS)] = "lora"  # lora, rslora, dora or pissa
+    variant: Annotated[str, OneOf(VARIANTS)] = "lora"  # lora, rslora, dora, rsdora or pissa
     # LoRA+: learning rate of LoRA's second matrix over that of its first, such as 16; None: the same
     lora_plus: Annotated[float, Within(0, 1e38, "16 is usual", above=True)] | None = None
 

@@ -8,7 +8,10 @@ __all__ = ['SCRIPTS', 'FORMATS', 'register_script', 'writer_of', 'from_flags', '
 # %% ../../nbs/reference/scripts.known.ipynb #eee8a5c3
 from typing import Any
 
+from torch import nn
+
 from ..errors import InputError, nearest
+from .axolotl import AXOLOTL
 from .llamafactory import LLAMAFACTORY
 from .minicpmv import MINICPMV
 from .nameless import NAMELESS
@@ -17,6 +20,8 @@ from .qwen_series import QWEN_SERIES
 from .qwenvl import QWENVL
 from .script import Contradiction, Format, Script, Translation
 from .swift import SWIFT
+from .trl import TRL
+from .unsloth import UNSLOTH
 
 # %% ../../nbs/reference/scripts.known.ipynb #d730146c
 SCRIPTS: dict[str, Script] = {}  # by name
@@ -35,7 +40,7 @@ def register_script(
     FORMATS.update(script.formats)
 
 
-for _script in (MINICPMV, QWENVL, QWEN3VL, QWEN_SERIES, SWIFT, LLAMAFACTORY, NAMELESS):
+for _script in (MINICPMV, QWENVL, QWEN3VL, QWEN_SERIES, SWIFT, LLAMAFACTORY, TRL, AXOLOTL, UNSLOTH, NAMELESS):
     register_script(_script)
 
 
@@ -46,12 +51,15 @@ def writer_of(
     return next(s for s in SCRIPTS.values() if key in s.formats)
 
 # %% ../../nbs/reference/scripts.known.ipynb #38d5e601
-def _known(script: str, flags: dict[str, Any]) -> Script:
-    "The script of that name. Raises `InputError` for one that is not known, and for flags that it does not have."
+def _known(script: str, flags: dict[str, Any]) -> tuple[Script, dict[str, Any]]:
+    """The script of that name, and its flags under the names of `Script.flags`.
+
+    Raises `InputError` for one that is not known, and for flags that it does not have."""
     with_flags = [s.name for s in SCRIPTS.values() if s.translate]
     if script not in with_flags:
         raise InputError(f"there is no script {script!r:.60}", "flags", f"Known are {', '.join(with_flags)}")
-    defaults = SCRIPTS[script].flags
+    defaults, renamed = SCRIPTS[script].flags, SCRIPTS[script].renamed
+    flags = {renamed.get(n, n): v for n, v in flags.items()}
     if unknown := sorted(set(flags) - set(defaults)):
         near = "".join(f"{n!r}: did you mean {m!r}? " for n in unknown if (m := nearest(n, defaults)))
         raise InputError(
@@ -59,21 +67,24 @@ def _known(script: str, flags: dict[str, Any]) -> Script:
             "flags",
             f"{near}Known are {', '.join(defaults)}",
         )
-    return SCRIPTS[script]
+    return SCRIPTS[script], flags
 
 
 def from_flags(
     script: str,  # one of SCRIPTS
+    model: nn.Module | None = None,  # not wrapped, also on the meta device: exactly its layers; None: a word per part
     **flags: Any,  # as on its command line; absent ones have the script's defaults
 ) -> Translation:
     """The plan that a script's flags amounted to, with notes on what may surprise.
 
     Raises `InputError` for unknown scripts and flags, and for flags that contradict each other, with the plan to write
     instead."""
-    known = _known(script, flags)
+    known, flags = _known(script, flags)
     for name, value in flags.items():
         if isinstance(known.flags[name], bool) and not isinstance(value, bool):
             raise InputError(f"{name} is {value!r}", f"flags, {script}", "Write true or false")
+    if model is not None and known.exact:
+        return known.exact(known.flags | flags, model)
     assert known.translate
     return known.translate(known.flags | flags)
 
@@ -84,7 +95,7 @@ def flags_in(
     "Whose flags a run's settings hold, and those of them that decide what was trained."
     for script in SCRIPTS.values():
         if script.tell and script.tell in settings:
-            said = settings | {old: settings[new] for new, old in script.renamed.items() if new in settings}
+            said = settings | {ours: settings[n] for n, ours in script.renamed.items() if n in settings}
             return script.name, {k: v for k, v in said.items() if k in script.flags}
     return None, {}
 
@@ -99,11 +110,12 @@ def bits_in(
 def try_flags(
     script: str,  # one of SCRIPTS
     flags: dict[str, Any],
+    model: nn.Module | None = None,  # not wrapped; also on the meta device
 ) -> tuple[Translation | None, str]:  # what they amounted to; or why the script would not have them
     """What the flags of a run that has been amounted to. Raises `InputError` for an unknown script or flag."""
     _known(script, flags)
     try:
-        return from_flags(script, **flags), ""
+        return from_flags(script, model, **flags), ""
     except Contradiction as e:
         never = "; what it ignored was never trained, so nothing of it is lost" if e.ignored else ""
         return None, e.found + never

@@ -114,4 +114,5 @@ MINICPMV = Script(
     },
     _translate,
     tell="tune_vision",
+    version="July 2024",
 )

@@ -89,4 +89,5 @@ QWEN3VL = Script(
     },
     _translate,
     tell="lora_enable",
+    version="01b3378",
 )

@@ -70,4 +70,5 @@ QWENVL = Script(
     },
     _translate,
     tell="fix_vit",
+    version="0f31930",
 )

@@ -7,16 +7,37 @@ __all__ = ['SWIFT']
 
 # %% ../../nbs/reference/scripts.swift.ipynb #6d9219fb
 from ..errors import InputError
-from .script import LANGUAGE, OWN_FIELDS, OWN_FILE, Format, Script
-from .script import Trained, Translation, full_at, plan_in_words
+from ..plan.tuning import lora_layers
+from .script import LANGUAGE, OWN_FIELDS, OWN_FILE, Format, Script, Trained
+from .script import Translation, ending, full_at, listed, plan_in_words, reached, saved_whole
 
 # %% ../../nbs/reference/scripts.swift.ipynb #1c199f06
+def _rates(f):
+    "What a plan says of the two learning rates, behind the word of vision and connector."
+    return ["" if f[n] is None else f"(lr={float(f[n])})" for n in ("vit_lr", "aligner_lr")]
+
+
+def _options(f):
+    start = str(f["init_weights"]).lower()
+    if start not in ("true", "gaussian", "orthogonal", "pissa"):
+        raise InputError(
+            f"init_weights is {f['init_weights']!r}, which no plan can say", "swift", "Write true or pissa"
+        )
+    if start == "pissa" and (f["use_dora"] or f["use_rslora"]):
+        raise InputError("PiSSA with use_dora or use_rslora is what no plan can say", "swift", "Leave one of them out")
+    variant = "pissa" if start == "pissa" else f"{'rs' * f['use_rslora']}{'dora' if f['use_dora'] else 'lora'}"
+    return {"rank": f["lora_rank"], "alpha": f["lora_alpha"], "dropout": f["lora_dropout"], "variant": variant}
+
+
 def _translate(f):
-    kind = f["train_type"]
-    if kind not in ("lora", "full"):
-        raise InputError(f"train_type is {kind!r}", "swift", "Write lora or full")
+    "A word for each part."
+    kind, four_bit = f["tuner_type"], f["quant_bits"] == 4
+    if kind not in ("lora", "full", "lora_llm"):
+        raise InputError(f"tuner_type is {kind!r}", "swift", "Write lora, lora_llm or full")
+    if kind == "lora_llm":
+        return _lora_llm(f, four_bit)
     words = ["freeze" if f[n] else kind for n in ("freeze_vit", "freeze_aligner", "freeze_llm")]
-    four_bit = f["quant_bits"] == 4
+    words[:2] = [w + rate * (w != "freeze") for w, rate in zip(words, _rates(f))]
     if kind == "full":
         return Translation(plan_in_words(*words, words[2], words[2]), four_bit, ())
     notes = []
@@ -27,8 +48,44 @@ def _translate(f):
         )
     if (not f["freeze_vit"]) != (not f["freeze_aligner"]):
         notes.append("vision and connector can be told apart here; some of its recipes switch both together")
-    lora = {"rank": f["lora_rank"], "alpha": f["lora_alpha"], "dropout": f["lora_dropout"]}
-    return Translation(plan_in_words(*words, "freeze", "freeze", **lora), four_bit, tuple(notes))
+    names = listed(f["target_modules"])
+    if names != ["all-linear"]:
+        notes.append(
+            "with names in target_modules the freeze_* flags do nothing: give the model to see what they reach"
+        )
+        words[:3] = "freeze", "freeze", "lora"
+    targets = None if names == ["all-linear"] else tuple(names)
+    ends = [n.rpartition(".")[2] for n in listed(f["modules_to_save"])]
+    tables = ["full" if any(w in n for n in ends for w in ws) else "freeze" for ws in (("embed", "wte"), ("head",))]
+    return Translation(plan_in_words(*words, *tables, targets=targets, **_options(f)), four_bit, tuple(notes))
+
+# %% ../../nbs/reference/scripts.swift.ipynb #1c199f70
+def _lora_llm(f, four_bit):
+    notes = (
+        "lora_llm trains vision tower and connector in full, whatever freeze_vit and freeze_aligner say, and puts them "
+        "into vit.safetensors, which PEFT does not read",
+        "lora_dropout is not handed on: it is 0",
+    )
+    words = [f"full{rate}" for rate in _rates(f)]
+    plan = plan_in_words(*words, "lora", "freeze", "freeze", rank=f["lora_rank"], alpha=f["lora_alpha"])
+    return Translation(plan, four_bit, notes)
+
+
+def _exact(f, model):
+    "The same on a model, whose names decide where target_modules or modules_to_save hold any."
+    names, saved = listed(f["target_modules"]), listed(f["modules_to_save"])
+    if f["tuner_type"] != "lora" or (names == ["all-linear"] and not saved):
+        return _translate(f)
+    if names == ["all-linear"]:
+        plain = _translate(f | {"modules_to_save": ()}).plan
+        layers = lora_layers(model, plain)
+    else:
+        layers = ending((n for n, _ in model.named_modules()), names)
+    plan = reached(model, layers, saved_whole(model, saved, "modules_to_save"), **_options(f))
+    notes = ("target_modules are ends of names, as PEFT reads them, in every part; freeze_* do nothing",)
+    if any(_rates(f)):
+        notes += ("vit_lr and aligner_lr are rates of their own: say lr= in the rules of vision and connector",)
+    return Translation(plan, f["quant_bits"] == 4, notes if names != ["all-linear"] else notes[1:])
 
 # %% ../../nbs/reference/scripts.swift.ipynb #163671f2
 def _signs(folder):
@@ -75,18 +132,27 @@ SWIFT = Script(
     "ms-swift",
     _FORMATS,
     {
-        "train_type": "lora",
+        "tuner_type": "lora",
         "freeze_vit": True,
         "freeze_aligner": True,
         "freeze_llm": False,
         "lora_rank": 8,
         "lora_alpha": 32,
         "lora_dropout": 0.05,
+        "target_modules": "all-linear",
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+        "init_weights": "true",
+        "vit_lr": None,
+        "aligner_lr": None,
         "quant_bits": None,
     },
     _translate,
     tell="freeze_vit",
-    renamed={"tuner_type": "train_type"},
+    renamed={"train_type": "tuner_type"},
     bits="quant_bits",
     pixels="max_pixels",
+    version="4.6.0",
+    exact=_exact,
 )

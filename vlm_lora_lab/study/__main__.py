@@ -2,6 +2,9 @@
 
 import sys
 
+from ..show import outliving
 from . import claims, experiments
 
-sys.exit((claims if any(a.startswith("--claims") for a in sys.argv[1:]) else experiments).main())
+with outliving() as out:
+    status = (claims if any(a.startswith("--claims") for a in sys.argv[1:]) else experiments).main()
+sys.exit(max(status, 2 if out.full else 0))

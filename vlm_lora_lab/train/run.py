@@ -32,7 +32,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ..compat import checkpointing_arguments, on_one_gpu, open_trainer, set_rates, switch_checkpointing
 from ..compat import without_cache_note
-from ..data.batch import ByLength, Samples
+from ..data.batch import ByLength, Samples, watched_workers
 from ..errors import InputError, explain_write_errors
 from ..models.names import TensorName
 from ..models.parts import VLM
@@ -40,7 +40,7 @@ from ..models.precision import not_finite, precision_of
 from ..plan.tuning import Rate, TuningPlan
 from ..settings import Settings, Within
 from .cache import VisionCache
-from .devices import any_of, devices
+from .devices import ProcessLost, any_of, devices, watched_processes
 from .loss import label_only
 
 # %% ../../nbs/reference/train.run.ipynb #b3664787
@@ -111,9 +111,10 @@ class Interrupted(InputError):
 
 @contextmanager
 def _while_training() -> Iterator[None]:
-    "An `InputError` inside is an `Interrupted`."
+    "An `InputError` inside is an `Interrupted`; so is a worker process that is lost."
     try:
-        yield
+        with watched_workers():
+            yield
     except InputError as e:
         raise Interrupted(e.found, e.where, e.remedy) from e
 
@@ -359,11 +360,16 @@ class StopOnSignal(TrainerCallback):
             signal.signal(s, self.old[s])
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.old = {}
+        self.old, self.child = {}, None
         if threading.current_thread() is threading.main_thread():
             # nohup has SIGHUP ignored
             heard = [s for s in self.SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
             self.old = {s: signal.signal(s, self._handle) for s in heard}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # PyTorch would say of a lost worker at any moment, also between two halves of an update; the next batch says it
+        if self.old and self.child is None and hasattr(signal, "SIGCHLD"):
+            self.child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.stopped = any_of(self.stopped)
@@ -376,9 +382,12 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = False  # the Trainer would evaluate before it stops
 
     def restore(self) -> None:
-        "Give the signals back."
+        "Give back the signals that are still its own."
         for s, old in getattr(self, "old", {}).items():
-            signal.signal(s, old)
+            if signal.getsignal(s) == self._handle:
+                signal.signal(s, old)
+        if getattr(self, "child", None) is not None:
+            signal.signal(signal.SIGCHLD, self.child)
 
 # %% ../../nbs/reference/train.run.ipynb #52f1a002
 class WeightsLost(InputError):
@@ -639,10 +648,10 @@ def _tidy(folder):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def _saved_first(error, trainer, save):
+def _saved_first(error, trainer, save, kind=Interrupted):
     """Save what the steps before have learned, and say so.
 
-    Several processes cannot: the others wait in a step of their own."""
+    Several processes cannot: the others wait in a step of their own, or are gone."""
     folder, step = trainer.args.output_dir, trainer.state.global_step
     kept = last_checkpoint(folder)
     failed = ""
@@ -659,7 +668,7 @@ def _saved_first(error, trainer, save):
         if kept
         else f"{failed}Nothing was saved yet: mend it, and start again"
     )
-    return Interrupted(
+    return kind(
         f"after step {step}: {error.found}" if step else error.found,
         error.where,
         ". ".join(t.rstrip(".") for t in (error.remedy, then) if t),
@@ -771,7 +780,8 @@ def fit(
     """Train in place with Hugging Face's `Trainer`.
 
     Raises `OutOfMemory` naming the batch, `WeightsLost`, `Interrupted` after saving where a row cannot be read any
-    more, `InputError` for a disk that fills up, or when there is nothing to resume."""
+    more, `ProcessLost` where another process is gone, `InputError` for a disk that fills up, or when there is nothing
+    to resume."""
     if best is not None and (best.keep or best.patience) and (evaluation is None or not save):
         raise InputError(
             "there is no best state without evaluation data and checkpoints",
@@ -806,7 +816,13 @@ def fit(
     if checkpoint_activations:
         model.enable_input_require_grads()  # what re-entrant checkpointing would need; harmless to the other kind
     try:
-        with explain_write_errors(folder), without_cache_note(), cache.at(vlm) if cache else nullcontext():
+        with (
+            explain_write_errors(folder),
+            without_cache_note(),
+            watched_workers(),
+            watched_processes(),
+            cache.at(vlm) if cache else nullcontext(),
+        ):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not stop.stopped:
                 trainer.catch_up()
@@ -817,6 +833,8 @@ def fit(
         raise OutOfMemory.of(e, trainer, train, schedule, checkpoint_activations, cache) from None
     except Interrupted as e:
         raise _saved_first(e, trainer, save) from None
+    except ProcessLost as e:
+        raise _saved_first(e, trainer, False, ProcessLost) from None
     except InputError:
         _tidy(folder)
         raise

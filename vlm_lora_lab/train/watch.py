@@ -60,8 +60,10 @@ def training_curve(
     points = [(row["step"], row["loss"]) for row in history if "loss" in row]
     held = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
     asked = _asked(history)
-    fig, axes = figure(1 + bool(asked), 1, height=2.6 + 1.5 * bool(asked))
-    ax, *below = axes if asked else [axes]
+    scales = [{k: v for k, v in asked.items() if (k == "perplexity") == own} for own in (False, True)]
+    panels = [p for p in scales if p]
+    fig, axes = figure(1 + len(panels), 1, height=2.6 + 1.5 * len(panels))
+    ax, *below = axes if panels else [axes]
     ax.plot(*zip(*points), marker="." if len(points) < 30 else "", label="training")
     if held:
         ax.plot(*zip(*held), marker="o", ms=3, label="validation")
@@ -69,10 +71,11 @@ def training_curve(
     tail = [loss for _, loss in points[-max(1, len(points) // 10) :]]
     ax.set(ylabel="loss per answer token", ylim=(0, None))
     ax.set_title(f"Did it learn? Loss {points[0][1]:.2f} at first, {sum(tail) / len(tail):.2f} at the end")
-    for under in below:
-        for name, values in asked.items():
+    for under, panel in zip(below, panels):
+        for name, values in panel.items():
             under.plot(*zip(*values), marker="o", ms=3, label=name)
-        under.set(ylabel="score", xlim=ax.get_xlim(), ylim=(0, None))
+        what = "perplexity" if "perplexity" in panel else "score"
+        under.set(ylabel=what, xlim=ax.get_xlim(), ylim=(0, None))
         under.legend()
     (below or [ax])[-1].set_xlabel("step")
     return fig

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from .read import Base, Contents, below, place, plain_key, tensors_in
+from .read import Base, Contents, place, plain_key, tensors_in
 from .signs import Found, weights_in
 from ..save import most_pixels, picture_limit
 from ...data.native import load_processor
 from ...errors import InputError
 from ...models.parts import PARTS
 from ...models.tokenizer import picture_file
+from ...plan.exact import below
 from ...plan.tuning import TuningPlan
 from ...scripts.known import FORMATS, SCRIPTS, bits_in, flags_in, try_flags, writer_of
 from ...scripts.llamafactory import EMPTY_TENSORS
@@ -93,6 +94,11 @@ def _claims_of_config(found, model):
         at = {m for m in model.modules if m == (place(name, model.known) or name) or m.endswith(f".{name}")}
         names = frozenset(n for n in model.params if below(n, at))
         yield _Claim("full", names, f"adapter_config.json has {name} in modules_to_save.", link)
+    if tokens := config.get("trainable_token_indices"):
+        ends = [f".{m}.weight" for m in tokens] if isinstance(tokens, dict) else []
+        at = {n for n, part in model.part.items() if any(f".{n}".endswith(e) for e in ends)}
+        names = frozenset(at or {n for n, part in model.part.items() if part == "embeddings"})
+        yield _Claim("full", names, "adapter_config.json has some of its rows in trainable_token_indices.", link)
     if config and not any(config.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern")):
         names = frozenset(_targeted(config, model))
         yield _Claim("lora", names, "adapter_config.json has them in target_modules.", link)
@@ -105,17 +111,24 @@ def _claims_of_format(ran, model):
 
 
 def _claims_of_flags(found, model, script, given):
-    was, _ = try_flags(script, given)
+    was, _ = try_flags(script, given, model.model)
     for word in ("full", "lora") if was else ():
         table = model.part if word == "full" else model.adaptable
-        for part in (p for p, w in was.plan.words.items() if w == word):
+        for part in PARTS:
             yield _Claim(
                 word,
-                frozenset(n for n, p in table.items() if p == part),
+                frozenset(n for n, p in table.items() if p == part and _says(was.plan, word, part, n)),
                 f"The flags of {script} say that it was trained.",
                 FORMATS[found.format].sources[-1],
                 some=word == "lora",
             )
+
+
+def _says(plan, word, part, name):
+    "Does a plan say this word of a layer or a parameter?"
+    rule = plan.rule(part, name)
+    ends = rule.targets or (plan.targets if part == "language" else None)
+    return rule.word == word and (word == "full" or not ends or any(name.endswith(f".{e}") for e in ends))
 
 # %% ../../../nbs/reference/checkpoint.rescue.account.ipynb #4c9d99d2
 def losses_of(
@@ -148,7 +161,7 @@ def _there(claim, model, got):
     if claim.word == "full":
         return there
     whole = {n for n in model.modules if f"{n}.weight" in there}
-    return whole | {n for n, kinds in got.lora.items() if len(kinds) > 1}
+    return whole | got.dropped | {n for n, kinds in got.lora.items() if len(kinds) > 1}
 
 # %% ../../../nbs/reference/checkpoint.rescue.account.ipynb #190cb403
 def suspicious_in(
@@ -311,8 +324,12 @@ def notes_on(
             f"LoRA beside {len(folded)} layers that were trained in full as well was added to their weights, such as "
             f"{next(iter(folded))}; if that is news to you, this is not the base they were trained on"
         )
+    for name, n in got.rows.items():
+        yield f"{n} rows of {name} were trained, and no others; what is written holds it whole, as a plan says it"
+    if got.dropped:
+        yield f"AdaLoRA dropped all directions of {len(got.dropped)} layers, such as {min(got.dropped)}: the base's own"
     script, given = flags or flags_in(found.settings)
-    if script and (refused := try_flags(script, given)[1]):
+    if script and (refused := try_flags(script, given, model.model)[1]):
         yield f"flags of {script}: {refused}"
     yield from _notes_on_pictures(found, model)
     yield from found.notes

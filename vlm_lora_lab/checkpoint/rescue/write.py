@@ -18,17 +18,18 @@ from safetensors.torch import save_file
 
 from .account import Rescue, elsewhere_of, losses_of, notes_on
 from .account import own_processor, placed, rows_of, suspicious_in
-from .plan import fold, modules_around, options_of, plan_of, sizes_of
-from .read import Base, below, plain_key, read_contents
+from .plan import fold, options_of, plain_lora, refuse_methods, sizes_of
+from .read import Base, plain_key, read_contents
 from .signs import recognise
-from ..save import PROCESSOR_FILES, SAYS_CONFIG, TOKENIZER_FILES, _refuse_not_finite
-from ..save import base_sha256, check_lora_types, fingerprint, seal, wrong_in
+from ..save import PROCESSOR_FILES, TOKENIZER_FILES, _refuse_not_finite
+from ..save import base_sha256, check_lora_types, fingerprint, seal
 from ...data.native import keep_limits
 from ...errors import InputError, complete_or_nothing, empty_folder, explain_write_errors, write_json
 from ...lora.patterns import check_patterns
-from ...models.files import save_vlm, shape_of
+from ...models.files import save_vlm, shape_of, untied
 from ...models.load import load_vlm
-from ...models.published import on_meta
+from ...models.published import on_meta, read_json
+from ...plan.exact import below, modules_around, plan_of
 from ...plan.tuning import apply_plan
 from ...scripts.known import bits_in
 from ...show import package_versions
@@ -45,38 +46,30 @@ def rescue(
     allow_pickle: bool = False,  # read *.bin, *.pt and *.pth through torch's weights_only reader, which runs no code
 ) -> Rescue:
     """Say what a foreign checkpoint holds and what is lost, and write what is there as an adapter of ours, or as a
-    whole model when there is no LoRA.
+    whole model when there is no LoRA, or when a tied head was trained apart from its embeddings.
 
     Raises `InputError` for a folder of no known format, a pickle that was not allowed or holds more than tensors, a
     damaged file, another base, and for what no plan can say."""
     found = recognise(folder)
-    for error in wrong_in(found.config or {}, SAYS_CONFIG, str(found.folder / "adapter_config.json")).values():
-        raise error
     output = None if output is None else empty_folder(output)
     model = Base(base)
-    got = read_contents(found, model, allow_pickle)
-    types = {f"{layer}.{kind}": t.dtype for layer, kinds in got.lora.items() for kind, t in kinds.items()}
-    check_lora_types(types, found.folder)
-    names = {*model.modules, *got.lora, *got.raw.values()}
-    check_patterns(found.config or {}, names, found.folder / "adapter_config.json")
-    if got.lora and found.config is None:
-        raise InputError(
-            "there is LoRA in it, and no adapter_config.json: nobody knows its alpha",
-            found.folder,
-            "Find that file, or write one with lora_alpha, r and target_modules",
-        )
-    options = options_of(found.config or {}, found.folder / "adapter_config.json") if got.lora else {}
+    refuse_methods(found, base)
+    got = _contents(found, model, allow_pickle)
+    found = plain_lora(got, found)
+    options = options_of(found, base) if got.lora else {}
     sizes = sizes_of(got, found.config, options.get("variant", "lora"))
-    modules = modules_around(model.model, set(got.full))
+    modules = [] if got.apart else modules_around(model.model, set(got.full))
     lost, suspicious = losses_of(found, model, got, flags), tuple(suspicious_in(found, model, got, flags))
     rows = tuple(rows_of(model, got, sizes))
     plan, completed, folded = _planned(model, got, sizes, modules, options)
     near = list(elsewhere_of(found, model, allow_pickle)) if lost else []
     notes = [
-        *notes_on(found, model, got, flags, four_bit, completed, folded),
+        *notes_on(found, model, got, flags, four_bit, completed, () if got.apart else folded),
         *(text for part, text in near if not part),
     ]
-    if plan is None:
+    if got.apart:
+        notes += _notes_on_ties(got, folded)
+    elif plan is None:
         full = ": it becomes a whole model" if got.full else ", and nothing that differs from the base"
         notes.append(f"there is no LoRA in it{full}")
     lost = tuple(placed(lost, near, found))
@@ -87,35 +80,67 @@ def rescue(
         return replace(result, written=_write_whole(found, model, got, output))
     return _write(result, model, got, output, 4 in bits_in(found.settings) if four_bit is None else four_bit)
 
+# %% ../../../nbs/reference/checkpoint.rescue.write.ipynb #9805a380
+def _contents(found, model, allow_pickle):
+    "What the files hold, if anything can be made of it. Raises `InputError`."
+    got = read_contents(found, model, allow_pickle)
+    _refuse_ties(got, model, found)
+    types = {f"{layer}.{kind}": t.dtype for layer, kinds in got.lora.items() for kind, t in kinds.items()}
+    check_lora_types(types, found.folder)
+    names = {*model.modules, *got.lora, *got.raw.values()}
+    check_patterns(found.config or {}, names, found.folder / "adapter_config.json")
+    if got.lora and found.config is None:
+        raise InputError(
+            "there is LoRA in it, and no adapter_config.json: nobody knows its alpha",
+            found.folder,
+            "Find that file, or write one with lora_alpha, r and target_modules",
+        )
+    return got
+
 
 def _planned(model, got, sizes, modules, options):
     "The plan; tensors in it that come from the base; layers whose LoRA was added to their weights."
-    folded = [n for n in sizes if below(n, modules)]
+    folded = [n for n in sizes if got.apart or below(n, modules)]
     for layer in folded:
         fold(got, model, layer, sizes.pop(layer), options["variant"])
     if not sizes:
         return None, [], folded
     completed = sorted(n for n in model.params if below(n, modules) and n not in got.full and n not in got.same)
-    return plan_of(model, sizes, modules, options), completed, folded
+    return plan_of(model.vlm, sizes, modules, options), completed, folded
 
 # %% ../../../nbs/reference/checkpoint.rescue.write.ipynb #65392587
-def _refuse_apart(found, model, got):
-    "In training, `modules_to_save` takes an embedding out of a tie; a plan keeps the two together."
-    config = found.config or {}
-    saved = () if config.get("ensure_weight_tying") else config.get("modules_to_save") or ()
-    for head, embeddings in model.owner.items():
-        if embeddings in got.full and any(f".{m}." in f".{embeddings}" for m in saved):
-            raise InputError(
-                f"{embeddings} was trained apart from {head}, which is the same tensor in this base and stayed as it "
-                "was",
-                found.folder,
-                "No plan can say that. PEFT loads this adapter as it is, and its merge_and_unload keeps the two apart",
-            )
+def _refuse_ties(got, model, found):
+    "Raises `InputError` for a head that came apart, in a family whose configuration always ties it."
+    try:
+        if got.apart:
+            untied(read_json(model.folder / "config.json"))
+    except InputError as e:
+        raise InputError(
+            f"{', '.join(sorted(got.apart))} and the embeddings were trained apart; {e.found}",
+            found.folder,
+            "Use it in PEFT, beside its base (PeftModel.from_pretrained); to have a whole model, train again with "
+            "ensure_weight_tying: true",
+        ) from None
+
+
+def _notes_on_ties(got, folded):
+    "What a reader should know of a head that is a tensor of its own now."
+    lora = f", and LoRA beside {len(folded)} layers is added to their weights" if folded else ""
+    yield (
+        f"{', '.join(sorted(got.apart))} and the embeddings are one tensor in the base and were trained apart. No plan "
+        f"can say that: it becomes a whole model, in which they are two{lora}"
+    )
+
+
+def _untie(whole, head, value):
+    "Give a head a tensor of its own, so that it is written."
+    module, _, tensor = head.rpartition(".")
+    setattr(whole.get_submodule(module), tensor, torch.nn.Parameter(value.clone(), requires_grad=False))
+    whole.all_tied_weights_keys = {k: v for k, v in whole.all_tied_weights_keys.items() if k != head}
 
 # %% ../../../nbs/reference/checkpoint.rescue.write.ipynb #71b06fcb
 def _write(result, model, got, output, four_bit):
     "Write what was rescued as an adapter, and read it back."
-    _refuse_apart(result.found, model, got)
     wrapped = apply_plan(on_meta(model.folder), result.plan)
     state = _state(wrapped, model, got)
     _refuse_not_finite(state, result.found.folder)
@@ -199,7 +224,10 @@ def _write_whole(found, model, got, output):
     whole = load_vlm(model.name, dtype="stored", device="cpu")
     params = dict(whole.named_parameters())
     for name, value in got.full.items():
-        params[name].data = value.clone()
+        if name not in got.apart:
+            params[name].data = value.clone()
+    for head in got.apart:
+        _untie(whole, head, _in_full(head, model, got))
     processor = own_processor(found, model)[0]
     also = (lambda folder: keep_limits(folder, processor)) if processor else None
     return save_vlm(whole, output, model.folder, also=also)
