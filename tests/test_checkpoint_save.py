@@ -102,7 +102,9 @@ CHILD = """
         apart = (logits(model, batch) - want["logits"]).abs().max().item()
         calm = load_adapter(folder)
         assert not any(p.requires_grad for p in calm.parameters()) and not calm.training
-        assert torch.equal(logits(calm, batch), logits(model, batch))
+        assert all(torch.equal(p, want[n]) for n, p in calm.named_parameters() if n in grads), folder
+        # close, not equal: where a matrix needs no gradient some processors take another kernel (4e-6, AVX512-BF16)
+        torch.testing.assert_close(logits(calm, batch), logits(model, batch), rtol=0, atol=1e-4)
         if not four_bit:
             plain = PeftModel.from_pretrained(load_vlm(read_provenance(folder)["base"]), folder)
             apart = max(apart, (logits(plain, batch) - want["logits"]).abs().max().item())

@@ -35,7 +35,7 @@ FLAGS = [
     "--warmup",
     "0",
     "--learning-rate",
-    "0.05",
+    "0.01",
 ]
 
 
