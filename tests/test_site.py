@@ -140,7 +140,7 @@ def test_the_machinery_of_notebooks_stays_behind_the_scenes(pages):
             name
         )
     assert (
-        "TuningPlan" in pages["25_plan.tuning.html"].code
+        "TuningPlan" in pages["25_plan.html"].code
         and "assert answer == question.answer" not in pages["index.html"].code
     )
 
@@ -292,7 +292,7 @@ AXE = """async () => (await axe.run(document, {resultTypes: ["violations"]})).vi
 @browser_needed
 @pytest.mark.skipif(real("axe.min.js") is None, reason="python tests/real.py fetches axe")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["index", *LOOKED_AT, "05_vlm", "75_evaluate.compare", "index_zh"])
+@pytest.mark.parametrize("name", ["index", *LOOKED_AT, "05_vlm", "75_compare", "index_zh"])
 def test_axe_finds_nothing_serious(tab, name, scheme):
     page = tab(f"{name}.html", 390, scheme)
     page.add_script_tag(content=real("axe.min.js").decode("utf-8"))
@@ -324,7 +324,7 @@ def test_search_finds_the_resampler(tab):
 def test_a_reader_goes_from_chapter_to_chapter_and_formulas_are_drawn(tab):
     page = tab("reference/plan.preview.html", 390)
     page.locator("article a", has_text="25").first.click()
-    page.wait_for_url("**/25_plan.tuning.html")
+    page.wait_for_url("**/25_plan.html")
     assert page.locator("h1").inner_text().startswith("The plan")
     page = tab("10_lora.linear.html", 390)
     assert page.locator("math").count() > 3 and page.locator("math").first.bounding_box()["width"] > 5
