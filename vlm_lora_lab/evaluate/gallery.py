@@ -61,12 +61,12 @@ def gallery(
     long = max(len(t[i]) for t in (before, after) for i in order) > 12
     cols = min(2 if long else 5, len(order))
     rows, width = math.ceil(len(order) / cols), 44 if long else 22
-    fig, _ = figure(rows, cols, width=3.6 * cols if long else 1.5 * cols, height=rows * (1.9 if long else 1.25))
+    fig, _ = figure(rows, cols, width=3.6 * cols if long else 1.5 * cols, height=rows * (2.2 if long else 1.4))
     for ax in fig.axes:
         ax.axis("off")
     for ax, i in zip(fig.axes, order):
         _show_conversation(ax, conversations[i], width)
-        _show_answers(ax, (before[i], was.marks[i]), (after[i], now.marks[i]), was.metric, long, width)
+        _show_answers(ax, (before[i], was.marks[i]), (after[i], now.marks[i]), was.metric, width)
     changed = sum(b != a for b, a in zip(before, after))
     fig.suptitle(f"What did fine-tuning change? {changed} of {len(before)} answers (before → after)")
     return fig
@@ -78,10 +78,10 @@ def _show_conversation(ax, conversation, width):
         ax.imshow(_strip(conversation))
         more = len(conversation.images) - 4
         if more > 0:
-            ax.text(1, 0, f"+{more} more", transform=ax.transAxes, ha="right", va="bottom", fontsize=6)
+            ax.text(1, 0, f"+{more} more", transform=ax.transAxes, ha="right", va="bottom", fontsize=8)
     else:
         question = _short(conversation.question, width // 2, 3)
-        ax.text(0.5, 0.5, question, transform=ax.transAxes, ha="center", va="center", fontsize=7, style="italic")
+        ax.text(0.5, 0.5, question, transform=ax.transAxes, ha="center", va="center", fontsize=8, style="italic")
 
 
 def _worth(mark, metric):
@@ -95,14 +95,10 @@ def _best(metric):
     return 1.0 if metric.higher_is_better else 0.0
 
 
-def _show_answers(ax, before, after, metric, long, width):
+def _show_answers(ax, before, after, metric, width):
     "Two answers, each a text and its mark, as the title of a cell."
     parts = [f"{_short(text, width)} {_worth(mark, metric)}" for text, mark in (before, after)]
     was, now = before[1].value, after[1].value
     change = metric.better(now, was)
     good = change > 0 or (change == 0 and now == _best(metric))
-    ax.set_title(
-        "\n→ ".join(parts) if long else " → ".join(parts),
-        fontsize=6.5 if long else 8,
-        color=COLORS[2] if good else COLORS[1],
-    )
+    ax.set_title("\n→ ".join(parts), fontsize=8, color=COLORS[2] if good else COLORS[1])
