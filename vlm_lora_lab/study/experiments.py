@@ -264,14 +264,15 @@ class Results:
     ) -> Figure:
         "Every seed a dot, every arm a mean with its interval, every task a panel."
         arms = list(arms or self.arms)
-        fig, axes = figure(1, len(self.tasks), width=3 + 2.4 * len(self.tasks), height=height or 0.8 + 0.24 * len(arms))
+        fig, axes = figure(1, len(self.tasks), width=3 + 2.4 * len(self.tasks), height=height or 0.9 + 0.3 * len(arms))
         for i, (ax, task) in enumerate(zip(fig.axes, self.tasks)):
             for y, arm in enumerate(reversed(arms)):
                 m = self.of(task, arm, what)
-                ax.plot([100 * v for v in m.values], [y] * len(m.values), ".", ms=4, color=COLORS[0], alpha=0.5)
+                ax.plot([100 * v for v in m.values], [y + 0.2] * len(m.values), ".", ms=5, color=COLORS[0], alpha=0.7)
                 if math.isfinite(m.half):
                     ax.errorbar(100 * m.mean, y, xerr=100 * m.half, fmt="|", color=COLORS[1], capsize=3)
             ax.set(
+                ylim=(-0.5, len(arms) - 0.4),
                 yticks=range(len(arms)),
                 yticklabels=list(reversed(arms)) if i == 0 else [],
                 xlabel=f"new {task}, % right" if what == "new" else f"old questions after new {task}, % right",
