@@ -77,6 +77,8 @@ def training_curve(
         what = "perplexity" if "perplexity" in panel else "score"
         under.set(ylabel=what, xlim=ax.get_xlim(), ylim=(0, None))
         under.legend()
+    for each in (ax, *below):
+        each.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
     (below or [ax])[-1].set_xlabel("step")
     return fig
 
