@@ -348,7 +348,7 @@ def timeline(
     """Parts from top to bottom, stages from left to right, and what happens to each layer: the first layer of a part is
     at the bottom of its band."""
     lengths = lengths or [t.stage.steps or t.stage.epochs or 1 for t in way.turns]
-    fig, ax = figure(width=6.5, height=2.6)
+    fig, ax = figure(width=6, height=2.7)
     for i, parts in enumerate(_states(VLM.of(model), way)):
         left = sum(lengths[:i])
         for row, part in enumerate(reversed(PARTS)):
@@ -377,7 +377,7 @@ def timeline(
         ncols=5,
         loc="upper center",
         bbox_to_anchor=(0.45, -0.22),
-        fontsize=7,
+        fontsize=8,
         handlelength=1.2,
         columnspacing=1,
     )
