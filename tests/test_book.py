@@ -284,6 +284,30 @@ def test_the_runner_knows_every_tutorial():
     assert len(names) == 7 and names == set(run_tutorials.TUTORIALS)
 
 
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
+def test_a_tutorial_shows_the_run_of_a_day(path):
+    assert re.search(r"\*\*What you see\*\* was printed on 20\d\d-\d\d-\d\d", cells(path, "markdown")[0])
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        last = "".join(cell["source"]).strip().splitlines()[-1]
+        if cell["cell_type"] == "code" and (last.startswith("print(") or re.fullmatch(r"\w+", last)):
+            assert cell["outputs"], (
+                f"cell {cell['id']} shows nothing: python tests/run_tutorials.py --write {path.stem}"
+            )
+
+
+def test_a_rerun_of_a_tutorial_is_held_against_what_it_shows():
+    from run_tutorials import printed
+
+    def said(text):
+        return [{"output_type": "stream", "name": "stdout", "text": [text]}]
+
+    shown = said("loss 1.25 -> 0.5e-3, kept\n+3.0 (-1.0 to +7.0)  2 : 1")
+    assert printed(shown) == printed(said("loss 1.25 ->  0.5e-3, kept +3.0 (-1.0 to +7.0) 2 : 1"))
+    assert printed(shown) != printed(again := said("loss 0.75 -> 0.1, kept +0.0  0 : 0"))
+    assert printed(shown, varies=True) == printed(again, varies=True)
+    assert printed(shown, varies=True) != printed(said("loss 0.75 -> 0.1, lost +0.0  0 : 0"), varies=True)
+
+
 @pytest.mark.parametrize("page", ["README.md", "nbs/pages/python.md"])
 def test_a_page_s_python_runs(page, tmp_path):
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
