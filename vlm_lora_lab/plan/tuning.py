@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'Rules', 'Rank', 'Alpha', 'Rate', 'FREEZE', 'Rule', 'read_rules', 'TuningPlan', 'lora_layers', 'lora_sizes',
-           'layer_pattern', 'full_modules', 'full_parameters', 'apply_plan', 'fold_lora', 'audit', 'experts_left',
-           'PlanTable']
+           'layer_pattern', 'full_modules', 'full_parameters', 'audit', 'apply_plan', 'experts_left', 'PlanTable',
+           'fold_lora']
 
 # %% ../../nbs/reference/plan.tuning.ipynb #4bc22416
 import re
@@ -35,7 +35,7 @@ Rank = Annotated[int, Within(1, 16_384, "8 to 64 are usual")]
 Alpha = Annotated[float, Within(0, 10**6, "twice the rank is usual", above=True)]
 Rate = Annotated[float, Within(0, 3e38, "0.0002 is usual for LoRA, a tenth of it in full", above=True)]
 
-
+# %% ../../nbs/reference/plan.tuning.ipynb #ed605525
 @dataclass(frozen=True)
 class Rule(Settings):
     """One word for a part, or for some of its layers.
@@ -213,10 +213,58 @@ class TuningPlan(Settings):
         own = self.rule(part, said.plain).lr or (lora if said.lora else full)
         return own * (self.lora_plus or 1) if said.lora in ("lora_B", "lora_embedding_B") else own
 
-
+# %% ../../nbs/reference/plan.tuning.ipynb #7ed733e7
 @cache
 def _rules(line):
     return read_rules(line)
+
+# %% ../../nbs/reference/plan.tuning.ipynb #243d194e
+def _where(names):
+    "What a rule could have meant."
+    numbers = sorted({int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))})
+    if not names:
+        return "Write 'full' or 'freeze'; there is no such layer in it"
+    kinds = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in names))
+    return f"There are {f'layers {numbers[0]}-{numbers[-1]}, with ' if numbers else ''}{kinds}"
+
+# %% ../../nbs/reference/plan.tuning.ipynb #a78fb3da
+def _never_called(model, targets):
+    "Why LoRA may not stand beside a layer that is there, if that is the case."
+    modules = dict(model.named_modules())
+    inside = [
+        n
+        for n in modules
+        if any(n.endswith(f".{t}") for t in targets)
+        and isinstance(modules[n.rpartition(".")[0]], nn.MultiheadAttention)
+    ]
+    return (
+        f" that is called (nn.MultiheadAttention borrows the weight of {inside[0]} and never runs it, so LoRA beside "
+        "it would learn nothing)"
+        if inside
+        else ""
+    )
+
+# %% ../../nbs/reference/plan.tuning.ipynb #509f1cb0
+def _packed_alone(model, plan, part, names):
+    "Refuse what PEFT cannot do beside a packed projection."
+    for name in names:
+        home = name.rpartition(".")[0]
+        inside = [f"{home}.weight", *(f"{home}.{n}" for n, _ in model.get_submodule(home).named_parameters())]
+        if other := [n for n in inside if plan.rule(part, n) != plan.rule(part, name)]:
+            raise InputError(
+                f"{name} gets LoRA, and another rule speaks of {other[0]}",
+                f"plan, {part}",
+                f"Give all of {home} one rule, such as: lora(targets=in_proj_weight) on {home.rpartition('.')[2]}",
+            )
+        if plan.dropout or not VARIANTS[plan.variant].on_parameters:
+            what = f"dropout: {plan.dropout}" if plan.dropout else f"variant: {plan.variant}"
+            raise InputError(
+                f"{name} cannot have LoRA with {what}: PEFT adds LoRA to the weight there and sees no input, no "
+                "lengths and no directions",
+                f"plan, {part}",
+                f"Write dropout: 0 and variant: {named(lambda v: v.on_parameters)}, or leave in_proj_weight out of the "
+                "targets",
+            )
 
 # %% ../../nbs/reference/plan.tuning.ipynb #52bd1847
 def lora_layers(
@@ -256,7 +304,7 @@ def lora_layers(
             _packed_alone(vlm.model, plan, part, [n for n in found if n in vlm.packed[part]])
     return found
 
-
+# %% ../../nbs/reference/plan.tuning.ipynb #4b03e2b6
 def _weight_of(model, name):
     "The weight that LoRA stands beside: a layer's, or a bare parameter."
     return model.get_parameter(name if name.endswith(".in_proj_weight") else f"{name}.weight")
@@ -276,16 +324,7 @@ def lora_sizes(
     modules = dict(vlm.model.named_modules())
     return {name: size(name, rule.rank) for name, rule in lora_layers(vlm, plan).items()}
 
-
-def _where(names):
-    "What a rule could have meant."
-    numbers = sorted({int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))})
-    if not names:
-        return "Write 'full' or 'freeze'; there is no such layer in it"
-    kinds = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in names))
-    return f"There are {f'layers {numbers[0]}-{numbers[-1]}, with ' if numbers else ''}{kinds}"
-
-
+# %% ../../nbs/reference/plan.tuning.ipynb #6608270a
 def layer_pattern(
     names: Iterable[str],  # of modules
     every: Iterable[str],  # all names that must not be hit by accident, among them `names`
@@ -303,45 +342,6 @@ def layer_pattern(
         return re.sub(r"\\\.0(?=\\\.|$)", r"\\.\\d+", re.escape(k))
 
     return "|".join(opened(k) if len(ns) == there[k] else "|".join(map(re.escape, ns)) for k, ns in wanted.items())
-
-# %% ../../nbs/reference/plan.tuning.ipynb #a78fb3da
-def _never_called(model, targets):
-    "Why LoRA may not stand beside a layer that is there, if that is the case."
-    modules = dict(model.named_modules())
-    inside = [
-        n
-        for n in modules
-        if any(n.endswith(f".{t}") for t in targets)
-        and isinstance(modules[n.rpartition(".")[0]], nn.MultiheadAttention)
-    ]
-    return (
-        f" that is called (nn.MultiheadAttention borrows the weight of {inside[0]} and never runs it, so LoRA beside "
-        "it would learn nothing)"
-        if inside
-        else ""
-    )
-
-
-def _packed_alone(model, plan, part, names):
-    "Refuse what PEFT cannot do beside a packed projection."
-    for name in names:
-        home = name.rpartition(".")[0]
-        inside = [f"{home}.weight", *(f"{home}.{n}" for n, _ in model.get_submodule(home).named_parameters())]
-        if other := [n for n in inside if plan.rule(part, n) != plan.rule(part, name)]:
-            raise InputError(
-                f"{name} gets LoRA, and another rule speaks of {other[0]}",
-                f"plan, {part}",
-                f"Give all of {home} one rule, such as: lora(targets=in_proj_weight) on {home.rpartition('.')[2]}",
-            )
-        if plan.dropout or not VARIANTS[plan.variant].on_parameters:
-            what = f"dropout: {plan.dropout}" if plan.dropout else f"variant: {plan.variant}"
-            raise InputError(
-                f"{name} cannot have LoRA with {what}: PEFT adds LoRA to the weight there and sees no input, no "
-                "lengths and no directions",
-                f"plan, {part}",
-                f"Write dropout: 0 and variant: {named(lambda v: v.on_parameters)}, or leave in_proj_weight out of the "
-                "targets",
-            )
 
 # %% ../../nbs/reference/plan.tuning.ipynb #2565be5f
 def _check_rules(vlm, plan, owner):
@@ -363,7 +363,7 @@ def _check_rules(vlm, plan, owner):
             "Write 'freeze' there. What it shares is trained by embeddings: full; LoRA beside it alone by head: lora",
         )
 
-
+# %% ../../nbs/reference/plan.tuning.ipynb #40883f69
 def full_modules(
     model: nn.Module | VLM,  # not wrapped; also on the meta device
     plan: TuningPlan,
@@ -418,7 +418,7 @@ def full_modules(
         )
     return found
 
-
+# %% ../../nbs/reference/plan.tuning.ipynb #b7dc20fb
 def full_parameters(
     model: nn.Module | VLM,  # not wrapped; also on the meta device
     plan: TuningPlan,
@@ -429,6 +429,59 @@ def full_parameters(
     return frozenset(n for n in names if plan.rule(vlm.layout.part_of(n), plain_name(n)).word == "full")
 
 # %% ../../nbs/reference/plan.tuning.ipynb #013de345
+def _peft_config(vlm, plan, adapted, whole):
+    "The plan in PEFT's words. Ranks that differ from the plan's go into its patterns."
+    every, ranks = [n for n, _ in vlm.model.named_modules()], {}
+    for name, rule in adapted.items():
+        if (rule.rank, rule.alpha) != (plan.rank, plan.alpha):
+            ranks.setdefault((rule.rank, rule.alpha), []).append(name)
+    patterns = {layer_pattern(names, every): sizes for sizes, names in ranks.items()}
+    parameters = [n for n in adapted if n.endswith(".in_proj_weight")]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        lora_dropout=plan.dropout,
+        bias="none",
+        **VARIANTS[plan.variant].peft,
+        rank_pattern={p: r for p, (r, _) in patterns.items()},
+        alpha_pattern={p: a for p, (_, a) in patterns.items()},
+        target_modules=layer_pattern([n for n in adapted if n not in parameters], every) or [],
+        target_parameters=parameters or None,
+        modules_to_save=whole or None,
+        ensure_weight_tying=vlm.tied in whole,
+    )
+
+# %% ../../nbs/reference/plan.tuning.ipynb #f0871d6c
+def audit(
+    model: nn.Module | VLM,  # after `apply_plan`
+    plan: TuningPlan,
+    kept: Collection[str] = (),  # layers whose LoRA of an earlier stage stays frozen
+) -> None:
+    "Compare every parameter with the plan. Raises `RuntimeError` naming those that disagree."
+    vlm, wrong, trained = VLM.of(model), [], set()
+    for name, p in vlm.model.named_parameters():
+        part = vlm.layout.part_of(name)
+        said = TensorName.of(name)
+        rule = plan.rule(part, said.plain)
+        if rule.word == "lora":
+            should = bool(said.lora) and said.module not in kept
+        else:
+            should = rule.word == "full" and not said.original
+        if p.requires_grad != should:
+            wrong.append(f"{said.plain} is {'trained' if p.requires_grad else 'frozen'} under the word {rule.word!r}")
+        if p.requires_grad and p.dtype != torch.float32:
+            wrong.append(f"{said.plain} is trained in {p.dtype}")
+        if p.requires_grad:
+            trained.add((part, rule))
+    asked = {(part, r) for part in PARTS for r in plan.rules(part) if r.word != "freeze"}
+    wrong += [
+        f"nothing in the part {part!r} is trained under '{rule}'" for part, rule in sorted(asked - trained, key=str)
+    ]
+    if wrong:
+        raise RuntimeError(f"The model does not do what the plan says, in {len(wrong)} places: " + "; ".join(wrong[:8]))
+
+# %% ../../nbs/reference/plan.tuning.ipynb #bbae9f44
 def apply_plan(
     model: nn.Module | VLM,  # whole or in 4 bit, not yet wrapped
     plan: TuningPlan,
@@ -478,69 +531,6 @@ def apply_plan(
     audit(vlm.on(model), plan, kept or ())
     return model
 
-
-def _peft_config(vlm, plan, adapted, whole):
-    "The plan in PEFT's words. Ranks that differ from the plan's go into its patterns."
-    every, ranks = [n for n, _ in vlm.model.named_modules()], {}
-    for name, rule in adapted.items():
-        if (rule.rank, rule.alpha) != (plan.rank, plan.alpha):
-            ranks.setdefault((rule.rank, rule.alpha), []).append(name)
-    patterns = {layer_pattern(names, every): sizes for sizes, names in ranks.items()}
-    parameters = [n for n in adapted if n.endswith(".in_proj_weight")]
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=plan.rank,
-        lora_alpha=plan.alpha,
-        lora_dropout=plan.dropout,
-        bias="none",
-        **VARIANTS[plan.variant].peft,
-        rank_pattern={p: r for p, (r, _) in patterns.items()},
-        alpha_pattern={p: a for p, (_, a) in patterns.items()},
-        target_modules=layer_pattern([n for n in adapted if n not in parameters], every) or [],
-        target_parameters=parameters or None,
-        modules_to_save=whole or None,
-        ensure_weight_tying=vlm.tied in whole,
-    )
-
-
-def fold_lora(
-    model: PeftModel,
-) -> nn.Module:  # the base model, without any wrapper
-    """Merge LoRA into the weights.
-
-    PEFT takes the outer wrappers off; a LoRA on `out_proj` inside of one on `in_proj_weight` needs a second turn."""
-    model.merge_and_unload(safe_merge=True)
-    return model.merge_and_unload(safe_merge=True)
-
-
-def audit(
-    model: nn.Module | VLM,  # after `apply_plan`
-    plan: TuningPlan,
-    kept: Collection[str] = (),  # layers whose LoRA of an earlier stage stays frozen
-) -> None:
-    "Compare every parameter with the plan. Raises `RuntimeError` naming those that disagree."
-    vlm, wrong, trained = VLM.of(model), [], set()
-    for name, p in vlm.model.named_parameters():
-        part = vlm.layout.part_of(name)
-        said = TensorName.of(name)
-        rule = plan.rule(part, said.plain)
-        if rule.word == "lora":
-            should = bool(said.lora) and said.module not in kept
-        else:
-            should = rule.word == "full" and not said.original
-        if p.requires_grad != should:
-            wrong.append(f"{said.plain} is {'trained' if p.requires_grad else 'frozen'} under the word {rule.word!r}")
-        if p.requires_grad and p.dtype != torch.float32:
-            wrong.append(f"{said.plain} is trained in {p.dtype}")
-        if p.requires_grad:
-            trained.add((part, rule))
-    asked = {(part, r) for part in PARTS for r in plan.rules(part) if r.word != "freeze"}
-    wrong += [
-        f"nothing in the part {part!r} is trained under '{rule}'" for part, rule in sorted(asked - trained, key=str)
-    ]
-    if wrong:
-        raise RuntimeError(f"The model does not do what the plan says, in {len(wrong)} places: " + "; ".join(wrong[:8]))
-
 # %% ../../nbs/reference/plan.tuning.ipynb #2bd814de
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -568,7 +558,7 @@ def experts_left(
         "they stay frozen, and in 16 bit also where the model is in 4 bit"
     )
 
-
+# %% ../../nbs/reference/plan.tuning.ipynb #0bd8aa86
 @dataclass(frozen=True)
 class PlanTable:
     """Every part: word, parameters, how many of them are trained, dtypes.
@@ -613,3 +603,13 @@ class PlanTable:
 
     def _repr_html_(self):
         return html_table(self._cells()) + (element("p", self.left) if self.left else "")
+
+# %% ../../nbs/reference/plan.tuning.ipynb #b35bbe51
+def fold_lora(
+    model: PeftModel,
+) -> nn.Module:  # the base model, without any wrapper
+    """Merge LoRA into the weights.
+
+    PEFT takes the outer wrappers off; a LoRA on `out_proj` inside of one on `in_proj_weight` needs a second turn."""
+    model.merge_and_unload(safe_merge=True)
+    return model.merge_and_unload(safe_merge=True)
