@@ -37,7 +37,7 @@ def random_states() -> dict[str, torch.Tensor]:
         states["cuda" if i == 0 else f"cuda:{i}"] = torch.cuda.get_rng_state(i)
     return states
 
-
+# %% ../../nbs/reference/debug.gradients.ipynb #60e00003
 def set_random_states(
     states: Mapping[str, torch.Tensor],  # from `random_states`; a generator that is not in it goes on
 ) -> None:
@@ -75,7 +75,7 @@ def loss_of(
         )
     return loss if loss.ndim == 0 else loss.mean()
 
-
+# %% ../../nbs/reference/debug.gradients.ipynb #60e00009
 @contextmanager
 def undisturbed(
     model: nn.Module,
@@ -117,7 +117,7 @@ class GradientRow:
     # share of the weights that one step of this learning rate changes; None: no rate was given
     moves: float | None = None
 
-
+# %% ../../nbs/reference/debug.gradients.ipynb #60e0000c
 @dataclass(frozen=True)
 class GradientAudit:
     "Every trainable tensor of a model and what reaches it; `wrong` holds those that will not learn."
@@ -166,7 +166,7 @@ def _watch(model):
             handles.append(module.register_forward_hook(note, always_call=True))
     return seen, handles
 
-
+# %% ../../nbs/reference/debug.gradients.ipynb #60e00011
 def _why(model, owner, seen):
     "Verdict and remedy for a tensor without any gradient."
     calls = seen.get(owner, set())
@@ -189,13 +189,13 @@ def _why(model, owner, seen):
         return "cut off", "The module runs under torch.no_grad(). Take that away"
     return "not in the loss", "What the module computes never reaches the loss: it is detached, or unused"
 
-
+# %% ../../nbs/reference/debug.gradients.ipynb #60e00014
 def _gradients(model):
     return {
         n: None if p.grad is None else p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad
     }
 
-
+# %% ../../nbs/reference/debug.gradients.ipynb #60e00015
 @torch.no_grad()
 def _nudge(model):
     "Move everything that has a gradient by about two hundredths of its size, which every dtype can hold."
@@ -205,11 +205,58 @@ def _nudge(model):
             size = max(p.double().norm().item(), 0.01 * p.numel() ** 0.5)
             p.sub_((0.02 * size * g / g.norm()).to(p.dtype))
 
-
+# %% ../../nbs/reference/debug.gradients.ipynb #60e00017
 def _moves(p, g, rate):
     "Share of the weights that a step of Adam's size, `rate` times the sign of the gradient, changes at this dtype."
     hit = g != 0
     return ((p - rate * g.sign()).to(p.dtype) != p)[hit].double().mean().item() if hit.any() else 0.0
+
+# %% ../../nbs/reference/debug.gradients.ipynb #fc648ddb
+def _rates(model, rate):
+    "Name -> learning rate; an optimizer knows tensors, not names."
+    if rate is None:
+        return None
+    if isinstance(rate, torch.optim.Optimizer):
+        known = {id(p): group["lr"] for group in rate.param_groups for p in group["params"]}
+        return {n: known.get(id(p)) for n, p in model.named_parameters()}
+    return {n: rate(n) if callable(rate) else rate for n, _ in model.named_parameters()}
+
+# %% ../../nbs/reference/debug.gradients.ipynb #60e0001c
+def _row(model, name, p, steps, seen, rates):
+    first, second = (s[name] for s in steps)
+    norms = [None if g is None else g.double().norm().item() for g in (first, second)]
+
+    def make(verdict, remedy="", moves=None):
+        return GradientRow(name, str(p.dtype).removeprefix("torch."), *norms, verdict, remedy, moves)
+
+    if first is None and second is None:
+        return make(*_why(model, name.rpartition(".")[0], seen))
+    if not all(g is None or g.isfinite().all() for g in (first, second)):
+        return make(
+            "not finite", "NaN or infinity. Chapter 65's diagnose(model, batch) names the operation that made it"
+        )
+    g = next((g for g in (first, second) if g is not None and g.any()), None)
+    if g is None:
+        return make(
+            "zero",
+            "A gradient arrives, and every number in it is zero, in both steps: something behind it multiplies by zero",
+        )
+    if rates is None:
+        return make("trained")
+    if rates[name] is None:
+        return make(
+            "not in the optimizer",
+            "It asks for a gradient, but no group of the optimizer holds it. Make the optimizer after unfreezing",
+        )
+    moves = _moves(p.detach(), g, rates[name])
+    if moves < 0.5:
+        return make(
+            "rate too small",
+            f"A step of {rates[name]:.0e} is rounded away at {str(p.dtype).removeprefix('torch.')}. Keep trained "
+            "weights in float32, or raise the rate",
+            moves,
+        )
+    return make("trained", moves=moves)
 
 # %% ../../nbs/reference/debug.gradients.ipynb #d680f4e7
 def audit_gradients(
@@ -261,50 +308,3 @@ def audit_gradients(
             extra[n] = ("trained, but not promised", "Freeze it, or say that it is meant")
     rows = [r for r in rows if r.name not in extra] + [GradientRow(n, "", None, None, *why) for n, why in extra.items()]
     return GradientAudit(tuple(rows), tuple(losses), len([n for n in frozen if n not in extra]))
-
-# %% ../../nbs/reference/debug.gradients.ipynb #fc648ddb
-def _rates(model, rate):
-    "Name -> learning rate; an optimizer knows tensors, not names."
-    if rate is None:
-        return None
-    if isinstance(rate, torch.optim.Optimizer):
-        known = {id(p): group["lr"] for group in rate.param_groups for p in group["params"]}
-        return {n: known.get(id(p)) for n, p in model.named_parameters()}
-    return {n: rate(n) if callable(rate) else rate for n, _ in model.named_parameters()}
-
-
-def _row(model, name, p, steps, seen, rates):
-    first, second = (s[name] for s in steps)
-    norms = [None if g is None else g.double().norm().item() for g in (first, second)]
-
-    def make(verdict, remedy="", moves=None):
-        return GradientRow(name, str(p.dtype).removeprefix("torch."), *norms, verdict, remedy, moves)
-
-    if first is None and second is None:
-        return make(*_why(model, name.rpartition(".")[0], seen))
-    if not all(g is None or g.isfinite().all() for g in (first, second)):
-        return make(
-            "not finite", "NaN or infinity. Chapter 65's diagnose(model, batch) names the operation that made it"
-        )
-    g = next((g for g in (first, second) if g is not None and g.any()), None)
-    if g is None:
-        return make(
-            "zero",
-            "A gradient arrives, and every number in it is zero, in both steps: something behind it multiplies by zero",
-        )
-    if rates is None:
-        return make("trained")
-    if rates[name] is None:
-        return make(
-            "not in the optimizer",
-            "It asks for a gradient, but no group of the optimizer holds it. Make the optimizer after unfreezing",
-        )
-    moves = _moves(p.detach(), g, rates[name])
-    if moves < 0.5:
-        return make(
-            "rate too small",
-            f"A step of {rates[name]:.0e} is rounded away at {str(p.dtype).removeprefix('torch.')}. Keep trained "
-            "weights in float32, or raise the rate",
-            moves,
-        )
-    return make("trained", moves=moves)

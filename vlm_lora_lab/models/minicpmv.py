@@ -161,7 +161,7 @@ class MiniCPMV20Config(MiniCPMVConfig, GraniteConfig):
         self.attention_multiplier = (self.hidden_size // self.num_attention_heads) ** -0.5
         super().__post_init__(**kwargs)
 
-
+# %% ../../nbs/reference/models.minicpmv.ipynb #60f0000a
 VERSIONS = {
     "2.0": MiniCPMV20Config,
     "2.5": MiniCPMV25Config,
@@ -364,7 +364,7 @@ class TimmTower(nn.Module):
             x = block(x, real[:, None, None, :])
         return self.norm(x)
 
-
+# %% ../../nbs/reference/models.minicpmv.ipynb #60f0000f
 class ScaledEmbedding(nn.Embedding):
     "Text embeddings times MiniCPM's `scale_emb`; pictures, which enter later, are not scaled."
 
