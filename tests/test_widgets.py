@@ -36,10 +36,11 @@ MODEL = "openbmb/MiniCPM-V-2_6"
 
 
 def code_of(chapter):
-    "(source, outputs) of the cells that a reader runs, without what the chapter exports."
+    "(source, outputs) of the cells that a reader runs; of what the chapter exports the imports only."
     cells = json.loads((NBS / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
     found = [("".join(c["source"]), c["outputs"]) for c in cells if c["cell_type"] == "code"]
-    return [(s, o) for s, o in found if not re.search(r"^#\| *(export|eval: false|default_exp)", s, re.M)]
+    skipped = re.compile(r"^#\| *(eval: false|default_exp)|^#\| *export\b(?s:.*)^(def|class|@|[A-Z_]+ = )", re.M)
+    return [(s, o) for s, o in found if not skipped.search(s)]
 
 
 def made_and_read(source):
@@ -111,7 +112,9 @@ def kernel(tmp_path_factory):
     cells = {}
     for chapter, (name, _) in WIDGETS.items():
         moves = [MOVES.format(name)] if name != "explorer" else []
-        cells[chapter] = [nbformat.v4.new_code_cell(s) for s in ("%reset -f", *path_to(chapter), *moves)]
+        package = f"from vlm_lora_lab.{re.sub(r'^(reference/|[0-9]+_)', '', chapter)} import *"
+        sources = ("%reset -f", package, *path_to(chapter), *moves)
+        cells[chapter] = [nbformat.v4.new_code_cell(s) for s in sources]
     cells[LIVE] = [nbformat.v4.new_code_cell(s) for s in ("%reset -f", DRAWN_AGAIN)]
     book = nbformat.v4.new_notebook(cells=[c for part in cells.values() for c in part])
     with pytest.MonkeyPatch.context() as patch:
@@ -123,8 +126,8 @@ def kernel(tmp_path_factory):
 
 def shown_by(chapter, kernel):
     "What the widget's cell put out."
-    cells = kernel[0][chapter][len(path_to(chapter))]
-    [output] = [o for o in cells.outputs if o.output_type == "execute_result"]
+    cell = kernel[0][chapter][1 + len(path_to(chapter))]
+    [output] = [o for o in cell.outputs if o.output_type == "execute_result"]
     return output.data
 
 
@@ -178,7 +181,7 @@ def test_what_a_widget_reads_is_not_changed_further_down(chapter):
     "A reader runs the whole chapter, scrolls back and moves a slider."
     cells, at = [s for s, _ in code_of(chapter)], widget_cell(chapter)
     read = made_and_read(cells[at])[1]
-    for source in path_to(chapter)[:-1]:
+    for source in reversed(path_to(chapter)[:-1]):
         made, below = made_and_read(source)
         read |= below if made & read and "def " in source else set()
     later = {name for s in cells[at + 1 :] for name in made_and_read(s)[0] if f"import {name}" not in s}
