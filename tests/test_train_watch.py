@@ -207,29 +207,3 @@ def test_the_curve_shows_what_was_asked():
 def test_what_cannot_be_watched_is_said(values):
     with pytest.raises(InputError, match=f"watch, {next(iter(values))}"):
         Watch.of(values)
-
-
-def test_in_a_real_kernel_one_picture_is_drawn_again_and_again(tmp_path, monkeypatch):
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # set by the command line in this process; a kernel has its own
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    code = """
-    from transformers import TrainerControl, TrainerState
-    from vlm_lora_lab.train.watch import LivePlot
-    plot, state = LivePlot(seconds=0), TrainerState(is_world_process_zero=True)
-    for step in (1, 2, 3):
-        state.log_history.append({"step": step, "loss": 1 / step})
-        plot.on_log(None, state, None, logs=state.log_history[-1])
-    """
-    book = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell("\n".join(line[4:] for line in code.splitlines()))]
-    )
-    [cell] = (
-        nbclient.NotebookClient(
-            book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-        )
-        .execute()
-        .cells
-    )
-    pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) == 1  # updated in place, not three below each other
-    assert "0.33 at the end" in training_curve([{"step": s, "loss": 1 / s} for s in (1, 2, 3)]).axes[0].get_title()

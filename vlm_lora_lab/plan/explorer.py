@@ -19,7 +19,7 @@ from ..models.parts import PARTS, VLM
 from ..models.published import PUBLISHED, on_meta
 from .preview import Preview
 from .tuning import WORDS, TuningPlan
-from ..show import Html, element, html_items, html_table, readable_bytes
+from ..show import Html, element, has_kernel, html_items, html_table, readable_bytes
 
 # %% ../../nbs/reference/plan.explorer.ipynb #cd0e161d
 @lru_cache(maxsize=16)
@@ -222,16 +222,9 @@ class PlanExplorer:
         forms = {"text/plain": repr(self), "text/html": self._repr_html_()}
         return (
             forms | {k: v for k, v in self.widget._repr_mimebundle_().items() if k not in forms}
-            if _has_kernel()
+            if has_kernel()
             else forms
         )
-
-
-def _has_kernel():
-    "Is there anybody who answers a widget?"
-    from IPython import get_ipython
-
-    return getattr(get_ipython(), "kernel", None) is not None
 
 # %% ../../nbs/reference/plan.explorer.ipynb #f84c633a
 def _part_fields(w, plan):
@@ -267,6 +260,9 @@ def _number_fields(w, plan):
     choice = w.Dropdown(options=list(VARIANTS), value=plan.variant, description="variant")
     choice.layout = w.Layout(width="12em")
     yield "variant", choice
+    ratio = w.FloatText(value=plan.lora_plus or 1, description="LoRA+", layout=small)
+    ratio.tooltip = "learning rate of LoRA's second matrix over that of its first; 1: the same"
+    yield "lora_plus", ratio
     targets = w.Text(value=", ".join(plan.targets or ()), description="targets", continuous_update=False)
     targets.placeholder, targets.layout = "all; or q_proj, v_proj", w.Layout(width="22em", max_width="100%")
     yield "targets", targets
@@ -317,6 +313,8 @@ def _changed(explorer, built):
         "dropout": number(f["dropout"].value),
         "variant": f["variant"].value,
     }
+    if (ratio := f["lora_plus"].value) != 1:
+        options["lora_plus"] = number(ratio)
     if targets := f["targets"].value.replace(",", " ").split():
         options["targets"] = tuple(targets)
     name = f["model"].value
