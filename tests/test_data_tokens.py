@@ -1,14 +1,14 @@
 """Ids, labels and picture places against `finetune/dataset.py` of MiniCPM-V; every deliberate difference is asserted as
 such.
 
-Differences, numbered as in the table of chapter 45: 1. after an answer's end token, its successor has the label "end
-token" upstream (ChatML, Llama 3); here it has none 2. an empty answer supervises the next question upstream; here the
-record is refused 3. a long text is cut at the limit upstream; here it is refused, or whole turns are dropped 4. only
-sliced pictures are numbered and counted upstream; here all are, when the model wants numbers 5. with several pictures,
-upstream writes a line break after the last one even if no text follows; here there is none 6. 2.0 is tokenised in
-pieces upstream; here as a whole, which is the same as long as no text holds a special token, and such text is refused
-7. what crashes upstream works here 8. 2.0's processor, not its training, puts a line break after each picture; here
-there is none"""
+Differences, numbered as in the table of the chapter `data.tokens`: 1. after an answer's end token, its successor has
+the label "end token" upstream (ChatML, Llama 3); here it has none 2. an empty answer supervises the next question
+upstream; here the record is refused 3. a long text is cut at the limit upstream; here it is refused, or whole turns
+are dropped 4. only sliced pictures are numbered and counted upstream; here all are, when the model wants numbers 5.
+with several pictures, upstream writes a line break after the last one even if no text follows; here there is none 6.
+2.0 is tokenised in pieces upstream; here as a whole, which is the same as long as no text holds a special token, and
+such text is refused 7. what crashes upstream works here 8. 2.0's processor, not its training, puts a line break after
+each picture; here there is none"""
 
 import json
 

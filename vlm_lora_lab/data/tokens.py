@@ -71,7 +71,7 @@ _GROUNDING = {f"<{slash}{name}>" for name in ("ref", "box", "quad", "point") for
 _THINKING = {"<think>", "</think>"}
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
-# %% ../../nbs/reference/data.tokens.ipynb #5c0d7e22
+# %% ../../nbs/reference/data.tokens.ipynb #080fe372
 TURNS = (  # what opens or closes a turn
     "<|im_start|>",
     "<|im_end|>",
@@ -87,6 +87,8 @@ TURNS = (  # what opens or closes a turn
     "<用户>",
     "<AI>",
 )
+
+# %% ../../nbs/reference/data.tokens.ipynb #58af36b7
 MEDIA = (  # what stands for a picture, a video or a sound, or is a bracket around one
     "<image>",
     "</image>",
@@ -123,7 +125,7 @@ MEDIA = (  # what stands for a picture, a video or a sound, or is a bracket arou
 _WRITTEN = ("<用户>", "<AI>")  # MiniCPM-V 2.0's turns are ordinary text: commands wherever the template writes them
 _BRACKETED = re.compile(r"[<\[{(|].*\w.*[>\]})|]", re.DOTALL)
 
-
+# %% ../../nbs/reference/data.tokens.ipynb #4a93d7f6
 def _word(tokenizer, text):
     "Is this token an ordinary word, such as the exclamation mark that MiniCPM-V 2.5 pads with?"
     return not _BRACKETED.fullmatch(text) and tokenizer.backend_tokenizer.model.token_to_id(text) is not None
@@ -134,7 +136,7 @@ def _read_whole(tokenizer, text):
     number = tokenizer.backend_tokenizer.token_to_id(text)
     return number is not None and number in tokenizer(text, add_special_tokens=False)["input_ids"]
 
-
+# %% ../../nbs/reference/data.tokens.ipynb #c50fdd80
 def _skeletons(tokenizer, template):
     "What a chat template writes around turns and media, each content replaced by one character."
 
@@ -153,7 +155,7 @@ def _skeletons(tokenizer, template):
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
             continue
 
-
+# %% ../../nbs/reference/data.tokens.ipynb #5c5626f1
 @lru_cache(maxsize=64)
 def _commands(tokenizer, state, template, named):
     "See `control_tokens`; `state` is what may change in a tokenizer."
@@ -176,7 +178,7 @@ def control_tokens(
     state = (len(tokenizer.added_tokens_decoder), *roles, str(tokenizer.chat_template))
     return _commands(tokenizer, state, template, tuple(named))
 
-
+# %% ../../nbs/reference/data.tokens.ipynb #ff6e77e8
 def named_tokens(
     config: Any,  # of a model
     tokenizer: PreTrainedTokenizerBase,
@@ -203,7 +205,7 @@ def end_ids(
     ends |= {tokenizer.convert_tokens_to_ids(t) for t in ENDS if _read_whole(tokenizer, t)}
     return tuple(sorted(ends | ({tokenizer.eos_token_id} - {None})))
 
-# %% ../../nbs/reference/data.tokens.ipynb #5c0d7e25
+# %% ../../nbs/reference/data.tokens.ipynb #ae2fdf08
 @lru_cache(maxsize=64)
 def _pattern(commands):
     "Finds any of these texts, the longest first."
@@ -217,7 +219,7 @@ def _spelled(text, tokenizer, commands):
         found = _pattern(commands).findall(normalizer.normalize_str(text))
     return found
 
-
+# %% ../../nbs/reference/data.tokens.ipynb #d206539b
 def no_commands(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
@@ -292,7 +294,7 @@ def _answers(whole, skeleton, where):
             spans.append((at, at, ""))
     return spans
 
-# %% ../../nbs/reference/data.tokens.ipynb #e87e15ec
+# %% ../../nbs/reference/data.tokens.ipynb #fb6c80a7
 def supervised(
     messages: list[dict],  # role and content, as the template wants them
     write: Callable[[list[dict]], str],  # messages to text, such as a chat template
@@ -327,7 +329,7 @@ def supervised(
             unwritten.append(end)
     return whole, spans, unwritten
 
-
+# %% ../../nbs/reference/data.tokens.ipynb #b1e76dfb
 def render(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
@@ -354,7 +356,7 @@ def render(
         conversation.learned,
     )
 
-# %% ../../nbs/reference/data.tokens.ipynb #e3305943
+# %% ../../nbs/reference/data.tokens.ipynb #acee927c
 @dataclass(frozen=True)
 class Encoded:
     "A conversation as numbers."
@@ -379,7 +381,7 @@ def drop_turns(
         images=conversation.images[pictures:],
     )
 
-
+# %% ../../nbs/reference/data.tokens.ipynb #f98c5fda
 def within(
     conversation: Conversation,
     encode: Callable[[Conversation], Encoded],
@@ -399,7 +401,7 @@ def within(
         conversation, dropped = shorter, dropped + 1
     return replace(e, dropped=dropped)
 
-
+# %% ../../nbs/reference/data.tokens.ipynb #86373574
 def ids_and_labels(
     text: str,
     spans: Sequence[tuple[int, int]],  # what the loss looks at, from `supervised`
@@ -416,7 +418,7 @@ def ids_and_labels(
         labels[next(i for i, (start, _) in enumerate(offsets) if start >= at)] = tokenizer.eos_token_id
     return ids, labels
 
-
+# %% ../../nbs/reference/data.tokens.ipynb #9a038aa2
 def _places(ids, tokenizer, words, expected, query_num, where):
     "Start and end of each picture's fillers."
     pairs = [words.brackets] if words.nested or not words.sliced else [words.brackets, ("<slice>", "</slice>")]
