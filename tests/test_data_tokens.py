@@ -347,3 +347,26 @@ def test_qwen_vl_numbers_its_pictures():
     for version in (2.6, "2.6", 4.5):
         Config.version = version
         assert not prepared(Config).words.nested
+
+
+def test_a_word_that_melts_into_the_marker_is_refused_and_a_line_break_is_not():
+    import copy
+
+    from vlm_lora_lab.data.records import ask
+    from vlm_lora_lab.data.tokens import IGNORE, encode
+    from vlm_lora_lab.errors import InputError
+    from vlm_lora_lab.models.load import load_tokenizer
+
+    def asked(end, answer):
+        tokenizer = copy.deepcopy(load_tokenizer("lab"))
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m['role'] + '" + end + "' + m['content'] + '<|im_end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant" + end + "' }}{% endif %}"
+        )
+        labels = encode(ask("What colour is it?", answer), tokenizer, 4).labels
+        return tokenizer.decode([t for t in labels if t != IGNORE])
+
+    with pytest.raises(InputError, match="chat template: .* one token, ' yellow'.*line break"):
+        asked(": ", "yellow square")
+    assert asked(":\\n", "yellow square") == "yellow square<|im_end|>"
+    assert asked(":\\n", "\n7") in ("\n7<|im_end|>", "7<|im_end|>")  # a line break too many is no word

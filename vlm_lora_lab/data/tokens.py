@@ -408,9 +408,21 @@ def ids_and_labels(
     unwritten: Sequence[int],  # where an unwritten end token belongs, from `supervised`
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[int], list[int]]:
-    "Token ids, and for each its label."
+    """Token ids, and for each its label.
+
+    Raises `InputError` when the tokenizer puts the end of what the template writes and the first word of an answer into
+    one token, which could then not be learned."""
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = out["input_ids"], out["offset_mapping"]
+    firsts = {lo for lo, _ in spans}
+    for start, end in offsets:
+        across = next((lo for lo in range(start + 1, end) if lo in firsts), None)
+        if across is not None and text[across:end].strip():
+            raise InputError(
+                f"the end of the template's marker and the answer's first word are one token, {text[start:end]!r}",
+                "chat template",
+                "Let the template end the marker with a line break or a special token, not with a blank",
+            )
     labels = [
         t if any(lo <= start and end <= hi for lo, hi in spans) else IGNORE for t, (start, end) in zip(ids, offsets)
     ]
