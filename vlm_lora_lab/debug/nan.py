@@ -133,7 +133,7 @@ def diagnose(
         for p, g in grads:
             p.grad = g
 
-
+# %% ../../nbs/reference/debug.nan.ipynb #1296cf25
 def _about_the_optimizer(event):
     return event.phase == "optimizer" or event.module.startswith("optimizer.state[")
 
@@ -166,6 +166,29 @@ from vlm_lora_lab.debug.nan import replay
 print(replay(Path(__file__).parent) or "The step is healthy here: it depends on the machine. \
 See case.json for the one it was seen on.")
 '''
+
+# %% ../../nbs/reference/debug.nan.ipynb #83690419
+def _known_class(cls):
+    return cls.__module__.startswith("vlm_lora_lab.") or getattr(transformers, cls.__name__, None) is cls
+
+# %% ../../nbs/reference/debug.nan.ipynb #c03d0726
+def _described(model, base, how, batch, diagnosis, settings):
+    "What stands in case.json."
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "report": str(diagnosis).splitlines(),
+        "rebuild": how,
+        "class": type(base).__name__,
+        "base": getattr(base, "name_or_path", None),
+        "evaluation": [n for n, m in model.named_modules() if not m.training],
+        "attention": attention_of(getattr(base, "config", None)),
+        "trained": [n for n, p in model.named_parameters() if p.requires_grad],
+        "settings": {k: v for k, v in batch.items() if isinstance(v, (bool, int, float, str)) or v is None},
+        "gpu": gpu,
+        **settings,
+        "versions": package_versions(*PACKAGES[:4]),
+        "diagnosis": {k: v for k, v in asdict(diagnosis).items() if k != "event"},
+    }
 
 # %% ../../nbs/reference/debug.nan.ipynb #4943dcd6
 def save_case(
@@ -217,30 +240,57 @@ def save_case(
         (partial / "replay.py").write_text(SCRIPT, encoding="utf-8")
     return folder
 
+# %% ../../nbs/reference/debug.nan.ipynb #607777fc
+@contextmanager
+def _of_peft(file):
+    "Raises `InputError` for what PEFT says of a configuration that it cannot use."
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, ImportError) as e:
+        raise InputError(
+            f"PEFT cannot put this adapter on the model ({' '.join(str(e).split())[:160]})",
+            file,
+            "Copy the whole folder again from where it was written",
+        ) from None
 
-def _described(model, base, how, batch, diagnosis, settings):
-    "What stands in case.json."
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "report": str(diagnosis).splitlines(),
-        "rebuild": how,
-        "class": type(base).__name__,
-        "base": getattr(base, "name_or_path", None),
-        "evaluation": [n for n, m in model.named_modules() if not m.training],
-        "attention": attention_of(getattr(base, "config", None)),
-        "trained": [n for n, p in model.named_parameters() if p.requires_grad],
-        "settings": {k: v for k, v in batch.items() if isinstance(v, (bool, int, float, str)) or v is None},
-        "gpu": gpu,
-        **settings,
-        "versions": package_versions(*PACKAGES[:4]),
-        "diagnosis": {k: v for k, v in asdict(diagnosis).items() if k != "event"},
-    }
+
+def _adapted(model, file, weights):
+    "The model with the adapter that the case describes, which is checked as one of a stranger."
+    with _of_peft(file):
+        config = PeftConfig.from_pretrained(file.parent)
+    check_patterns(config, dict(model.named_modules()), file)
+    check_ranks(config, {k: t.shape for k, t in weights.items()}, file)
+    with _of_peft(file), no_false_warning():
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _rebuild(folder, case, weights):
+    if case["rebuild"] == "function":
+        module, _, name = case["build"].partition(":")
+        if importlib.util.find_spec(module) is None:
+            raise InputError(
+                f"the module {module} that builds the model is not to be found",
+                folder,
+                "Run from where it can be imported",
+            )
+        return getattr(importlib.import_module(module), name)()
+    if case["rebuild"] == "base":
+        model = load_vlm(case["base"], four_bit=True)
+    elif case["rebuild"] == "config":
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = model_config(values) if is_ours(values) else AutoConfig.for_model(**values)
+        set_attention(config, case["attention"])
+        model = (getattr(transformers, case["class"], None) or model_class(config))(config)
+    else:
+        raise InputError(
+            f"{case['class']} is a model of your own, which this folder cannot build",
+            folder,
+            "Call replay(folder, model=…), or give the doctor build='module:function'",
+        )
+    file = folder / "adapter_config.json"
+    return _adapted(model, file, weights) if file.is_file() else model
 
 # %% ../../nbs/reference/debug.nan.ipynb #ac822d28
-def _known_class(cls):
-    return cls.__module__.startswith("vlm_lora_lab.") or getattr(transformers, cls.__name__, None) is cls
-
-
 def _autocast(kind, name):
     "What autocast did when the step was played, once more."
     return torch.autocast(kind, dtype=getattr(torch, name)) if name else nullcontext()
@@ -280,56 +330,6 @@ def replay(
         start = case["facts"].get("start")  # of weights, when training began
         return diagnose(model.to(device), batch, scale=case["scale"], start=start)
 
-# %% ../../nbs/reference/debug.nan.ipynb #607777fc
-def _rebuild(folder, case, weights):
-    if case["rebuild"] == "function":
-        module, _, name = case["build"].partition(":")
-        if importlib.util.find_spec(module) is None:
-            raise InputError(
-                f"the module {module} that builds the model is not to be found",
-                folder,
-                "Run from where it can be imported",
-            )
-        return getattr(importlib.import_module(module), name)()
-    if case["rebuild"] == "base":
-        model = load_vlm(case["base"], four_bit=True)
-    elif case["rebuild"] == "config":
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = model_config(values) if is_ours(values) else AutoConfig.for_model(**values)
-        set_attention(config, case["attention"])
-        model = (getattr(transformers, case["class"], None) or model_class(config))(config)
-    else:
-        raise InputError(
-            f"{case['class']} is a model of your own, which this folder cannot build",
-            folder,
-            "Call replay(folder, model=…), or give the doctor build='module:function'",
-        )
-    file = folder / "adapter_config.json"
-    return _adapted(model, file, weights) if file.is_file() else model
-
-
-def _adapted(model, file, weights):
-    "The model with the adapter that the case describes, which is checked as one of a stranger."
-    with _of_peft(file):
-        config = PeftConfig.from_pretrained(file.parent)
-    check_patterns(config, dict(model.named_modules()), file)
-    check_ranks(config, {k: t.shape for k, t in weights.items()}, file)
-    with _of_peft(file), no_false_warning():
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-@contextmanager
-def _of_peft(file):
-    "Raises `InputError` for what PEFT says of a configuration that it cannot use."
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError, ImportError) as e:
-        raise InputError(
-            f"PEFT cannot put this adapter on the model ({' '.join(str(e).split())[:160]})",
-            file,
-            "Copy the whole folder again from where it was written",
-        ) from None
-
 # %% ../../nbs/reference/debug.nan.ipynb #b45101e5
 POLICIES = ("stop", "skip", "rollback")
 
@@ -366,7 +366,7 @@ class _Indices:
     def __getattr__(self, name):
         return getattr(self.sampler, name)
 
-
+# %% ../../nbs/reference/debug.nan.ipynb #58fb35e6
 @dataclass(eq=False)
 class _Micro:
     "One call of the model within a step, and all that it depended on."
@@ -492,7 +492,7 @@ def _not_seen(cause, trials, loss=math.nan):
 
 _SPOILED = Diagnosis("corrupt weights", Event("optimizer", "", "step", None, "nan", (), None), math.nan, (), None, {})
 
-
+# %% ../../nbs/reference/debug.nan.ipynb #9f13daf1
 class _Replays:
     "A bad step, played again call by call."
 
@@ -532,7 +532,7 @@ class _Replays:
             grads = [p.grad for p in self.trained if p.grad is not None]
             return not bool(nn.utils.get_total_norm(grads).isfinite())
 
-
+# %% ../../nbs/reference/debug.nan.ipynb #ee6c4e0f
 def _told(thing):
     "What each process says, by number."
     if not _several():
