@@ -1,6 +1,8 @@
 """What the plan explorer shows: looks and lines to copy. Its fields are moved in `test_widgets.py`."""
 
 import re
+import subprocess
+import sys
 import time
 from shlex import split
 
@@ -55,6 +57,14 @@ def test_options_that_make_no_plan_are_raised_and_others_are_explained():
     with pytest.raises(InputError, match="rank is 0"):
         PlanExplorer(rank=0)
     assert "is no linear layer" in repr(PlanExplorer("Qwen/Qwen-VL", targets=("q_proj",)))
+
+
+def test_ipywidgets_are_imported_with_the_first_widget():
+    code = (
+        "import sys, vlm_lora_lab.plan.explorer as e; assert 'ipywidgets' not in sys.modules and "
+        "e._empty.cache_info().currsize == 0; e.PlanExplorer('lab'); assert 'ipywidgets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_change_is_faster_than_a_finger():
