@@ -328,6 +328,18 @@ def _resampler():
     }
 
 
+def _rates():
+    "Arms of `resampler` at a third of its rates, and LoRA of the same size on gate and up alone."
+    third, gate_and_up = {"rate": 1e-3, "full_rate": 2e-3 / 3}, ("gate_proj", "up_proj")
+    rank = rank_for(load_vlm("lab"), gate_and_up, like=CHOICES["all"], rank=8)
+    return {
+        "LoRA": Arm(_language(), **third),
+        "LoRA on gate and up": Arm(_language(gate_and_up, rank)),
+        "resampler full": Arm(_language(connector="full"), **third),
+        "and LoRA on vision": Arm(_language(connector="full", vision="lora"), **third),
+    }
+
+
 def _vocabulary():
     return {
         "LoRA": Arm(_language()),
@@ -347,6 +359,9 @@ def _meaning():
 EXPERIMENTS = {
     "resampler": lambda: Experiment(
         "What does it bring to train the resampler, and what does it cost?", _resampler(), SHIFTS
+    ),
+    "rates": lambda: Experiment(
+        "What is left of it at a third of the rates, or on gate and up alone?", _rates(), SHIFTS
     ),
     "targets": lambda: Experiment("Which layers of the language model should get LoRA?", _targets(), ("pictures",)),
     "exclusive": lambda: Experiment(
