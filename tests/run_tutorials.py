@@ -5,8 +5,7 @@ its numbers where the cell says `#| varies` (a loss, a time, a size of the stand
     python tests/run_tutorials.py                  all that can be run
     python tests/run_tutorials.py qwen_vl          some of them
     python tests/run_tutorials.py --installed      refuse the package of this checkout: it must come from a wheel
-    python tests/run_tutorials.py --write          keep what was printed in the notebooks, with today's date; it takes
-                                                   the whole vocabularies (VLM_LORA_LAB_REAL), and some minutes each
+    python tests/run_tutorials.py --write          keep what was printed in the notebooks, with today's date
 
 nbclient, ipykernel and pytest are needed beside the package."""
 
@@ -96,7 +95,7 @@ def walk(stem, place, names, write):
                     f"If that is right: python tests/run_tutorials.py --write {stem}"
                 )
     if write:
-        text = json.dumps(notebook, indent=1, ensure_ascii=False)
+        text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)  # as nbdev_clean does
         text = re.sub(r"(printed on )\d{4}-\d\d-\d\d", rf"\g<1>{date.today()}", text)
         notebook_of(stem).write_text(text + "\n", encoding="utf-8")
     print(f"{stem}: every cell ran, {time.perf_counter() - start:.0f} s", flush=True)
@@ -109,6 +108,7 @@ def main(arguments):
     sys.path[0] = str(HERE)  # tests/ alone: the package must come from the environment
     import vlm_lora_lab
     from standins import stand_in
+    from vlm_lora_lab.data.records import samples_folder
 
     root = Path(vlm_lora_lab.__file__).resolve().parent.parent
     if "--installed" in arguments and root == HERE.parent:
@@ -118,7 +118,7 @@ def main(arguments):
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(2) as two:
         work = Path(work)
         hub = {
-            name: stand_in(name, work / name.replace("/", "--"), small=not write)
+            name: stand_in(name, work / name.replace("/", "--"), small=True)
             for name in sorted({TUTORIALS[s] for s in stems if TUTORIALS[s]})
         }
         os.environ |= {
@@ -129,7 +129,7 @@ def main(arguments):
             "OMP_WAIT_POLICY": "PASSIVE",
         }
         os.environ["VLM_LORA_LAB_STAND_IN"] = os.pathsep.join(f"{name}={folder}" for name, folder in hub.items())
-        names = {str(folder): name for name, folder in hub.items()}
+        names = {str(folder): name for name, folder in hub.items()} | {str(samples_folder()): "data_samples"}
         list(two.map(lambda stem: walk(stem, work / "runs" / stem, names, write), stems))
 
 
