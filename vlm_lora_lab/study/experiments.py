@@ -361,7 +361,7 @@ EXPERIMENTS = {
         "What does it bring to train the resampler, and what does it cost?", _resampler(), SHIFTS
     ),
     "rates": lambda: Experiment(
-        "What is left of it at a third of the rates, or on gate and up alone?", _rates(), SHIFTS
+        "What is left of it at a third of the rates, or on gate and up alone?", _rates(), SHIFTS, seeds=3
     ),
     "targets": lambda: Experiment("Which layers of the language model should get LoRA?", _targets(), ("pictures",)),
     "exclusive": lambda: Experiment(
