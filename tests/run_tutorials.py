@@ -66,7 +66,7 @@ def printed(
     "What a reader reads: the printed lines and the plain form of objects."
     lines = "\n".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in outputs)
     if varies:
-        lines = re.sub(r"[-+±]?\d[\d.,:e+-]*", "#", lines)
+        lines = re.sub(r"[-+±]?\d[\d.,:e+-]*", "#", re.sub(r"\+(cpu|cu\d+)", "", lines))
         lines = re.sub(r"\(#%? to #%?\)", "", lines)
     return lines.split()
 
