@@ -45,7 +45,9 @@ def run(stem, place):
 
     notebook = nbformat.read(notebook_of(stem), 4)
     notebook.cells = [c for c in notebook.cells if not c.source.startswith("#| eval: false")]
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(place)}}).execute()
+    # a busy machine sends what was printed long after the cell is done
+    patience = {"timeout": 900, "iopub_timeout": 300}
+    NotebookClient(notebook, **patience, kernel_name="python3", resources={"metadata": {"path": str(place)}}).execute()
     return notebook
 
 
