@@ -38,10 +38,12 @@ def run(file, *options, **kwargs):
     )
 
 
+LONG = ("data.py", "doctor.py", "gpu.py", "step.py")  # over half a minute each
+
+
 @pytest.mark.parametrize(
     "file",
-    [f for f in TINY if f not in ("data.py", "doctor.py")]
-    + [pytest.param(f, marks=pytest.mark.slow) for f in ("data.py", "doctor.py")],
+    [pytest.param(f, marks=pytest.mark.slow if f in LONG else ()) for f in TINY],
 )
 def test_it_runs_and_prints_a_table(file):
     done = run(file, *TINY[file])

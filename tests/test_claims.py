@@ -167,7 +167,13 @@ def test_measuring_keeps_the_other_entries_and_refuses_another_file(tmp_path, ca
 TRAINED = ("C9", "C14", "C15", "C17", "C20")  # those with ten trainings of their own; C4 and C29 share two with others
 
 
-@pytest.mark.parametrize("ids", [[c for c in CLAIMS if c not in TRAINED], list(TRAINED)], ids=["looked at", "trained"])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pytest.param([c for c in CLAIMS if c not in TRAINED], id="looked at"),
+        pytest.param(list(TRAINED), id="trained", marks=pytest.mark.slow),
+    ],
+)
 def test_the_ledger_agrees_with_a_quick_run_today(ids, capsys):
     assert main(["--claims", ",".join(ids), "--quick"]) == 0, capsys.readouterr().out
     assert set(TRAINED) < set(evidence.REDUCED) <= set(CLAIMS)
